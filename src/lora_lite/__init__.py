@@ -1,0 +1,51 @@
+"""lora-lite: adapters for frozen PyTorch models. A method is one page of mathematics; the rest is derived from it."""
+
+from ._version import __version__ as __version__
+from .core.config import AdapterConfig as AdapterConfig
+from .core.errors import BaseMismatchError as BaseMismatchError
+from .core.errors import ConfigError as ConfigError
+from .core.errors import FileError as FileError
+from .core.errors import LoraLiteError as LoraLiteError
+from .core.errors import LoraLiteWarning as LoraLiteWarning
+from .core.errors import SelectionError as SelectionError
+from .core.errors import StateError as StateError
+from .core.errors import TargetError as TargetError
+from .core.errors import WeightError as WeightError
+from .core.registry import get_variant as get_variant
+from .core.registry import register as register
+from .core.registry import variants as _registered
+from .core.spec import ParamSpec as ParamSpec
+from .core.variant import Variant as Variant
+from .io.native import adapter_state_dict as adapter_state_dict
+from .io.native import load as load
+from .io.native import load_adapter_state_dict as load_adapter_state_dict
+from .io.native import save as save
+from .runtime.attach import attach as attach
+from .runtime.attach import detach as detach
+from .runtime.attach import rename as rename
+from .runtime.check import check as check
+from .runtime.handle import Adapter as Adapter
+from .runtime.handle import adapters as adapters
+from .runtime.merge import merge as merge
+from .runtime.merge import unmerge as unmerge
+from .runtime.plan import Plan as Plan
+from .runtime.plan import plan as plan
+from .runtime.schedule import penalty as penalty
+from .runtime.schedule import schedule as schedule
+from .runtime.select import activate as activate
+from .runtime.select import active as active
+from .runtime.select import rows as rows
+from .variants import *  # noqa: F403  (the config classes, one per method)
+
+variants = _registered
+"""All registered methods."""
+
+
+def __getattr__(name: str) -> object:
+    if name == "testing":
+        from importlib import import_module
+
+        return import_module(".testing", __name__)
+    from .core.errors import did_you_mean
+
+    raise AttributeError(f"lora_lite has no {name!r}.{did_you_mean(name, globals())}")

@@ -1,0 +1,1 @@
+"""What the words mean: the variant contract, the registry, configs and errors (floor 1)."""

@@ -1,0 +1,197 @@
+"""`AdapterConfig`: the fields every method shares. A method adds its own in a subclass beside its page."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .errors import ConfigError, did_you_mean
+
+Role = Literal["reader", "writer", "inner"]
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+MAX_RANK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Plain data: every field survives JSON, so a file can be read without running anything."""
+
+    variant: str = "lora"
+    """Name of the method; `lora-lite variants` lists them."""
+    r: int = 8
+    """Rank, or what the method uses as its size."""
+    alpha: float | None = None
+    """Scale numerator; None means r, so that the scale is 1."""
+    dtype: str = "float32"
+    """Storage of adapter tensors: float32 (best), bfloat16, float16 or float64."""
+    target_roles: tuple[Role, ...] | None = None
+    """Keep only layers that read the residual stream, write to it, or neither; None keeps all."""
+    target_names: tuple[str, ...] | None = None
+    """Regular expressions, each matched against the whole path or its tail after a dot. None: all linear layers of the blocks."""
+    exclude_names: tuple[str, ...] = ()
+    """Regular expressions of targets to leave out, matched in the same way."""
+    layers: tuple[int, ...] | None = None
+    """Block indices to keep; negative ones count from the end."""
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Regular expression -> rank for the targets it matches; the last match wins."""
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Regular expression -> alpha for the targets it matches; the last match wins."""
+    dropout: float = 0.0
+    """Probability with which `layer.dropout(x)` zeroes an input of the adapter in training."""
+    seed: int = 0
+    """Each target draws from a generator seeded with (seed, its path)."""
+    dequantize: bool = False
+    """Allow methods that need the dense weight to read a quantised one."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dtype, torch.dtype):
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        hints = _hints(type(self))
+        for f in dataclasses.fields(self):
+            value = _coerce(getattr(self, f.name), hints[f.name], f"{type(self).__name__}.{f.name}")
+            object.__setattr__(self, f.name, value)
+        self.validate()
+
+    def validate(self) -> None:
+        """Check values, not types; subclasses extend it. Raises `ConfigError`."""
+        where = type(self).__name__
+        if not 1 <= self.r <= MAX_RANK:
+            raise ConfigError(f"{where}.r must be between 1 and {MAX_RANK}, got {self.r}.")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha != 0):
+            raise ConfigError(f"{where}.alpha must be finite and not 0, got {self.alpha}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{where}.dropout must lie in [0, 1), got {self.dropout}.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"{where}.dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
+        for pattern, r in self.rank_pattern.items():
+            if not 1 <= r <= MAX_RANK:
+                raise ConfigError(f"{where}.rank_pattern[{pattern!r}] must be between 1 and {MAX_RANK}, got {r}.")
+        for pattern, alpha in self.alpha_pattern.items():
+            if not (math.isfinite(alpha) and alpha != 0):
+                raise ConfigError(f"{where}.alpha_pattern[{pattern!r}] must be finite and not 0, got {alpha}.")
+        for field, pattern in self.patterns():
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise ConfigError(f"{where}.{field}: {pattern!r} is not a regular expression ({e}).") from None
+
+    @property
+    def effective_alpha(self) -> float:
+        """alpha, or r where alpha is None."""
+        return float(self.r if self.alpha is None else self.alpha)
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r, the factor of the update. Methods with another rule override it."""
+        return self.effective_alpha / self.r
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def patterns(self) -> list[tuple[str, str]]:
+        """(field, regular expression) of every pattern; each must match a target or `attach` raises."""
+        names = [("target_names", p) for p in self.target_names or ()] + [("exclude_names", p) for p in self.exclude_names]
+        return names + [("rank_pattern", p) for p in self.rank_pattern] + [("alpha_pattern", p) for p in self.alpha_pattern]
+
+    def for_target(self, path: str, role: str | None = None) -> AdapterConfig:
+        """The config as one target sees it: rank and alpha of the last matching pattern."""
+        changes: dict[str, Any] = {}
+        for pattern, r in self.rank_pattern.items():
+            if matches(pattern, path):
+                changes["r"] = r
+        for pattern, alpha in self.alpha_pattern.items():
+            if matches(pattern, path):
+                changes["alpha"] = alpha
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def common(self) -> dict[str, Any]:
+        """The fields of `AdapterConfig` itself, as a dict."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(AdapterConfig)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; `from_dict` reads it back."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], unknown: list[str] | None = None) -> AdapterConfig:
+        """Read `to_dict` data. Unknown keys raise, or are appended to `unknown` when a list is given."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        for key in data:
+            if key not in fields:
+                if unknown is None:
+                    raise ConfigError(f"{cls.__name__} has no field {key!r}.{did_you_mean(str(key), fields)}")
+                unknown.append(str(key))
+        return cls(**{k: v for k, v in data.items() if k in fields})
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether the regular expression matches the whole path or its tail after a dot."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path) is not None
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type, or `ConfigError`: configs come from files, so nothing is taken on trust."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for i, option in enumerate(options):
+            try:
+                return _coerce(value, option, where)
+            except ConfigError:
+                if i == len(options) - 1:
+                    raise
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where} must be one of {list(args)}, got {value!r}.{did_you_mean(str(value), map(str, args))}")
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
+            value = (value,) if isinstance(value, (str, int)) else value
+        if not isinstance(value, (list, tuple, set, frozenset)):
+            raise ConfigError(f"{where} must be a list, got {value!r}.")
+        items = sorted(value) if isinstance(value, (set, frozenset)) else value
+        return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(items))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a mapping, got {value!r}.")
+        return {_coerce(k, args[0], where): _coerce(v, args[1], f"{where}[{k!r}]") for k, v in value.items()}
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}.")

@@ -1,0 +1,78 @@
+"""`ParamSpec`: one tensor that a variant wants on a target, and how it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from .errors import ConfigError
+
+
+def _kaiming(t: Tensor, g: Generator) -> None:
+    """U(±1/√fan_in), fan_in = the last dimension: what nn.Linear and the LoRA paper's code draw."""
+    bound = 1 / math.sqrt(t.shape[-1])
+    t.uniform_(-bound, bound, generator=g)
+
+
+_INITS: dict[str, Callable[[Tensor, Generator], object]] = {
+    "zeros": lambda t, g: t.zero_(),
+    "ones": lambda t, g: t.fill_(1),
+    "kaiming": _kaiming,
+    "normal": lambda t, g: t.normal_(generator=g),
+    "empty": lambda t, g: t.zero_(),  # the variant's init fills it
+}
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One adapter tensor.
+
+    Args:
+        shape: its shape; never `()`, since FSDP refuses 0-dim parameters (use `(1,)`).
+        init: "zeros", "ones", "kaiming" (U(±1/√last dim)), "normal" (N(0, 1)), "normal:STD",
+            "constant:VALUE", "empty" (filled by the variant's `init`), or a callable `(tensor, generator)` that fills in place.
+        trainable: False makes a parameter that no optimiser sees.
+        as_buffer: True makes a buffer: saved, never trained.
+        decay: False asks for weight decay 0 in `adapter.param_groups` (gains, rotations, magnitudes).
+        lr_ratio: the tensor's learning rate divided by the base one (LoRA+).
+        dtype: None takes the config's dtype; otherwise this one (integer indices).
+    """
+
+    shape: tuple[int, ...]
+    init: str | Callable[[Tensor, Generator], object] = "zeros"
+    trainable: bool = True
+    as_buffer: bool = False
+    decay: bool = True
+    lr_ratio: float = 1.0
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        if not self.shape:
+            raise ConfigError("ParamSpec has shape (); write (1,): sharded training refuses 0-dim parameters.")
+        if min(self.shape) < 1:
+            raise ConfigError(f"ParamSpec has the empty shape {self.shape}.")
+        if isinstance(self.init, str) and self.init.partition(":")[0] not in {*_INITS, "constant"}:
+            raise ConfigError(f"unknown init {self.init!r}; use one of {sorted(_INITS)}, 'normal:STD', 'constant:VALUE' or a callable.")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether an optimiser sees this tensor."""
+        return self.trainable and not self.as_buffer
+
+    def fill(self, t: Tensor, generator: Generator) -> None:
+        """Draw the start value into `t`, a CPU tensor in full precision."""
+        if callable(self.init):
+            self.init(t, generator)
+            return
+        name, _, value = self.init.partition(":")
+        if name == "constant":
+            t.fill_(float(value))
+        elif name == "normal" and value:
+            t.normal_(std=float(value), generator=generator)
+        else:
+            _INITS[name](t, generator)

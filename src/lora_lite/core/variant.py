@@ -1,0 +1,62 @@
+"""`Variant`: what an adapter method may say about itself. Everything but `name`, `param_specs` and a forward has a default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from .config import AdapterConfig
+from .spec import ParamSpec
+
+
+class Variant:
+    """The contract of a method. Inheriting is optional: `@register` adds the missing members to any class.
+
+    A method writes static methods. `layer` is the target as this adapter sees it (see `runtime.layer.LayerView`):
+    `layer.lora_A` is this adapter's tensor in y's dtype, `layer.master("lora_A")` its stored precision, `layer.weight` the
+    dense `(d_out, d_in)` weight whatever the layer stores, `layer.cfg` the config with this target's rank and alpha.
+    """
+
+    # ---- identity and facts: read by the runtime, the docs and the tests
+    name: ClassVar[str] = ""
+    config: ClassVar[type[AdapterConfig]] = AdapterConfig
+    title: ClassVar[str] = ""
+    """One line for tables; the first line of the docstring by default."""
+    paper: ClassVar[str] = ""
+    """arXiv id or another citable source."""
+    site: ClassVar[str] = "linear"
+    """Where it hooks: "linear", "block" (the residual stream after a decoder block)."""
+    needs_weight: ClassVar[bool] = False
+    """Reads `layer.weight`: a quantised target then asks for `dequantize=True`."""
+    needs_data: ClassVar[bool] = False
+    """`attach` without `calibration_data` raises."""
+    trains: ClassVar[bool] = True
+    """False for a method that is fitted from data and has no trained tensor (steering vectors)."""
+    affine: ClassVar[bool] = True
+    """For fixed adapter tensors the new output is an affine function of x: so it can be merged."""
+    exact_identity: ClassVar[bool] = True
+    """A fresh adapter returns the base output bit for bit."""
+    identity_bound: ClassVar[float] = 0.0
+    """Otherwise: the largest relative departure of a fresh adapter in fp32 (`inf`: departs by design)."""
+    lr: ClassVar[float] = 1e-3
+    """Recommended learning rate for AdamW."""
+    cost: ClassVar[str] = ""
+    """Extra multiply-adds per token and target, as a formula."""
+
+    # ---- the mathematics
+    param_specs: ClassVar[Callable[[int, int, Any], dict[str, ParamSpec]]]
+    """`(d_in, d_out, cfg)` -> the tensors, named `lora_*`."""
+    init: ClassVar[Callable[[Any, Any], None] | None] = None
+    """`(layer, cfg)`: fill `layer.lora_*` from `layer.weight`; runs once at attach, never at load."""
+    group_init: ClassVar[Callable[[Any, Any, Any, Any], None] | None] = None
+    """`(model, targets, cfg, calibration_data)`: a start from data, on the untouched model."""
+    forward: ClassVar[Callable[[Any, Any, Any], Any] | None] = None
+    """`(layer, x, y) -> y_new`."""
+    forward_input: ClassVar[Callable[[Any, Any], Any] | None] = None
+    """`(layer, x) -> x_new`, before the base layer."""
+    on_step: ClassVar[Callable[[Any, Any, int], None] | None] = None
+    """`(targets, cfg, step)`: after every optimiser step, gradients still there."""
+    penalty: ClassVar[Callable[[Any], Any] | None] = None
+    """`(layer) -> scalar` regulariser."""
+    shared_specs: ClassVar[Callable[[Any, Any], dict[str, ParamSpec]] | None] = None
+    """`(targets, cfg)`: tensors shared by all targets; the first one owns them."""

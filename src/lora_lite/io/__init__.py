@@ -1,0 +1,1 @@
+"""Files: our own format, and other people's (floor 3)."""

@@ -1,0 +1,313 @@
+"""The adapter file: one safetensors file whose keys are full state_dict paths and whose header is plain JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import struct
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..core.config import AdapterConfig
+from ..core.errors import BaseMismatchError, FileError, LoraLiteError, LoraLiteWarning, StateError, did_you_mean, listing
+from ..core.registry import get_variant
+from ..runtime.attach import check_attachable, commit
+from ..runtime.handle import Adapter
+from ..runtime.plan import add_shared, make_target
+from ..runtime.staging import StagedTarget, stage
+from ..runtime.state import DEFAULT, Record, Target, owned_tensors, record_of, state_of, unwrap
+from ..runtime.weights import dims, fingerprint, is_sharded
+from .gather import full_tensor
+
+FORMAT = 1
+MAX_HEADER = 64 << 20
+BaseCheck = Literal["error", "warn", "ignore"]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, dtype: torch.dtype | None = None) -> Path:
+    """Write one adapter to a safetensors file.
+
+    Args:
+        path: the file; `.safetensors` is appended when it has no suffix.
+        name: which adapter; None means the only one.
+        dtype: storage of floating tensors in the file; None keeps theirs.
+
+    Returns:
+        The path written. It is written beside its place, read back, compared, and renamed, so an old file survives a crash.
+
+    Raises:
+        StateError: the model is merged; a scheduled method was never stepped; a trainable tensor would not be saved.
+    """
+    model = unwrap(model)
+    record, state = record_of(model, name), state_of(model)
+    if state.merged is not None:
+        raise StateError("the model is merged; call ll.unmerge(model) before ll.save, or save the merged model itself with its own save_pretrained.")
+    if record.variant.on_step is not None and record.steps == 0 and record.train_calls > 0:
+        raise StateError(f"adapter {record.name!r} was trained without its schedule; call ll.schedule(model, optimizer, total_steps) before training.")
+    _check_strangers(model)
+    path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{path} is a folder; give a file name such as {path / 'adapter.safetensors'}.")
+    if not path.suffix:
+        path = path.with_suffix(".safetensors")
+    tensors = adapter_state_dict(model, record.name)
+    if dtype is not None:
+        tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+    bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if bad:
+        raise StateError(f"adapter {record.name!r} has values that are not finite: {listing(bad)}. Training diverged; nothing was written.")
+    _write(path, tensors, {"lora_lite": json.dumps(header(record), sort_keys=True), "format": "pt"})
+    return path
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = DEFAULT,
+    trainable: bool = False,
+    base_check: BaseCheck = "error",
+) -> Adapter:
+    """Attach an adapter from a file and make it the active one. Needs neither an SVD nor calibration data.
+
+    Args:
+        path: a file written by `save`, or a folder in PEFT's layout.
+        name: the adapter's name in this model.
+        trainable: go on training it.
+        base_check: what to do when the base weights are not those the adapter was trained on.
+
+    Raises:
+        FileError: damaged, of another format, or with missing, unexpected or ill-shaped tensors. BaseMismatchError: other base weights.
+        StateError: the name is taken or the model is merged. In each case the model is untouched.
+    """
+    if base_check not in ("error", "warn", "ignore"):
+        raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
+    check_attachable(model, name)
+    model = unwrap(model)
+    if Path(path).is_dir():
+        from .peft import load_peft
+
+        return load_peft(model, path, name, trainable)
+    head, tensors = read(path)
+    record = record_from_header(model, head, name, str(path))
+    return _install(model, record, head, tensors, trainable, base_check, str(path))
+
+
+def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """Full `state_dict` path (without the adapter's name) -> CPU copy of everything the adapter owns, gathered from shards.
+
+    Which tensors those are is decided by ownership, never by their names.
+    """
+    record = record_of(model, name)
+    found = {}
+    for target, short, _, tensor in owned_tensors(model, record):
+        whole = full_tensor(tensor).detach()
+        if tuple(whole.shape) != target.specs[short].shape:
+            raise StateError(f"{target.path}.{short} has shape {tuple(whole.shape)} where {target.specs[short].shape} is expected: sharded training left an incomplete tensor; nothing was saved.")
+        found[_key(target, short)] = whole.to("cpu", copy=True).contiguous()
+    return found
+
+
+def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str, Tensor]) -> None:
+    """Copy tensors of `adapter_state_dict` into an attached adapter, in place; compiled code stays valid.
+
+    Raises:
+        FileError: keys or shapes do not agree exactly; nothing is copied then.
+    """
+    record = record_of(model, name)
+    own = {_key(target, short): tensor for target, short, _, tensor in owned_tensors(model, record)}
+    _check_keys(own, state, "the state dict")
+    if any(is_sharded(t) for t in own.values()):
+        raise StateError("the model is sharded; load the adapter before sharding, or use torch's set_model_state_dict.")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+
+
+def header(record: Record) -> dict[str, Any]:
+    """The file's header: plain JSON, everything `load` needs."""
+    cfg = record.cfg.to_dict()
+    targets = {}
+    for t in record.targets.values():
+        own = {k: v for k, v in t.cfg.to_dict().items() if v != cfg[k]}
+        entry: dict[str, Any] = {"d_in": t.d_in, "d_out": t.d_out, "r": t.cfg.r, "scale": t.cfg.scale, "base": t.base}
+        targets[t.path] = entry | ({"config": own} if own else {}) | ({"kind": t.kind} if t.kind != "linear" else {})
+    return {"format": FORMAT, "version": __version__, "requires": [], "config": cfg, "targets": targets, "steps": record.steps}
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of an adapter file, checked to be ours; reads no tensor."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"{path} does not exist.")
+    try:
+        with path.open("rb") as f:
+            (size,) = struct.unpack("<Q", f.read(8))
+        if size > MAX_HEADER:
+            raise FileError(f"{path} is not a safetensors file (its header claims {size} bytes). lora_lite reads no pickles: .bin, .pt and .pkl are refused.")
+        with safe_open(str(path), "pt") as f:
+            meta = f.metadata() or {}
+    except (SafetensorError, struct.error) as e:
+        raise FileError(f"{path} is not a readable safetensors file ({e}). lora_lite reads no pickles: .bin, .pt and .pkl are refused.") from None
+    if "lora_lite" not in meta:
+        raise FileError(f"{path} is a safetensors file without a lora_lite header. For PEFT adapters pass the folder that holds adapter_config.json.")
+    try:
+        head = json.loads(meta["lora_lite"])
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise FileError(f"{path}: the header is not JSON ({e}).") from None
+    if not isinstance(head, dict) or not isinstance(head.get("format"), int):
+        raise FileError(f"{path}: the header names no format number.")
+    if head["format"] > FORMAT or head.get("requires"):
+        raise FileError(f"{path} was written by lora_lite {head.get('version')} and needs a newer version than {__version__} (format {head['format']}, requires {head.get('requires')}).")
+    if not isinstance(head.get("config"), dict) or not isinstance(head.get("targets"), dict) or not head["targets"]:
+        raise FileError(f"{path}: the header has no config or no targets.")
+    return head
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of an adapter file."""
+    head = read_header(path)
+    try:
+        with safe_open(str(path), "pt") as f:
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+    except SafetensorError as e:
+        raise FileError(f"{path} is damaged ({e}).") from None
+    bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())]
+    if bad:
+        raise FileError(f"{path} holds values that are not finite: {listing(bad)}.")
+    return head, tensors
+
+
+def config_from_header(head: dict[str, Any], where: str) -> AdapterConfig:
+    """The config of a file; unknown optional keys warn, since a newer version may have written them."""
+    try:
+        variant = get_variant(str(head["config"].get("variant")))
+        unknown: list[str] = []
+        cfg = variant.config.from_dict(head["config"], unknown)
+    except LoraLiteError as e:
+        raise FileError(f"{where}: {e}") from None
+    except (TypeError, ValueError, OverflowError) as e:
+        raise FileError(f"{where}: the config is malformed ({e}).") from None
+    if unknown:
+        warnings.warn(f"{where}: ignored config keys of a newer version: {', '.join(unknown)}", LoraLiteWarning, stacklevel=3)
+    return cfg
+
+
+def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where: str) -> Record:
+    """The adapter that a header describes, checked against the model's modules. Runs no pattern of the file."""
+    cfg = config_from_header(head, where)
+    variant = get_variant(cfg.variant)
+    modules = dict(model.named_modules())
+    targets: dict[str, Target] = {}
+    for path, entry in head["targets"].items():
+        if path not in modules:
+            raise FileError(f"{where}: the model has no module {path!r}.{did_you_mean(path, modules)} The adapter belongs to another architecture or to a model with another prefix.")
+        try:
+            own = variant.config.from_dict({**cfg.to_dict(), **{k: v for k, v in entry.get("config", {}).items() if k in {f.name for f in dataclasses.fields(cfg)}}})
+            target = make_target(path, int(entry["d_in"]), int(entry["d_out"]), own, str(entry.get("kind", "linear")))
+        except LoraLiteError as e:
+            raise FileError(f"{where}: {e}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise FileError(f"{where}: the entry of target {path!r} is malformed ({e!r}).") from None
+        size = dims(modules[path])
+        if target.kind == "linear" and size != (target.d_in, target.d_out):
+            raise FileError(f"{where}: {path} is {size[0]}->{size[1]} in this model and {target.d_in}->{target.d_out} in the file." if size else f"{where}: {path} is not a linear layer in this model.")
+        targets[path] = target
+    if variant.shared_specs is not None:
+        add_shared(list(targets.values()), cfg)
+    return Record(name, variant, cfg, targets, steps=int(head.get("steps") or 0))
+
+
+def _install(model: nn.Module, record: Record, head: dict[str, Any], tensors: dict[str, Tensor], trainable: bool, base_check: str, where: str) -> Adapter:
+    expected = {_key(t, short): spec for t in record.targets.values() for short, spec in t.specs.items()}
+    _check_keys(expected, tensors, where)
+    if base_check != "ignore":
+        _check_base(model, record, head, base_check, where)
+    staged: list[StagedTarget] = stage(model, record, fill=False)
+    with torch.no_grad():
+        for view in staged:
+            for short, t in view.tensors.items():
+                if t.is_meta:
+                    raise StateError(f"{view.path} lies on the meta device; load the base weights before the adapter.")
+                t.copy_(tensors[_key(view.target, short)])
+    return commit(model, record, staged, trainable)
+
+
+def _check_keys(expected: dict[str, Any], got: dict[str, Tensor], where: str) -> None:
+    missing, extra = [k for k in expected if k not in got], [k for k in got if k not in expected]
+    if missing or extra:
+        hint = did_you_mean(missing[0], extra) if missing and extra else ""
+        parts = [f"{len(missing)} tensors are missing: {listing(missing)}."] * bool(missing) + [f"{len(extra)} are unexpected: {listing(extra)}."] * bool(extra)
+        raise FileError(f"{where}: {' '.join(parts)}{hint}")
+    for key, want in expected.items():
+        if tuple(want.shape) != tuple(got[key].shape):
+            raise FileError(f"{where}: {key} has shape {tuple(got[key].shape)}, expected {tuple(want.shape)}.")
+
+
+def _check_base(model: nn.Module, record: Record, head: dict[str, Any], base_check: str, where: str) -> None:
+    """Compare each target's fingerprint with the file's, within the coarser dtype's rounding; quantised bases only warn."""
+    for target in record.targets.values():
+        old = head["targets"][target.path].get("base")
+        if target.kind != "linear" or not isinstance(old, dict) or not isinstance(old.get("sample"), list):
+            continue
+        new = fingerprint(model.get_submodule(target.path))
+        if not new:
+            continue
+        a, b = torch.tensor([float(v) for v in old["sample"]]), torch.tensor(new["sample"])
+        rounding = max({"bfloat16": 2**-7, "float16": 2**-9}.get(str(d), 2**-18) for d in (old.get("dtype"), new["dtype"]))
+        quantised = bool(old.get("quantised")) or bool(new["quantised"])
+        error = float((a - b).norm() / a.norm().clamp_min(1e-30)) if a.shape == b.shape else float("inf")
+        if error <= (0.5 if quantised else rounding):
+            if quantised and error > rounding:
+                warnings.warn(f"{where}: the base of {target.path} is quantised differently (sampled weights differ by {error:.1%}); outputs will differ slightly.", LoraLiteWarning, stacklevel=4)
+                return
+            continue
+        text = f"{where}: the adapter was trained on other base weights: at {target.path} sampled weights differ by {error:.1%}. Load the base it was trained on, or pass base_check='warn' if you mean it."
+        if base_check == "error":
+            raise BaseMismatchError(text)
+        warnings.warn(text, LoraLiteWarning, stacklevel=4)
+        return
+
+
+def _check_strangers(model: nn.Module) -> None:
+    """Raise when something is trainable that no adapter file would hold."""
+    own = {id(t) for r in state_of(model).records.values() for _, _, _, t in owned_tensors(model, r)}
+    strangers = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if strangers:
+        raise StateError(f"{len(strangers)} trainable parameters belong to no adapter and would not be saved: {listing(strangers)}. Freeze them (requires_grad_(False)), or save them yourself first.")
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(fd)
+    try:
+        save_file(tensors, temp, metadata)
+        with safe_open(temp, "pt") as f:
+            if set(f.keys()) != set(tensors) or f.metadata() != metadata or any(not torch.equal(f.get_tensor(k), t) for k, t in tensors.items()):
+                raise FileError(f"{path}: what was written does not read back; is the disk full?")
+        with open(temp, "rb") as f:
+            os.fsync(f.fileno())
+        os.chmod(temp, 0o666 & ~_umask())
+        os.replace(temp, path)
+    except BaseException:
+        Path(temp).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _key(target: Target, short: str) -> str:
+    return f"{target.path}.{short}" if target.path else short

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: no modules, no configs (floor 1)."""

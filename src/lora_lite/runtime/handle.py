@@ -1,0 +1,96 @@
+"""`Adapter`: the handle of one named adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..core.config import AdapterConfig
+from ..core.errors import StateError
+from .state import Record, owned_tensors, record_of, state_of
+
+
+class Adapter:
+    """One named adapter of one model. Prints as the plan it was attached with."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._model = model
+        self._name = name
+        self._record = record_of(model, name)
+        self._plan: Any = None
+
+    @property
+    def record(self) -> Record:
+        if state_of(self._model).records.get(self._record.name) is not self._record:
+            raise StateError(f"adapter {self._name!r} has been detached.")
+        return self._record
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def cfg(self) -> AdapterConfig:
+        return self.record.cfg
+
+    @property
+    def targets(self) -> list[str]:
+        """Paths of the adapted layers."""
+        return list(self.record.targets)
+
+    @property
+    def active(self) -> bool:
+        """Whether it acts on the next call."""
+        return self.name in dict(state_of(self._model).active)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether its trained tensors require a gradient; apart from being active."""
+        return self.record.trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self.record.trainable = bool(value)
+        for target, short, _, tensor in owned_tensors(self._model, self.record):
+            if target.specs[short].is_trained:
+                tensor.requires_grad_(bool(value))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(full path without the adapter's name, parameter) of what an optimiser should see."""
+        for target, short, _, tensor in owned_tensors(self._model, self.record):
+            if target.specs[short].is_trained:
+                yield (f"{target.path}.{short}" if target.path else short), tensor  # type: ignore[misc]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trained parameters of this adapter and of no other."""
+        for _, p in self.named_parameters():
+            yield p
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Optimiser groups: each tensor at `lr` times its ratio (LoRA+), weight decay 0 on gains, rotations and magnitudes."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for target, short, _, tensor in owned_tensors(self._model, self.record):
+            spec = target.specs[short]
+            if spec.is_trained:
+                groups.setdefault((spec.lr_ratio, weight_decay if spec.decay else 0.0), []).append(tensor)  # type: ignore[arg-type]
+        return [{"params": ps, "lr": lr * ratio, "weight_decay": decay} for (ratio, decay), ps in groups.items()]
+
+    def num_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def __repr__(self) -> str:
+        head = f"adapter {self.name!r}: {'active' if self.active else 'inactive'}, {'trainable' if self.trainable else 'frozen'}"
+        body = str(self._plan) if self._plan is not None else f"{self.cfg.variant} on {len(self.targets)} targets, {self.num_parameters():,} trained parameters"
+        return f"{head}\n{body}"
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Name -> handle of every attached adapter, in attach order; empty for a bare model."""
+    try:
+        state = state_of(model)
+    except StateError:
+        return {}
+    return {name: Adapter(model, name) for name in state.records}

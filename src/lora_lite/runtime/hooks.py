@@ -1,0 +1,141 @@
+"""The two hooks of a target. Module-level functions, so that deepcopy, pickle and compilers follow them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import SelectionError, StateError, WeightError
+from .layer import LayerView
+from .recompute import selection_of
+from .rows import blend, row_groups
+from .state import SITE, STATE, ModelState, Site, Slot
+
+
+def pre_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """x -> every active `forward_input`, in attach order."""
+    site: Site = layer.__dict__[SITE]
+    if not site.has_input:
+        return None
+    active, rows = selection_of(site.state)
+    if not active and rows is None:
+        return None
+    key = None if args else _first_name(layer, kwargs)
+    x = args[0] if key is None else kwargs[key]
+    new = run(layer, site, x, None, active, rows)
+    if new is x:
+        return None
+    return ((new, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: new})
+
+
+def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """y -> every active `forward`, in attach order, each seeing the rewritten x and the previous y."""
+    site: Site = layer.__dict__[SITE]
+    active, rows = selection_of(site.state)
+    if not active and rows is None:
+        return None
+    x = args[0] if args else kwargs[_first_name(layer, kwargs)]
+    y = output[0] if isinstance(output, tuple) else output
+    if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+        raise WeightError(
+            f"{site.path}: {type(layer).__name__} returns an output that is cut from its input's gradient, so layers before it would train "
+            "on wrong gradients. Use a weight-only quantisation that is differentiable (bitsandbytes, torchao int8 weight-only, quanto)."
+        )
+    new = run(layer, site, x, y, active, rows)
+    if new is y:
+        return None
+    return (new, *output[1:]) if isinstance(output, tuple) else new
+
+
+def run(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, active: tuple[tuple[str, float], ...], rows: tuple[str | None, ...] | None) -> Tensor:
+    """The page of every selected adapter on this layer. y None: the input side."""
+    value = x if y is None else y
+    if y is not None and x.dtype != y.dtype and x.is_floating_point():
+        x = x.to(y.dtype)  # autocast, or a layer that returns another dtype than it takes
+    if rows is None:
+        for name, weight in active:
+            slot = site.slots.get(name)
+            if slot is not None:
+                value = blend(value, apply_page(layer, slot, x if y is not None else value, value if y is not None else None), weight)
+        return value
+    for name, index in row_groups(site, rows, x):
+        slot = site.slots[name]
+        if (slot.forward_input if y is None else slot.forward) is None:
+            continue
+        part = value.index_select(0, index)
+        new = apply_page(layer, slot, part if y is None else x.index_select(0, index), None if y is None else part)
+        value = value.index_copy(0, index, new)
+    return value
+
+
+def apply_page(layer: nn.Module, slot: Slot, x: Tensor, y: Tensor | None) -> Tensor:
+    """One call of a variant's page; its output has the dtype of what it rewrites."""
+    page = slot.forward_input if y is None else slot.forward
+    if page is None:
+        return x if y is None else y
+    old = x if y is None else y
+    new = page(LayerView(layer, slot, old.dtype), x) if y is None else page(LayerView(layer, slot, old.dtype), x, y)
+    return new if new.dtype == old.dtype else new.to(old.dtype)
+
+
+def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Note the batch size and the gradient mode of a call of the whole model."""
+    state: ModelState = model.__dict__[STATE]
+    if not torch.compiler.is_compiling():
+        state.call_grad = torch.is_grad_enabled()
+        state.cut_by_checkpoint = False
+        if state.call_grad and model.training:
+            _watch_schedules(state)
+    if state.rows is None:  # reading the size would make a compiled model depend on it
+        return
+    state.batch = None
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            state.batch = int(value.shape[0])
+            break
+
+
+def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Raise when a reentrant checkpoint left the whole training call without a gradient."""
+    state: ModelState = model.__dict__[STATE]
+    if torch.compiler.is_compiling():
+        return
+    state.batch = None
+    if not (state.cut_by_checkpoint and model.training and torch.is_grad_enabled()):
+        return
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else (output,)
+    if any(isinstance(v, Tensor) and v.requires_grad for v in values):
+        return
+    raise SelectionError(
+        "gradient checkpointing with use_reentrant=True runs the blocks without gradient because no input requires one, so no adapter would train. "
+        "Call model.enable_input_require_grads(), or enable checkpointing with use_reentrant=False."
+    )
+
+
+def _watch_schedules(state: ModelState) -> None:
+    """A method with a schedule that nobody drives is silently another method: raise at its second training forward."""
+    for name, _ in state.active:
+        record = state.records[name]
+        if record.variant.on_step is None or record.scheduled or record.steps or not record.trainable:
+            continue
+        record.train_calls += 1
+        if record.train_calls > 1:
+            raise StateError(
+                f"adapter {name!r}: variant {record.variant.name!r} has a schedule and nothing steps it. "
+                "Call ll.schedule(model, optimizer, total_steps) before training."
+            )
+
+
+def _first_name(layer: nn.Module, kwargs: dict[str, Any]) -> str:
+    """The name under which a keyword call passes x."""
+    if len(kwargs) == 1:
+        return next(iter(kwargs))
+    first = next(iter(inspect.signature(type(layer).forward).parameters.values()), None)
+    names = [first.name] if first is not None else []
+    for name in (*names, *list(inspect.signature(layer.forward).parameters)[:1], "input", "x", "hidden_states"):
+        if name in kwargs:
+            return name
+    raise SelectionError(f"{type(layer).__name__} was called with keywords {sorted(kwargs)} and no recognisable input.")

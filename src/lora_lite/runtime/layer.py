@@ -1,0 +1,169 @@
+"""`LayerView`: the target as one adapter sees it. This is the `layer` of every variant page."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from ..core.config import AdapterConfig
+from ..core.errors import StateError, WeightError
+from . import weights
+from .state import Slot, tensor_on
+
+
+def generator_for(seed: int, *names: str) -> Generator:
+    """A CPU generator that depends on the seed and the names only: not on device, rank, target order or the global state."""
+    digest = hashlib.blake2b("\0".join((str(seed), *names)).encode(), digest_size=8).digest()
+    return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class LayerView:
+    """One adapter's view of its layer.
+
+    `view.lora_A` is this adapter's tensor cast to the dtype in which the page computes; `view.master("lora_A")` is the stored one.
+    """
+
+    def __init__(self, module: nn.Module, slot: Slot, dtype: torch.dtype | None) -> None:
+        self._module = module
+        self._slot = slot
+        self._dtype = dtype
+        self.cfg: AdapterConfig = slot.cfg
+
+    def __getattr__(self, name: str) -> Tensor:
+        # reached only for names that are not the view's own
+        if not name.startswith("lora_"):
+            raise AttributeError(f"a layer view has no {name!r}; it offers lora_*, weight, bias, cfg, in_features, out_features, base(v), project(v), dropout(x), master(name)")
+        tensor = self.master(name)
+        if self._dtype is None or tensor.dtype == self._dtype or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(self._dtype)
+
+    def master(self, name: str) -> Tensor:
+        """The stored tensor, uncast: for tiny algebra in full precision."""
+        slot = self._slot
+        attribute = slot.keys.get(name)
+        if attribute is None:
+            raise AttributeError(f"adapter {slot.name!r} on {slot.path}: param_specs declares no {name!r}; it declares {sorted(slot.keys)}")
+        module = slot.owners[name] if name in slot.owners else self._module
+        tensor = tensor_on(module, attribute)
+        if tensor is None:
+            raise StateError(f"adapter {slot.name!r}: {slot.path}.{attribute} is gone; detach and load the adapter again.")
+        return tensor
+
+    def tiny(self, name: str) -> Tensor:
+        """The stored tensor in `promote_types(float32, dtype of the page)`: for Cayley maps, norms and other small algebra."""
+        tensor = self.master(name)
+        return tensor.to(torch.promote_types(torch.float32, self._dtype or tensor.dtype))
+
+    @property
+    def path(self) -> str:
+        """Full path of the layer in the model."""
+        return self._slot.path
+
+    @property
+    def training(self) -> bool:
+        return self._module.training
+
+    @property
+    def in_features(self) -> int:
+        return self._slot.d_in
+
+    @property
+    def out_features(self) -> int:
+        return self._slot.d_out
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias in the page's dtype, or None."""
+        b = weights.bias_of(self._module)
+        return b if b is None or self._dtype is None else b.to(self._dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """Dense (d_out, d_in) base weight, detached, whatever the layer stores.
+
+        Raises:
+            WeightError: it is quantised and the config does not say `dequantize=True`, or it is offloaded or sharded.
+        """
+        if not self.cfg.dequantize and weights.is_quantised(self._module):
+            raise WeightError(
+                f"adapter {self._slot.name!r} on {self.path}: variant {self.cfg.variant!r} reads the dense weight, and this {type(self._module).__name__} "
+                "is quantised. Allow it with dequantize=True in the config, or choose a variant that does not need the weight."
+            )
+        w = weights.read_weight(self._module, self.path)
+        return w if self._dtype is None else w.to(self._dtype)
+
+    def base(self, v: Tensor) -> Tensor:
+        """The bare layer, bias included, no hooks: (..., d_in) -> (..., d_out)."""
+        return self._module.forward(v)
+
+    def project(self, v: Tensor) -> Tensor:
+        """W v without the bias, for a few rows v (n, d_in) -> (n, d_out); gradients flow to v. Never builds a dense weight."""
+        if weights.is_plain(self._module):
+            w = self._module.weight
+            return (v.to(w.dtype) @ (w if weights.is_conv1d(self._module) else w.mT)).to(v.dtype)
+        out = self._module.forward(v)
+        b = weights.bias_of(self._module)
+        return out if b is None else out - b.to(out.dtype)
+
+    def dropout(self, x: Tensor) -> Tensor:
+        """Dropout with the config's probability while the layer trains; x itself otherwise."""
+        p = self.cfg.dropout
+        return F.dropout(x, p, True) if p and self._module.training else x
+
+    def generator(self, name: str = "init") -> Generator:
+        """A CPU generator seeded from (seed, this layer's path, name)."""
+        return generator_for(self.cfg.seed, self.path, name)
+
+
+class StagedView(LayerView):
+    """The view `init` gets: tensors that are not on the layer yet, at storage precision, assignable."""
+
+    def __init__(self, module: nn.Module, slot: Slot, staged: dict[str, Tensor]) -> None:
+        super().__init__(module, slot, None)
+        self._staged = staged
+
+    def master(self, name: str) -> Tensor:
+        if name not in self._staged:
+            raise AttributeError(f"{self.path}: param_specs declares no {name!r}; it declares {sorted(self._staged)}")
+        return self._staged[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`layer.lora_A = t` copies t into the declared tensor; the shape must agree."""
+        if not name.startswith("lora_"):
+            super().__setattr__(name, value)
+            return
+        own = self.master(name)
+        if tuple(value.shape) != tuple(own.shape):
+            raise StateError(f"{self.path}.{name}: init wrote shape {tuple(value.shape)}, param_specs declares {tuple(own.shape)}.")
+        with torch.no_grad():
+            own.copy_(value)
+
+
+class DenseView(LayerView):
+    """The view that merging uses: weight and bias given, everything in one high precision, no dropout."""
+
+    def __init__(self, module: nn.Module, slot: Slot, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(module, slot, weight.dtype)
+        self._weight, self._bias = weight, bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._bias
+
+    def base(self, v: Tensor) -> Tensor:
+        return F.linear(v.to(self._weight.dtype), self._weight, self._bias)
+
+    def project(self, v: Tensor) -> Tensor:
+        return F.linear(v.to(self._weight.dtype), self._weight)
+
+    def dropout(self, x: Tensor) -> Tensor:
+        return x

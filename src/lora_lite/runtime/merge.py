@@ -1,0 +1,263 @@
+"""merge / unmerge: write the active adapters into the base weights, derived from their own pages, and give the bits back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import LoraLiteError, StateError, WeightError
+from . import weights
+from .layer import DenseView
+from .progress import track
+from .rows import blend
+from .select import active as active_scope
+from .state import SITE, ModelState, Site, record_of, reset_compiled, state_of, unwrap
+
+COLUMNS = 1024  # of the identity, pushed through the pages at a time
+
+
+@dataclass
+class Original:
+    """What `unmerge` puts back on one layer."""
+
+    path: str
+    weight: Tensor | None = None
+    """A CPU copy of the bits; None when the whole module was replaced."""
+    bias: Tensor | None = None
+    had_bias: bool = True
+    module: nn.Module | None = None
+    """The quantised layer that a dense one replaces."""
+
+
+@dataclass
+class Merged:
+    """The model's merged state."""
+
+    active: tuple[tuple[str, float], ...]
+    originals: list[Original] = field(default_factory=list)
+
+
+@dataclass
+class MergeReport:
+    """What a merge did. Prints as a few lines."""
+
+    adapters: list[str]
+    n_layers: int
+    change: dict[str, float]
+    """Path -> ‖W' − W‖ / ‖W‖."""
+    rounding: dict[str, float]
+    """Path -> largest rounding of W' to its storage dtype, relative to the largest entry."""
+    dequantised: list[str]
+    logit_error: float | None = None
+    """Largest difference between the outputs before and after, on the `check` batch."""
+    logit_scale: float | None = None
+    """Largest absolute output before merging."""
+    effect: float | None = None
+    """Largest difference that the adapters make on the `check` batch."""
+
+    def __str__(self) -> str:
+        mean = sum(self.change.values()) / max(1, len(self.change))
+        lines = [f"merged {', '.join(self.adapters)} into {self.n_layers} layers: mean relative change {mean:.2e}, largest rounding {max(self.rounding.values(), default=0):.1e}"]
+        if self.dequantised:
+            lines.append(f"  {len(self.dequantised)} quantised layers are dense now, such as {self.dequantised[0]}")
+        if self.logit_error is not None:
+            lines.append(f"  on the check batch: outputs differ by at most {self.logit_error:.2e} (outputs up to {self.logit_scale:.2e}, adapter effect {self.effect:.2e})")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, check: Any = None) -> MergeReport:
+    """Fold adapters into the weights: W' and b' are read off the pages themselves, run in fp64 on the identity and on zero.
+
+    Args:
+        name: one adapter; None means the active set, with its weights and in its order.
+        dequantize: replace quantised target layers by dense ones. Without it they raise.
+        check: a batch (dict, tuple or tensor); the outputs before and after are compared and reported.
+
+    Returns:
+        A report. Merging what is merged already does nothing and reports no layer.
+
+    Raises:
+        StateError: nothing to merge, another set is merged, or a method is not affine in x.
+        WeightError: a quantised, tied, offloaded or sharded weight. The model is as before.
+    """
+    model = unwrap(model)
+    state = state_of(model)
+    chosen = ((record_of(model, name).name, 1.0),) if name is not None else (state.merged.active if state.merged is not None else state.active)
+    if state.merged is not None:
+        if state.merged.active == chosen:
+            return MergeReport([n for n, _ in chosen], 0, {}, {}, [])
+        raise StateError(f"adapters {[n for n, _ in state.merged.active]} are merged; call ll.unmerge(model) first.")
+    if not chosen:
+        raise StateError("no adapter is active; activate one, or name it: ll.merge(model, name=...).")
+    sites = _mergeable(model, state, chosen, dequantize)
+    before = base = None
+    if check is not None:
+        with active_scope(model, dict(chosen)):
+            before = _outputs(model, check)
+        with active_scope(model, None):
+            base = _outputs(model, check)
+    merged = Merged(chosen)
+    report = MergeReport([n for n, _ in chosen], len(sites), {}, {}, [])
+    try:
+        for path, layer, site in track(sites, "merge"):
+            _merge_layer(model, path, layer, site, chosen, merged, report)
+    except BaseException:
+        _restore(model, merged)
+        raise
+    state.merged, state.active = merged, ()
+    reset_compiled()
+    if before is not None:
+        after = _outputs(model, check)
+        report.logit_error, report.logit_scale, report.effect = _distance(before, after), max(float(t.abs().max()) for t in before), _distance(before, base)  # type: ignore[arg-type]
+    return report
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the original bits back and make the merged adapters active again. Does nothing on a model that is not merged."""
+    model = unwrap(model)
+    state = state_of(model)
+    if state.merged is None:
+        return
+    merged: Merged = state.merged
+    _restore(model, merged)
+    state.merged, state.active = None, merged.active
+    reset_compiled()
+
+
+def merged_weight(layer: nn.Module, path: str, site: Site, chosen: tuple[tuple[str, float], ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """(W, W', b') in fp64 (fp32 where the device has no fp64): F(v) = pages(base(pages_in(v))), b' = F(0), W'ᵀ = F(I) − F(0)."""
+    dtype = torch.float32 if weights.device_of(layer).type == "mps" else torch.float64
+    w = weights.read_weight(layer, path, dtype)
+    b = weights.bias_of(layer)
+    b = None if b is None else b.detach().to(dtype)
+    d_out, d_in = w.shape
+    slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
+    views = [(slot, weight, DenseView(layer, slot, w, b)) for slot, weight in slots]
+
+    def f(x: Tensor) -> Tensor:
+        for slot, weight, view in views:
+            if slot.forward_input is not None:
+                x = blend(x, slot.forward_input(view, x), weight)
+        y = torch.nn.functional.linear(x, w, b)
+        for slot, weight, view in views:
+            if slot.forward is not None:
+                y = blend(y, slot.forward(view, x, y), weight)
+        return y
+
+    zero = f(w.new_zeros(1, d_in))[0]
+    new = torch.empty_like(w)
+    for start in range(0, d_in, COLUMNS):
+        n = min(COLUMNS, d_in - start)
+        eye = w.new_zeros(n, d_in)
+        eye[torch.arange(n), torch.arange(start, start + n)] = 1
+        new[:, start : start + n] = (f(eye) - zero).mT
+    return w, new, zero
+
+
+@torch.no_grad()
+def _merge_layer(model: nn.Module, path: str, layer: nn.Module, site: Site, chosen: tuple[tuple[str, float], ...], merged: Merged, report: MergeReport) -> None:
+    was_training = layer.training
+    layer.eval()
+    try:
+        w, new, bias = merged_weight(layer, path, site, chosen)
+    finally:
+        layer.training = was_training
+    if not (torch.isfinite(new).all() and torch.isfinite(bias).all()):
+        raise StateError(f"{path}: the merged weight is not finite; look at the adapter's tensors with ll.adapter_state_dict.")
+    old_bias = weights.bias_of(layer)
+    dtype = layer.weight.dtype if weights.is_plain(layer) else weights._probe_dtype(layer)
+    stored = new.to(dtype)
+    report.change[path] = float((new - w).norm() / w.norm().clamp_min(1e-30))
+    report.rounding[path] = float((stored.to(new.dtype) - new).abs().max() / new.abs().max().clamp_min(1e-30))
+    needs_bias = old_bias is not None or bool(bias.abs().max() > 0)
+    if not weights.is_plain(layer):
+        dense = nn.Linear(w.shape[1], w.shape[0], bias=needs_bias, device=w.device, dtype=dtype).requires_grad_(False)
+        dense.weight.copy_(stored)
+        if needs_bias:
+            dense.bias.copy_(bias.to(dtype))
+        dense.train(was_training)
+        merged.originals.append(Original(path, module=layer))
+        report.dequantised.append(path)
+        _set_submodule(model, path, dense)
+        return
+    weight = layer.weight
+    original = Original(path, weight.detach().to("cpu", copy=True), None if old_bias is None else old_bias.detach().to("cpu", copy=True), old_bias is not None)
+    merged.originals.append(original)
+    weight.copy_(stored.mT if weights.is_conv1d(layer) else stored)
+    if old_bias is not None:
+        old_bias.copy_(bias.to(old_bias.dtype))
+    elif needs_bias:
+        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, merged: Merged) -> None:
+    for original in reversed(merged.originals):
+        if original.module is not None:
+            _set_submodule(model, original.path, original.module)
+            continue
+        layer = model.get_submodule(original.path)
+        layer.weight.copy_(original.weight)  # type: ignore[operator,union-attr]
+        if original.bias is not None:
+            layer.bias.copy_(original.bias)  # type: ignore[operator,union-attr]
+        elif not original.had_bias and weights.bias_of(layer) is not None:
+            layer.bias = None
+
+
+def _mergeable(model: nn.Module, state: ModelState, chosen: tuple[tuple[str, float], ...], dequantize: bool) -> list[tuple[str, nn.Module, Site]]:
+    for n, _ in chosen:
+        record = state.records[n]
+        if not record.variant.affine or record.variant.site != "linear":
+            raise StateError(
+                f"adapter {n!r}: variant {record.variant.name!r} is not an affine function of its layer's input"
+                f"{' (it edits chosen positions of the residual stream)' if record.variant.site == 'block' else ''}, so no weight can stand for it. Keep it attached."
+            )
+    paths = [p for p in dict.fromkeys(p for n, _ in chosen for p in state.records[n].targets)]
+    sites = [(p, model.get_submodule(p), model.get_submodule(p).__dict__[SITE]) for p in paths]
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        w = module._parameters.get("weight")
+        if w is not None and not w.is_meta:
+            owners.setdefault(w.data_ptr(), []).append(path)
+    for path, layer, _ in sites:
+        w = layer._parameters.get("weight")
+        if not weights.is_plain(layer) and weights.is_quantised(layer) and not dequantize:
+            raise WeightError(f"{path}: the weight of this {type(layer).__name__} is quantised. ll.merge(model, dequantize=True) replaces such layers by dense ones and reports the error.")
+        tied = owners.get(w.data_ptr(), []) if w is not None and not w.is_meta and w.numel() else []
+        if len(tied) > 1:
+            others = [t for t in tied if t != path]
+            raise WeightError(
+                f"{path}: its weight is tied to {others[0]!r}, so merging would change both. Untie them first: set model.config.tie_word_embeddings = False and "
+                "give the layer its own copy (layer.weight = nn.Parameter(layer.weight.clone())), or keep the adapter attached."
+            )
+    return sites
+
+
+def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    if not child:
+        raise LoraLiteError("the model is itself a quantised layer, which cannot be replaced; put it into a container module.")
+    setattr(model.get_submodule(parent), child, module)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    """The floating tensors of the model's output in eval mode."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        out = model(**batch) if isinstance(batch, dict) or hasattr(batch, "keys") else model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+    values = [out] if isinstance(out, Tensor) else list(out.values()) if hasattr(out, "values") else list(out)
+    return [v.detach().float() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,56 @@
+"""Which selection a hook must use, also when gradient checkpointing runs a forward again inside backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..core.errors import SelectionError
+from .state import ModelState
+
+Selection = tuple[tuple[tuple[str, float], ...], "tuple[str | None, ...] | None"]
+
+
+def selection_of(state: ModelState) -> Selection:
+    """(active adapters with weights, one adapter per row or None) for the running forward.
+
+    A recomputation in backward may run after the `with` block of its forward and on another thread: it gets the selection of
+    the checkpointed forward that waits for it. Two such forwards under different selections cannot be told apart, so they raise.
+    """
+    chosen: Selection = (state.active, state.rows)
+    if torch.compiler.is_compiling():
+        return chosen
+    if torch._C._current_graph_task_id() == -1:
+        if in_checkpoint(state):
+            if state.pending_done:
+                state.pending, state.pending_done = [], False
+            if chosen not in state.pending:
+                state.pending.append(chosen)
+        return chosen
+    if len(state.pending) > 1:
+        raise SelectionError(
+            "gradient checkpointing recomputes a forward in backward, but checkpointed forwards ran under several adapter selections "
+            f"({', '.join(_show(s) for s in state.pending)}) and it cannot be told which one this is. "
+            "Call backward before the next forward, run reference passes under torch.no_grad(), or switch gradient checkpointing off."
+        )
+    if not state.pending:
+        return chosen
+    state.pending_done = True
+    return state.pending[0]
+
+
+def in_checkpoint(state: ModelState) -> bool:
+    """Whether a checkpointed region is running forward for the first time."""
+    if torch.is_grad_enabled():
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
+    if state.call_grad:  # the root call had gradients and they are off here: a reentrant checkpoint, or the model's own no_grad
+        state.cut_by_checkpoint = True
+        return True
+    return False
+
+
+def _show(selection: Any) -> str:
+    active, rows = selection
+    return f"rows {list(rows)}" if rows is not None else str([n for n, _ in active] or None)

@@ -1,0 +1,73 @@
+"""Adapter tensors before they are on the model: everything that can fail happens here, so an attach is all or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import AdapterConfig
+from ..core.errors import WeightError
+from . import weights
+from .layer import StagedView, generator_for
+from .plan import make_target
+from .state import Record, Slot, Target
+
+
+class StagedTarget(StagedView):
+    """What `init` and `group_init` see of one target: the layer view plus rank changes. Its tensors move onto the layer at the end."""
+
+    def __init__(self, module: nn.Module, record: Record, target: Target, fill: bool = True) -> None:
+        super().__init__(module, Slot(record, target, {}), {})
+        self._record = record
+        self._fill = fill
+        self.target = target
+        self.device = weights.device_of(module)
+        self._allocate()
+
+    @property
+    def module(self) -> nn.Module:
+        """The bare layer, for calibration hooks."""
+        return self._module
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Short name -> staged tensor."""
+        return self._staged
+
+    def resize(self, **changes: Any) -> None:
+        """Replace fields of this target's config (say `r=4, alpha=8`) and draw its tensors anew."""
+        cfg: AdapterConfig = dataclasses.replace(self.cfg, **changes)
+        self.target = make_target(self.target.path, self.target.d_in, self.target.d_out, cfg, self.target.kind)
+        self._slot = Slot(self._record, self.target, {})
+        self.cfg = cfg
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self._staged.clear()
+        for short, spec in self.target.specs.items():
+            dtype = spec.dtype or self.cfg.torch_dtype
+            if self.device.type == "meta" or not self._fill:
+                self._staged[short] = torch.empty(spec.shape, dtype=dtype, device=self.device)
+                continue
+            t = torch.empty(spec.shape, dtype=torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype)
+            spec.fill(t, generator_for(self.cfg.seed, self.target.path, short))
+            self._staged[short] = t.to(device=self.device, dtype=dtype)
+
+
+def stage(model: nn.Module, record: Record, fill: bool = True) -> list[StagedTarget]:
+    """Unregistered tensors for every target of a record, drawn but not yet initialised by the variant."""
+    whole_on_meta = all(p.is_meta for p in model.parameters())
+    staged = []
+    for target in record.targets.values():
+        module = model.get_submodule(target.path)
+        view = StagedTarget(module, record, target, fill)
+        if view.device.type == "meta" and not whole_on_meta:
+            raise WeightError(
+                f"{target.path}: its weight is on the meta device while others are not (accelerate offload), so the adapter would run on weights that are not there. "
+                "Attach before dispatching the model, or load it without offloading."
+            )
+        staged.append(view)
+    return staged

@@ -1,0 +1,169 @@
+"""What the model remembers of its adapters: plain data on the root module, no references to modules, so it survives deepcopy and pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import AdapterConfig
+from ..core.errors import StateError, did_you_mean
+from ..core.spec import ParamSpec
+from ..core.variant import Variant
+
+STATE, SITE = "_lora_lite_state", "_lora_lite_site"
+DEFAULT = "default"
+
+
+@dataclass
+class Target:
+    """One adapter on one layer: its path, shape, config and tensors."""
+
+    path: str
+    d_in: int
+    d_out: int
+    cfg: AdapterConfig
+    specs: dict[str, ParamSpec]
+    kind: str = "linear"
+    shared: dict[str, str] = field(default_factory=dict)
+    """Short tensor name -> path of the target that owns it, for tensors shared between targets."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """Fingerprint of the base weight."""
+
+
+@dataclass
+class Record:
+    """One named adapter."""
+
+    name: str
+    variant: type[Variant]
+    cfg: AdapterConfig
+    targets: dict[str, Target]
+    trainable: bool = True
+    steps: int = 0
+    """How often its schedule was stepped."""
+    total_steps: int = 0
+    """Length of its schedule."""
+    scheduled: bool = False
+    train_calls: int = 0
+    """Training forwards since the last scheduled step."""
+
+
+class Slot:
+    """One adapter as a layer's hook finds it."""
+
+    __slots__ = ("cfg", "d_in", "d_out", "forward", "forward_input", "keys", "name", "owners", "path")
+
+    def __init__(self, record: Record, target: Target, owners: dict[str, nn.Module]) -> None:
+        self.name, self.path, self.cfg = record.name, target.path, target.cfg
+        self.d_in, self.d_out = target.d_in, target.d_out
+        self.forward, self.forward_input = record.variant.forward, record.variant.forward_input
+        self.keys = {short: stored_name(short, record.name) for short in (*target.specs, *target.shared)}
+        self.owners = owners
+        """Short name -> the layer that owns it, for shared tensors only."""
+
+
+class Site:
+    """All adapters of one layer, in the order in which they were attached. Lives on the layer, outside its submodules."""
+
+    def __init__(self, path: str, kind: str, state: ModelState) -> None:
+        self.path, self.kind, self.state = path, kind, state
+        self.slots: dict[str, Slot] = {}
+        self.has_input = False
+
+
+class ModelState:
+    """All adapters of one model, and which of them act."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self.active: tuple[tuple[str, float], ...] = ()
+        self.rows: tuple[str | None, ...] | None = None
+        self.base_trainable: list[str] = []
+        """Base parameters that required a gradient before the first attach; detach gives it back."""
+        self.merged: Any = None
+        self.batch: int | None = None
+        """Batch size of the running root call."""
+        self.call_grad = False
+        """Whether the running root call was entered with gradients enabled."""
+        self.cut_by_checkpoint = False
+        """A reentrant checkpoint ran in the present root call."""
+        self.prompt: Any = None
+        """Prompt geometry for block sites, see `positions`."""
+        self.pending: list[Any] = []
+        """Selections under which checkpointed forwards ran and wait for their recomputation."""
+        self.pending_done = False
+        self.scope_thread: int | None = None
+        self.scope_depth = 0
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel") and "module" in model._modules:
+            model = model._modules["module"]  # type: ignore[assignment]
+        else:
+            return model
+
+
+def state_of(model: nn.Module, create: bool = False) -> ModelState:
+    """The model's adapter state; raises `StateError` when it has none."""
+    model = unwrap(model)
+    state = model.__dict__.get(STATE)
+    if state is None:
+        if not create:
+            raise StateError("the model has no adapter. Attach one with ll.attach(model, cfg) or ll.load(model, path).")
+        return ModelState()
+    return state
+
+
+def record_of(model: nn.Module, name: str | None = None) -> Record:
+    """The adapter called `name`; None means the only one attached, or the only active one."""
+    state = state_of(model)
+    if name is None:
+        names = list(state.records) if len(state.records) == 1 else [n for n, _ in state.active]
+        if len(names) != 1:
+            raise StateError(f"name the adapter: name=..., one of {list(state.records)}.")
+        name = names[0]
+    if name not in state.records:
+        raise StateError(f"no adapter is called {name!r}.{did_you_mean(name, state.records)} Attached: {list(state.records)}.")
+    return state.records[name]
+
+
+def stored_name(short: str, adapter: str) -> str:
+    """Attribute under which a layer stores an adapter's tensor: `lora_A`, or `lora_A@name` for any but `default`."""
+    return short if adapter == DEFAULT else f"{short}@{adapter}"
+
+
+def tensor_on(module: nn.Module, attribute: str) -> Tensor | None:
+    """A parameter or buffer of this module by its attribute name."""
+    found = module._parameters.get(attribute)
+    return found if found is not None else module._buffers.get(attribute)
+
+
+def owned_tensors(model: nn.Module, record: Record) -> Iterator[tuple[Target, str, nn.Module, Tensor]]:
+    """(target, short name, layer, tensor) of everything an adapter owns, shared tensors once."""
+    model = unwrap(model)
+    for target in record.targets.values():
+        layer = model.get_submodule(target.path)
+        for short in target.specs:
+            tensor = tensor_on(layer, stored_name(short, record.name))
+            if tensor is None:
+                raise StateError(
+                    f"adapter {record.name!r}: {target.path}.{stored_name(short, record.name)} is gone; something replaced the layer "
+                    "or deleted its parameters. Detach and load the adapter again."
+                )
+            yield target, short, layer, tensor
+
+
+def reset_compiled() -> None:
+    """Forget compiled code: torch does not guard on added or removed hooks."""
+    import sys
+
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

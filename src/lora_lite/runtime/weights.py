@@ -1,0 +1,160 @@
+"""What a layer does, as a dense matrix. A plain dense weight is taken as it is; any other is read off what the layer does to the identity."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import WeightError
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COLUMNS = 512  # of the identity, pushed through a layer at a time
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2): a linear layer that stores (nx, nf), known by its attributes."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def dims(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear-like layer, or None when it is not one."""
+    if is_conv1d(module):
+        d_in, d_out = module.weight.shape
+        return int(d_in), int(d_out)
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        d_in, d_out = (getattr(module, n, None) for n in names)
+        if isinstance(d_in, int) and isinstance(d_out, int) and not isinstance(module, (nn.Bilinear, nn.Identity)):
+            return d_in, d_out
+    return None
+
+
+def is_sharded(t: Tensor | None) -> bool:
+    """Whether `t` is a DTensor or a ZeRO-3 parameter; looks only at modules that are already imported."""
+    tensor_module = sys.modules.get("torch.distributed.tensor")
+    return t is not None and (hasattr(t, "ds_id") or (tensor_module is not None and isinstance(t, tensor_module.DTensor)))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether `weight` is an ordinary dense matrix that the layer multiplies with. Decided by the tensor, not the class: torchao keeps nn.Linear."""
+    w = module._parameters.get("weight")
+    if w is None or type(w) not in (nn.Parameter, Tensor) or type(w.data) is not Tensor or w.dtype not in FLOATS:
+        return False
+    size = dims(module)
+    if is_conv1d(module):
+        return tuple(w.shape) == size
+    return type(module).forward is nn.Linear.forward and size is not None and tuple(w.shape) == (size[1], size[0])
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Linear-like, but its weight is packed: no ordinary floating matrix of the right size."""
+    w = getattr(module, "weight", None)
+    size = dims(module)
+    if not isinstance(w, Tensor) or size is None:
+        return True
+    packed_type = type(w) not in (nn.Parameter, Tensor) and not is_sharded(w)
+    return packed_type or w.dtype not in FLOATS or w.numel() != size[0] * size[1]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a layer's first tensor."""
+    for t in (*module.parameters(recurse=False), *module.buffers(recurse=False), *module.parameters(), *module.buffers()):
+        return t.device
+    for value in vars(module).values():  # HQQ keeps its packed weight as a plain attribute
+        if isinstance(value, Tensor):
+            return value.device
+    return torch.device("cpu")
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias, or None."""
+    b = getattr(module, "bias", None)
+    return b if isinstance(b, Tensor) else None
+
+
+@contextmanager
+def without_bias(module: nn.Module) -> Iterator[None]:
+    """Set the bias aside, so that probing a 16-bit layer does not round the weight to the bias's step."""
+    b = bias_of(module)
+    if b is None:
+        yield
+        return
+    owner = module._parameters if "bias" in module._parameters else module._buffers if "bias" in module._buffers else module.__dict__
+    owner["bias"] = None
+    try:
+        yield
+    finally:
+        owner["bias"] = b
+
+
+def _probe_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype in which a non-plain layer takes its input."""
+    for t in (bias_of(module), getattr(module, "weight", None), getattr(module, "scales", None)):
+        if isinstance(t, Tensor) and t.dtype in FLOATS:
+            return t.dtype
+    dtype = getattr(module, "compute_dtype", None)
+    return dtype if dtype in FLOATS else torch.float32
+
+
+@torch.no_grad()
+def apply_linear(module: nn.Module, v: Tensor) -> Tensor:
+    """v Wᵀ through the bare layer, bias set aside. v: (n, d_in) -> (n, d_out) in v's dtype."""
+    with without_bias(module):
+        return module.forward(v.to(_probe_dtype(module))).to(v.dtype)
+
+
+@torch.no_grad()
+def read_weight(module: nn.Module, path: str, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense (d_out, d_in) weight. Plain: the stored tensor (Conv1D: its transposed view), cast when `dtype` is given.
+    Otherwise the layer is applied to the identity, `COLUMNS` columns at a time, in fp32 or better.
+
+    Raises:
+        WeightError: the weight is on the meta device or sharded.
+    """
+    w = getattr(module, "weight", None)
+    if isinstance(w, Tensor) and w.is_meta:
+        raise WeightError(
+            f"{path}: the weight is on the meta device (offloaded by accelerate, or not loaded yet), so it cannot be read. "
+            "Load the model without offloading, e.g. from_pretrained(..., device_map=None), attach, then dispatch it."
+        )
+    if is_sharded(w if isinstance(w, Tensor) else None):
+        raise WeightError(f"{path}: the weight is sharded. Attach before fully_shard / deepspeed.initialize.")
+    if is_plain(module):
+        dense = module.weight.detach()
+        dense = dense.mT if is_conv1d(module) else dense
+        return dense if dtype is None else dense.to(dtype)
+    d_in, d_out = dims(module)  # type: ignore[misc]
+    dtype = dtype or torch.float32
+    out = torch.empty(d_out, d_in, dtype=dtype, device=device_of(module))
+    for start in range(0, d_in, COLUMNS):
+        n = min(COLUMNS, d_in - start)
+        eye = torch.zeros(n, d_in, dtype=torch.promote_types(dtype, torch.float32), device=out.device)
+        eye[torch.arange(n), torch.arange(start, start + n)] = 1
+        out[:, start : start + n] = apply_linear(module, eye).mT.to(dtype)
+    return out
+
+
+@torch.no_grad()
+def fingerprint(module: nn.Module) -> dict[str, object]:
+    """A cheap signature of a base weight: 4 columns x 16 rows of it, its storage dtype, and whether it is quantised."""
+    d_in, d_out = dims(module)  # type: ignore[misc]
+    cols = [((2 * k + 1) * d_in) // 8 for k in range(4)]
+    rows = [((2 * k + 1) * d_out) // 32 for k in range(16)]
+    w = getattr(module, "weight", None)
+    if isinstance(w, Tensor) and (w.is_meta or is_sharded(w)):
+        return {}
+    if is_plain(module):
+        sample = read_weight(module, "")[rows][:, cols]
+    else:
+        eye = torch.zeros(4, d_in, device=device_of(module))
+        eye[range(4), cols] = 1
+        sample = apply_linear(module, eye)[:, rows].mT
+    w_dtype = w.dtype if isinstance(w, Tensor) and w.dtype in FLOATS else torch.float32
+    return {
+        "sample": [float(f"{v:.6g}") for v in sample.float().flatten().tolist()],
+        "dtype": str(w_dtype).removeprefix("torch."),
+        "quantised": is_quantised(module),
+    }

@@ -1,0 +1,3 @@
+"""One file per method; importing one registers it. A new method adds its line here, and nothing else anywhere."""
+
+from .lora import LoRAConfig as LoRAConfig

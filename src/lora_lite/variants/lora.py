@@ -1,0 +1,50 @@
+"""LoRA: y' = y + s (x Aᵀ) Bᵀ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.config import AdapterConfig
+from ..core.registry import register
+from ..core.spec import ParamSpec
+from ..core.variant import Variant
+from ..ops.lowrank import add_lowrank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(AdapterConfig):
+    variant: str = "lora"
+    use_rslora: bool = False
+    """Scale alpha/√r (rsLoRA, arXiv 2312.03732) instead of alpha/r."""
+    lr_ratio_B: float = 1.0
+    """Learning rate of B over that of A in `param_groups` (LoRA+, arXiv 2402.12354; 16 is typical)."""
+    init_A: str = "kaiming"
+    """Start of A, see ParamSpec."""
+
+    @property
+    def scale(self) -> float:
+        return self.effective_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+@register
+class LoRA(Variant):
+    """Low-rank update of a frozen weight.
+
+    y' = y + s (drop(x) Aᵀ) Bᵀ, A (r, d_in), B (d_out, r), s = alpha/r, or alpha/√r with `use_rslora`.
+    A ~ U(±1/√d_in), B = 0, so a fresh adapter adds an exact zero. r(d_in + d_out) parameters.
+    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685.
+    """
+
+    name = "lora"
+    config = LoRAConfig
+    paper = "2106.09685"
+    lr = 1e-3
+    cost = "r(d_in + d_out)"
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
+        return {"lora_A": ParamSpec((cfg.r, d_in), init=cfg.init_A), "lora_B": ParamSpec((d_out, cfg.r), lr_ratio=cfg.lr_ratio_B)}
+
+    @staticmethod
+    def forward(layer, x, y):
+        return add_lowrank(y, layer.cfg.scale * (layer.dropout(x) @ layer.lora_A.mT), layer.lora_B)
