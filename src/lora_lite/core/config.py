@@ -104,8 +104,14 @@ class AdapterConfig:
 
     def patterns(self) -> list[tuple[str, str]]:
         """(field, regular expression) of every pattern; each must match a target or `attach` raises."""
-        names = [("target_names", p) for p in self.target_names or ()] + [("exclude_names", p) for p in self.exclude_names]
-        return names + [("rank_pattern", p) for p in self.rank_pattern] + [("alpha_pattern", p) for p in self.alpha_pattern]
+        names = [("target_names", p) for p in self.target_names or ()] + [
+            ("exclude_names", p) for p in self.exclude_names
+        ]
+        return (
+            names
+            + [("rank_pattern", p) for p in self.rank_pattern]
+            + [("alpha_pattern", p) for p in self.alpha_pattern]
+        )
 
     def for_target(self, path: str, role: str | None = None) -> AdapterConfig:
         """The config as one target sees it: rank and alpha of the last matching pattern."""
@@ -176,7 +182,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise ConfigError(f"{where} must be one of {list(args)}, got {value!r}.{did_you_mean(str(value), map(str, args))}")
+        raise ConfigError(
+            f"{where} must be one of {list(args)}, got {value!r}.{did_you_mean(str(value), map(str, args))}"
+        )
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
             value = (value,) if isinstance(value, (str, int)) else value

@@ -24,7 +24,9 @@ def register(cls: T) -> T:
     """
     name = vars(cls).get("name") or getattr(cls, "name", "")
     if not isinstance(name, str) or not name.isidentifier():
-        raise ConfigError(f"{cls.__name__} needs a class attribute like name = 'myvariant' (letters, digits, underscores).")
+        raise ConfigError(
+            f"{cls.__name__} needs a class attribute like name = 'myvariant' (letters, digits, underscores)."
+        )
     if not callable(getattr(cls, "param_specs", None)):
         raise ConfigError(f"{name}: write a static param_specs(d_in, d_out, cfg) -> dict[str, ParamSpec].")
     if not (callable(getattr(cls, "forward", None)) or callable(getattr(cls, "forward_input", None))):
@@ -51,7 +53,9 @@ def variants() -> list[type[Variant]]:
 def get_variant(name: str) -> type[Variant]:
     """The method called `name`; raises `ConfigError` with the nearest names otherwise."""
     if name not in _TABLE:
-        raise ConfigError(f"no variant is called {name!r}.{did_you_mean(name, _TABLE)} Registered: {', '.join(sorted(_TABLE))}.")
+        raise ConfigError(
+            f"no variant is called {name!r}.{did_you_mean(name, _TABLE)} Registered: {', '.join(sorted(_TABLE))}."
+        )
     return _TABLE[name]
 
 
@@ -62,4 +66,6 @@ def resolve(cfg: AdapterConfig) -> AdapterConfig:
         return cfg
     if type(cfg) is AdapterConfig:
         return variant.config(**cfg.common())
-    raise ConfigError(f"{type(cfg).__name__} is not a config of variant {cfg.variant!r}; use {variant.config.__name__}(...).")
+    raise ConfigError(
+        f"{type(cfg).__name__} is not a config of variant {cfg.variant!r}; use {variant.config.__name__}(...)."
+    )

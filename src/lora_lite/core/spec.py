@@ -57,7 +57,9 @@ class ParamSpec:
         if min(self.shape) < 1:
             raise ConfigError(f"ParamSpec has the empty shape {self.shape}.")
         if isinstance(self.init, str) and self.init.partition(":")[0] not in {*_INITS, "constant"}:
-            raise ConfigError(f"unknown init {self.init!r}; use one of {sorted(_INITS)}, 'normal:STD', 'constant:VALUE' or a callable.")
+            raise ConfigError(
+                f"unknown init {self.init!r}; use one of {sorted(_INITS)}, 'normal:STD', 'constant:VALUE' or a callable."
+            )
 
     @property
     def is_trained(self) -> bool:

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..core.config import AdapterConfig
-from ..core.errors import BaseMismatchError, FileError, LoraLiteError, LoraLiteWarning, StateError, did_you_mean, listing
+from ..core.errors import (
+    BaseMismatchError,
+    FileError,
+    LoraLiteError,
+    LoraLiteWarning,
+    StateError,
+    did_you_mean,
+    listing,
+)
 from ..core.registry import get_variant
 from ..runtime.attach import check_attachable, commit
 from ..runtime.handle import Adapter
@@ -33,7 +41,9 @@ MAX_HEADER = 64 << 20
 BaseCheck = Literal["error", "warn", "ignore"]
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, dtype: torch.dtype | None = None) -> Path:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], name: str | None = None, dtype: torch.dtype | None = None
+) -> Path:
     """Write one adapter to a safetensors file.
 
     Args:
@@ -50,9 +60,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     model = unwrap(model)
     record, state = record_of(model, name), state_of(model)
     if state.merged is not None:
-        raise StateError("the model is merged; call ll.unmerge(model) before ll.save, or save the merged model itself with its own save_pretrained.")
+        raise StateError(
+            "the model is merged; call ll.unmerge(model) before ll.save, or save the merged model itself with its own save_pretrained."
+        )
     if record.variant.on_step is not None and record.steps == 0 and record.train_calls > 0:
-        raise StateError(f"adapter {record.name!r} was trained without its schedule; call ll.schedule(model, optimizer, total_steps) before training.")
+        raise StateError(
+            f"adapter {record.name!r} was trained without its schedule; call ll.schedule(model, optimizer, total_steps) before training."
+        )
     _check_strangers(model)
     path = Path(path)
     if path.is_dir():
@@ -64,7 +78,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
-        raise StateError(f"adapter {record.name!r} has values that are not finite: {listing(bad)}. Training diverged; nothing was written.")
+        raise StateError(
+            f"adapter {record.name!r} has values that are not finite: {listing(bad)}. Training diverged; nothing was written."
+        )
     _write(path, tensors, {"lora_lite": json.dumps(header(record), sort_keys=True), "format": "pt"})
     return path
 
@@ -111,7 +127,9 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     for target, short, _, tensor in owned_tensors(model, record):
         whole = full_tensor(tensor).detach()
         if tuple(whole.shape) != target.specs[short].shape:
-            raise StateError(f"{target.path}.{short} has shape {tuple(whole.shape)} where {target.specs[short].shape} is expected: sharded training left an incomplete tensor; nothing was saved.")
+            raise StateError(
+                f"{target.path}.{short} has shape {tuple(whole.shape)} where {target.specs[short].shape} is expected: sharded training left an incomplete tensor; nothing was saved."
+            )
         found[_key(target, short)] = whole.to("cpu", copy=True).contiguous()
     return found
 
@@ -140,7 +158,14 @@ def header(record: Record) -> dict[str, Any]:
         own = {k: v for k, v in t.cfg.to_dict().items() if v != cfg[k]}
         entry: dict[str, Any] = {"d_in": t.d_in, "d_out": t.d_out, "r": t.cfg.r, "scale": t.cfg.scale, "base": t.base}
         targets[t.path] = entry | ({"config": own} if own else {}) | ({"kind": t.kind} if t.kind != "linear" else {})
-    return {"format": FORMAT, "version": __version__, "requires": [], "config": cfg, "targets": targets, "steps": record.steps}
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "requires": [],
+        "config": cfg,
+        "targets": targets,
+        "steps": record.steps,
+    }
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -152,13 +177,19 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         with path.open("rb") as f:
             (size,) = struct.unpack("<Q", f.read(8))
         if size > MAX_HEADER:
-            raise FileError(f"{path} is not a safetensors file (its header claims {size} bytes). lora_lite reads no pickles: .bin, .pt and .pkl are refused.")
+            raise FileError(
+                f"{path} is not a safetensors file (its header claims {size} bytes). lora_lite reads no pickles: .bin, .pt and .pkl are refused."
+            )
         with safe_open(str(path), "pt") as f:
             meta = f.metadata() or {}
     except (SafetensorError, struct.error) as e:
-        raise FileError(f"{path} is not a readable safetensors file ({e}). lora_lite reads no pickles: .bin, .pt and .pkl are refused.") from None
+        raise FileError(
+            f"{path} is not a readable safetensors file ({e}). lora_lite reads no pickles: .bin, .pt and .pkl are refused."
+        ) from None
     if "lora_lite" not in meta:
-        raise FileError(f"{path} is a safetensors file without a lora_lite header. For PEFT adapters pass the folder that holds adapter_config.json.")
+        raise FileError(
+            f"{path} is a safetensors file without a lora_lite header. For PEFT adapters pass the folder that holds adapter_config.json."
+        )
     try:
         head = json.loads(meta["lora_lite"])
     except (json.JSONDecodeError, RecursionError) as e:
@@ -166,7 +197,9 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(head, dict) or not isinstance(head.get("format"), int):
         raise FileError(f"{path}: the header names no format number.")
     if head["format"] > FORMAT or head.get("requires"):
-        raise FileError(f"{path} was written by lora_lite {head.get('version')} and needs a newer version than {__version__} (format {head['format']}, requires {head.get('requires')}).")
+        raise FileError(
+            f"{path} was written by lora_lite {head.get('version')} and needs a newer version than {__version__} (format {head['format']}, requires {head.get('requires')})."
+        )
     if not isinstance(head.get("config"), dict) or not isinstance(head.get("targets"), dict) or not head["targets"]:
         raise FileError(f"{path}: the header has no config or no targets.")
     return head
@@ -197,7 +230,9 @@ def config_from_header(head: dict[str, Any], where: str) -> AdapterConfig:
     except (TypeError, ValueError, OverflowError) as e:
         raise FileError(f"{where}: the config is malformed ({e}).") from None
     if unknown:
-        warnings.warn(f"{where}: ignored config keys of a newer version: {', '.join(unknown)}", LoraLiteWarning, stacklevel=3)
+        warnings.warn(
+            f"{where}: ignored config keys of a newer version: {', '.join(unknown)}", LoraLiteWarning, stacklevel=3
+        )
     return cfg
 
 
@@ -209,9 +244,20 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
     targets: dict[str, Target] = {}
     for path, entry in head["targets"].items():
         if path not in modules:
-            raise FileError(f"{where}: the model has no module {path!r}.{did_you_mean(path, modules)} The adapter belongs to another architecture or to a model with another prefix.")
+            raise FileError(
+                f"{where}: the model has no module {path!r}.{did_you_mean(path, modules)} The adapter belongs to another architecture or to a model with another prefix."
+            )
         try:
-            own = variant.config.from_dict({**cfg.to_dict(), **{k: v for k, v in entry.get("config", {}).items() if k in {f.name for f in dataclasses.fields(cfg)}}})
+            own = variant.config.from_dict(
+                {
+                    **cfg.to_dict(),
+                    **{
+                        k: v
+                        for k, v in entry.get("config", {}).items()
+                        if k in {f.name for f in dataclasses.fields(cfg)}
+                    },
+                }
+            )
             target = make_target(path, int(entry["d_in"]), int(entry["d_out"]), own, str(entry.get("kind", "linear")))
         except LoraLiteError as e:
             raise FileError(f"{where}: {e}") from None
@@ -219,14 +265,26 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
             raise FileError(f"{where}: the entry of target {path!r} is malformed ({e!r}).") from None
         size = dims(modules[path])
         if target.kind == "linear" and size != (target.d_in, target.d_out):
-            raise FileError(f"{where}: {path} is {size[0]}->{size[1]} in this model and {target.d_in}->{target.d_out} in the file." if size else f"{where}: {path} is not a linear layer in this model.")
+            raise FileError(
+                f"{where}: {path} is {size[0]}->{size[1]} in this model and {target.d_in}->{target.d_out} in the file."
+                if size
+                else f"{where}: {path} is not a linear layer in this model."
+            )
         targets[path] = target
     if variant.shared_specs is not None:
         add_shared(list(targets.values()), cfg)
     return Record(name, variant, cfg, targets, steps=int(head.get("steps") or 0))
 
 
-def _install(model: nn.Module, record: Record, head: dict[str, Any], tensors: dict[str, Tensor], trainable: bool, base_check: str, where: str) -> Adapter:
+def _install(
+    model: nn.Module,
+    record: Record,
+    head: dict[str, Any],
+    tensors: dict[str, Tensor],
+    trainable: bool,
+    base_check: str,
+    where: str,
+) -> Adapter:
     expected = {_key(t, short): spec for t in record.targets.values() for short, spec in t.specs.items()}
     _check_keys(expected, tensors, where)
     if base_check != "ignore":
@@ -245,7 +303,9 @@ def _check_keys(expected: dict[str, Any], got: dict[str, Tensor], where: str) ->
     missing, extra = [k for k in expected if k not in got], [k for k in got if k not in expected]
     if missing or extra:
         hint = did_you_mean(missing[0], extra) if missing and extra else ""
-        parts = [f"{len(missing)} tensors are missing: {listing(missing)}."] * bool(missing) + [f"{len(extra)} are unexpected: {listing(extra)}."] * bool(extra)
+        parts = [f"{len(missing)} tensors are missing: {listing(missing)}."] * bool(missing) + [
+            f"{len(extra)} are unexpected: {listing(extra)}."
+        ] * bool(extra)
         raise FileError(f"{where}: {' '.join(parts)}{hint}")
     for key, want in expected.items():
         if tuple(want.shape) != tuple(got[key].shape):
@@ -262,12 +322,18 @@ def _check_base(model: nn.Module, record: Record, head: dict[str, Any], base_che
         if not new:
             continue
         a, b = torch.tensor([float(v) for v in old["sample"]]), torch.tensor(new["sample"])
-        rounding = max({"bfloat16": 2**-7, "float16": 2**-9}.get(str(d), 2**-18) for d in (old.get("dtype"), new["dtype"]))
+        rounding = max(
+            {"bfloat16": 2**-7, "float16": 2**-9}.get(str(d), 2**-18) for d in (old.get("dtype"), new["dtype"])
+        )
         quantised = bool(old.get("quantised")) or bool(new["quantised"])
         error = float((a - b).norm() / a.norm().clamp_min(1e-30)) if a.shape == b.shape else float("inf")
         if error <= (0.5 if quantised else rounding):
             if quantised and error > rounding:
-                warnings.warn(f"{where}: the base of {target.path} is quantised differently (sampled weights differ by {error:.1%}); outputs will differ slightly.", LoraLiteWarning, stacklevel=4)
+                warnings.warn(
+                    f"{where}: the base of {target.path} is quantised differently (sampled weights differ by {error:.1%}); outputs will differ slightly.",
+                    LoraLiteWarning,
+                    stacklevel=4,
+                )
                 return
             continue
         text = f"{where}: the adapter was trained on other base weights: at {target.path} sampled weights differ by {error:.1%}. Load the base it was trained on, or pass base_check='warn' if you mean it."
@@ -282,7 +348,9 @@ def _check_strangers(model: nn.Module) -> None:
     own = {id(t) for r in state_of(model).records.values() for _, _, _, t in owned_tensors(model, r)}
     strangers = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if strangers:
-        raise StateError(f"{len(strangers)} trainable parameters belong to no adapter and would not be saved: {listing(strangers)}. Freeze them (requires_grad_(False)), or save them yourself first.")
+        raise StateError(
+            f"{len(strangers)} trainable parameters belong to no adapter and would not be saved: {listing(strangers)}. Freeze them (requires_grad_(False)), or save them yourself first."
+        )
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -292,7 +360,11 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     try:
         save_file(tensors, temp, metadata)
         with safe_open(temp, "pt") as f:
-            if set(f.keys()) != set(tensors) or f.metadata() != metadata or any(not torch.equal(f.get_tensor(k), t) for k, t in tensors.items()):
+            if (
+                set(f.keys()) != set(tensors)
+                or f.metadata() != metadata
+                or any(not torch.equal(f.get_tensor(k), t) for k, t in tensors.items())
+            ):
                 raise FileError(f"{path}: what was written does not read back; is the disk full?")
         with open(temp, "rb") as f:
             os.fsync(f.fileno())

@@ -18,7 +18,21 @@ from .hooks import post_hook, pre_hook, root_post_hook, root_pre_hook
 from .plan import Plan, plan
 from .progress import track
 from .staging import StagedTarget, stage
-from .state import DEFAULT, SITE, STATE, ModelState, Record, Site, Slot, record_of, reset_compiled, state_of, stored_name, tensor_on, unwrap
+from .state import (
+    DEFAULT,
+    SITE,
+    STATE,
+    ModelState,
+    Record,
+    Site,
+    Slot,
+    record_of,
+    reset_compiled,
+    state_of,
+    stored_name,
+    tensor_on,
+    unwrap,
+)
 
 HOOKS: dict[str, Callable[..., Any]] = {"_forward_pre_hooks": pre_hook, "_forward_hooks": post_hook}
 ROOT_HOOKS: dict[str, Callable[..., Any]] = {"_forward_pre_hooks": root_pre_hook, "_forward_hooks": root_post_hook}
@@ -45,7 +59,9 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, n
     the_plan = plan(model, cfg)
     cfg, variant = the_plan.cfg, get_variant(the_plan.cfg.variant)
     if variant.needs_data and calibration_data is None:
-        raise ConfigError(f"variant {variant.name!r} starts from data: ll.attach(model, cfg, calibration_data=batches).")
+        raise ConfigError(
+            f"variant {variant.name!r} starts from data: ll.attach(model, cfg, calibration_data=batches)."
+        )
     if calibration_data is not None and variant.group_init is None:
         raise ConfigError(f"variant {variant.name!r} uses no calibration data; leave calibration_data out.")
     if variant.needs_weight:
@@ -73,7 +89,11 @@ def check_attachable(model: nn.Module, name: str) -> None:
         raise StateError(f"an adapter's name consists of letters, digits, '_' and '-'; got {name!r}.")
     wrapper = type(model).__name__
     sharded = [n for n, p in model.named_parameters() if weights.is_sharded(p)]
-    if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel") or sharded or any(type(m).__name__.startswith("FSDP") for m in model.modules()):
+    if (
+        wrapper in ("DistributedDataParallel", "FullyShardedDataParallel")
+        or sharded
+        or any(type(m).__name__.startswith("FSDP") for m in model.modules())
+    ):
         raise StateError(
             f"the model is already {'wrapped in ' + wrapper if not sharded else 'sharded (' + sharded[0] + ')'}; adapters added now would not be synchronised between ranks. "
             "Attach first, then call fully_shard / DistributedDataParallel / deepspeed.initialize."
@@ -113,7 +133,9 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
         for short in view.tensors:
             attribute = stored_name(short, record.name)
             if tensor_on(view.module, attribute) is not None or hasattr(type(view.module), attribute):
-                raise StateError(f"{view.target.path} has an attribute {attribute!r} of its own; choose another adapter name.")
+                raise StateError(
+                    f"{view.target.path} has an attribute {attribute!r} of its own; choose another adapter name."
+                )
     owners = {view.target.path: view.module for view in staged}
     frozen = [n for n, p in model.named_parameters() if p.requires_grad and not _is_adapter_parameter(state, n)]
 
@@ -157,7 +179,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if state.merged is not None:
         raise StateError("the model is merged; call ll.unmerge(model) before ll.detach(model).")
     if any(weights.is_sharded(p) for p in model.parameters()):
-        raise StateError("the model is sharded, and the sharding owns the adapter's tensors. Save the adapter, and load it into a fresh model instead.")
+        raise StateError(
+            "the model is sharded, and the sharding owns the adapter's tensors. Save the adapter, and load it into a fresh model instead."
+        )
     names = list(state.records) if name is None else [record_of(model, name).name]
     for record in (state.records.pop(n) for n in names):
         for target in record.targets.values():
@@ -196,7 +220,9 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     for path, target in record.targets.items():
         site = model.get_submodule(path).__dict__[SITE]
         owners = site.slots[old].owners
-        site.slots = {(new if n == old else n): (Slot(record, target, owners) if n == old else s) for n, s in site.slots.items()}
+        site.slots = {
+            (new if n == old else n): (Slot(record, target, owners) if n == old else s) for n, s in site.slots.items()
+        }
     state.records = {(new if n == old else n): r for n, r in state.records.items()}
     state.active = tuple((new if n == old else n, w) for n, w in state.active)
     reset_compiled()
@@ -204,7 +230,10 @@ def rename(model: nn.Module, old: str, new: str) -> None:
 
 def _is_adapter_parameter(state: ModelState, name: str) -> bool:
     path, _, attribute = name.rpartition(".")
-    return any(path in r.targets and attribute in {stored_name(s, r.name) for s in r.targets[path].specs} for r in state.records.values())
+    return any(
+        path in r.targets and attribute in {stored_name(s, r.name) for s in r.targets[path].specs}
+        for r in state.records.values()
+    )
 
 
 def _remove_hooks(module: nn.Module, hooks: dict[str, Callable[..., Any]]) -> None:
@@ -214,5 +243,3 @@ def _remove_hooks(module: nn.Module, hooks: dict[str, Callable[..., Any]]) -> No
             del table[key]
             for extra in ("_with_kwargs", "_always_called"):
                 getattr(module, table_name + extra, {}).pop(key, None)
-
-

@@ -54,7 +54,9 @@ class Targets(list[StagedTarget]):
         def visit(view: StagedTarget, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
             first = last["path"] if last["x"] is x else view.path
             if leader.setdefault(view.path, first) != first:
-                raise StateError(f"{view.path}: shared its input with another layer in one batch and not in the next; calibrate with batches of one kind.")
+                raise StateError(
+                    f"{view.path}: shared its input with another layer in one batch and not in the next; calibrate with batches of one kind."
+                )
             last.update(x=x, path=first)
             if first == view.path:
                 tokens = _tokens(x, mask).float()
@@ -105,7 +107,9 @@ class Targets(list[StagedTarget]):
                 out = self._run(batch, visit)
                 value = loss(out) if loss is not None else getattr(out, "loss", None)
                 if not isinstance(value, Tensor):
-                    raise ConfigError("the gradient needs a loss: put labels into the calibration batches, so that the model's output has .loss.")
+                    raise ConfigError(
+                        "the gradient needs a loss: put labels into the calibration batches, so that the model's output has .loss."
+                    )
                 torch.autograd.backward(value)
                 count += 1
         self._check_seen(sums)
@@ -135,7 +139,9 @@ class Targets(list[StagedTarget]):
     def _check_seen(self, found: Mapping[str, Any]) -> None:
         missing = [v.path for v in self if v.path not in found]
         if missing:
-            raise StateError(f"the calibration data never reached {missing[0]!r} and {len(missing) - 1} more targets; add them to exclude_names.")
+            raise StateError(
+                f"the calibration data never reached {missing[0]!r} and {len(missing) - 1} more targets; add them to exclude_names."
+            )
 
 
 @contextmanager

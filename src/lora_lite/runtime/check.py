@@ -49,8 +49,12 @@ def check(model: nn.Module) -> CheckReport:
         own = {path: gs for path, gs in grads.items() if gs}
         dead = [path for path, gs in own.items() if all(g is None for g in gs)]
         if len(dead) == len(own):
-            why = "it is not active" if record.name not in active else "backward did not run, or zero_grad() ran already"
-            raise StateError(f"adapter {record.name!r}: no target has a gradient ({why}). Call ll.check(model) between loss.backward() and zero_grad().")
+            why = (
+                "it is not active" if record.name not in active else "backward did not run, or zero_grad() ran already"
+            )
+            raise StateError(
+                f"adapter {record.name!r}: no target has a gradient ({why}). Call ll.check(model) between loss.backward() and zero_grad()."
+            )
         if dead:
             raise StateError(
                 f"adapter {record.name!r}: {len(dead)} of {len(own)} targets got no gradient: {listing(dead)}. They were not called as modules, or their output is not used; add them to exclude_names."

@@ -83,7 +83,11 @@ class Adapter:
 
     def __repr__(self) -> str:
         head = f"adapter {self.name!r}: {'active' if self.active else 'inactive'}, {'trainable' if self.trainable else 'frozen'}"
-        body = str(self._plan) if self._plan is not None else f"{self.cfg.variant} on {len(self.targets)} targets, {self.num_parameters():,} trained parameters"
+        body = (
+            str(self._plan)
+            if self._plan is not None
+            else f"{self.cfg.variant} on {len(self.targets)} targets, {self.num_parameters():,} trained parameters"
+        )
         return f"{head}\n{body}"
 
 

@@ -15,7 +15,9 @@ from .rows import blend, row_groups
 from .state import SITE, STATE, ModelState, Site, Slot
 
 
-def pre_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def pre_hook(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """x -> every active `forward_input`, in attach order."""
     site: Site = layer.__dict__[SITE]
     if not site.has_input:
@@ -50,7 +52,14 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
-def run(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, active: tuple[tuple[str, float], ...], rows: tuple[str | None, ...] | None) -> Tensor:
+def run(
+    layer: nn.Module,
+    site: Site,
+    x: Tensor,
+    y: Tensor | None,
+    active: tuple[tuple[str, float], ...],
+    rows: tuple[str | None, ...] | None,
+) -> Tensor:
     """The page of every selected adapter on this layer. y None: the input side."""
     value = x if y is None else y
     if y is not None and x.dtype != y.dtype and x.is_floating_point():
@@ -59,7 +68,11 @@ def run(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, active: tuple
         for name, weight in active:
             slot = site.slots.get(name)
             if slot is not None:
-                value = blend(value, apply_page(layer, slot, x if y is not None else value, value if y is not None else None), weight)
+                value = blend(
+                    value,
+                    apply_page(layer, slot, x if y is not None else value, value if y is not None else None),
+                    weight,
+                )
         return value
     for name, index in row_groups(site, rows, x):
         slot = site.slots[name]

@@ -36,7 +36,9 @@ class LayerView:
     def __getattr__(self, name: str) -> Tensor:
         # reached only for names that are not the view's own
         if not name.startswith("lora_"):
-            raise AttributeError(f"a layer view has no {name!r}; it offers lora_*, weight, bias, cfg, in_features, out_features, base(v), project(v), dropout(x), master(name)")
+            raise AttributeError(
+                f"a layer view has no {name!r}; it offers lora_*, weight, bias, cfg, in_features, out_features, base(v), project(v), dropout(x), master(name)"
+            )
         tensor = self.master(name)
         if self._dtype is None or tensor.dtype == self._dtype or not tensor.is_floating_point():
             return tensor
@@ -47,11 +49,15 @@ class LayerView:
         slot = self._slot
         attribute = slot.keys.get(name)
         if attribute is None:
-            raise AttributeError(f"adapter {slot.name!r} on {slot.path}: param_specs declares no {name!r}; it declares {sorted(slot.keys)}")
+            raise AttributeError(
+                f"adapter {slot.name!r} on {slot.path}: param_specs declares no {name!r}; it declares {sorted(slot.keys)}"
+            )
         module = slot.owners[name] if name in slot.owners else self._module
         tensor = tensor_on(module, attribute)
         if tensor is None:
-            raise StateError(f"adapter {slot.name!r}: {slot.path}.{attribute} is gone; detach and load the adapter again.")
+            raise StateError(
+                f"adapter {slot.name!r}: {slot.path}.{attribute} is gone; detach and load the adapter again."
+            )
         return tensor
 
     def tiny(self, name: str) -> Tensor:
@@ -139,7 +145,9 @@ class StagedView(LayerView):
             return
         own = self.master(name)
         if tuple(value.shape) != tuple(own.shape):
-            raise StateError(f"{self.path}.{name}: init wrote shape {tuple(value.shape)}, param_specs declares {tuple(own.shape)}.")
+            raise StateError(
+                f"{self.path}.{name}: init wrote shape {tuple(value.shape)}, param_specs declares {tuple(own.shape)}."
+            )
         with torch.no_grad():
             own.copy_(value)
 

@@ -60,11 +60,15 @@ class MergeReport:
 
     def __str__(self) -> str:
         mean = sum(self.change.values()) / max(1, len(self.change))
-        lines = [f"merged {', '.join(self.adapters)} into {self.n_layers} layers: mean relative change {mean:.2e}, largest rounding {max(self.rounding.values(), default=0):.1e}"]
+        lines = [
+            f"merged {', '.join(self.adapters)} into {self.n_layers} layers: mean relative change {mean:.2e}, largest rounding {max(self.rounding.values(), default=0):.1e}"
+        ]
         if self.dequantised:
             lines.append(f"  {len(self.dequantised)} quantised layers are dense now, such as {self.dequantised[0]}")
         if self.logit_error is not None:
-            lines.append(f"  on the check batch: outputs differ by at most {self.logit_error:.2e} (outputs up to {self.logit_scale:.2e}, adapter effect {self.effect:.2e})")
+            lines.append(
+                f"  on the check batch: outputs differ by at most {self.logit_error:.2e} (outputs up to {self.logit_scale:.2e}, adapter effect {self.effect:.2e})"
+            )
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -87,7 +91,11 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
     """
     model = unwrap(model)
     state = state_of(model)
-    chosen = ((record_of(model, name).name, 1.0),) if name is not None else (state.merged.active if state.merged is not None else state.active)
+    chosen = (
+        ((record_of(model, name).name, 1.0),)
+        if name is not None
+        else (state.merged.active if state.merged is not None else state.active)
+    )
     if state.merged is not None:
         if state.merged.active == chosen:
             return MergeReport([n for n, _ in chosen], 0, {}, {}, [])
@@ -113,7 +121,11 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
     reset_compiled()
     if before is not None:
         after = _outputs(model, check)
-        report.logit_error, report.logit_scale, report.effect = _distance(before, after), max(float(t.abs().max()) for t in before), _distance(before, base)  # type: ignore[arg-type]
+        report.logit_error, report.logit_scale, report.effect = (
+            _distance(before, after),
+            max(float(t.abs().max()) for t in before),
+            _distance(before, base),
+        )  # type: ignore[arg-type]
     return report
 
 
@@ -129,7 +141,9 @@ def unmerge(model: nn.Module) -> None:
     reset_compiled()
 
 
-def merged_weight(layer: nn.Module, path: str, site: Site, chosen: tuple[tuple[str, float], ...]) -> tuple[Tensor, Tensor, Tensor]:
+def merged_weight(
+    layer: nn.Module, path: str, site: Site, chosen: tuple[tuple[str, float], ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """(W, W', b') in fp64 (fp32 where the device has no fp64): F(v) = pages(base(pages_in(v))), b' = F(0), W'ᵀ = F(I) − F(0)."""
     dtype = torch.float32 if weights.device_of(layer).type == "mps" else torch.float64
     w = weights.read_weight(layer, path, dtype)
@@ -160,7 +174,15 @@ def merged_weight(layer: nn.Module, path: str, site: Site, chosen: tuple[tuple[s
 
 
 @torch.no_grad()
-def _merge_layer(model: nn.Module, path: str, layer: nn.Module, site: Site, chosen: tuple[tuple[str, float], ...], merged: Merged, report: MergeReport) -> None:
+def _merge_layer(
+    model: nn.Module,
+    path: str,
+    layer: nn.Module,
+    site: Site,
+    chosen: tuple[tuple[str, float], ...],
+    merged: Merged,
+    report: MergeReport,
+) -> None:
     was_training = layer.training
     layer.eval()
     try:
@@ -168,7 +190,9 @@ def _merge_layer(model: nn.Module, path: str, layer: nn.Module, site: Site, chos
     finally:
         layer.training = was_training
     if not (torch.isfinite(new).all() and torch.isfinite(bias).all()):
-        raise StateError(f"{path}: the merged weight is not finite; look at the adapter's tensors with ll.adapter_state_dict.")
+        raise StateError(
+            f"{path}: the merged weight is not finite; look at the adapter's tensors with ll.adapter_state_dict."
+        )
     old_bias = weights.bias_of(layer)
     dtype = layer.weight.dtype if weights.is_plain(layer) else weights._probe_dtype(layer)
     stored = new.to(dtype)
@@ -186,7 +210,12 @@ def _merge_layer(model: nn.Module, path: str, layer: nn.Module, site: Site, chos
         _set_submodule(model, path, dense)
         return
     weight = layer.weight
-    original = Original(path, weight.detach().to("cpu", copy=True), None if old_bias is None else old_bias.detach().to("cpu", copy=True), old_bias is not None)
+    original = Original(
+        path,
+        weight.detach().to("cpu", copy=True),
+        None if old_bias is None else old_bias.detach().to("cpu", copy=True),
+        old_bias is not None,
+    )
     merged.originals.append(original)
     weight.copy_(stored.mT if weights.is_conv1d(layer) else stored)
     if old_bias is not None:
@@ -209,7 +238,9 @@ def _restore(model: nn.Module, merged: Merged) -> None:
             layer.bias = None
 
 
-def _mergeable(model: nn.Module, state: ModelState, chosen: tuple[tuple[str, float], ...], dequantize: bool) -> list[tuple[str, nn.Module, Site]]:
+def _mergeable(
+    model: nn.Module, state: ModelState, chosen: tuple[tuple[str, float], ...], dequantize: bool
+) -> list[tuple[str, nn.Module, Site]]:
     for n, _ in chosen:
         record = state.records[n]
         if not record.variant.affine or record.variant.site != "linear":
@@ -227,7 +258,9 @@ def _mergeable(model: nn.Module, state: ModelState, chosen: tuple[tuple[str, flo
     for path, layer, _ in sites:
         w = layer._parameters.get("weight")
         if not weights.is_plain(layer) and weights.is_quantised(layer) and not dequantize:
-            raise WeightError(f"{path}: the weight of this {type(layer).__name__} is quantised. ll.merge(model, dequantize=True) replaces such layers by dense ones and reports the error.")
+            raise WeightError(
+                f"{path}: the weight of this {type(layer).__name__} is quantised. ll.merge(model, dequantize=True) replaces such layers by dense ones and reports the error."
+            )
         tied = owners.get(w.data_ptr(), []) if w is not None and not w.is_meta and w.numel() else []
         if len(tied) > 1:
             others = [t for t in tied if t != path]
@@ -241,7 +274,9 @@ def _mergeable(model: nn.Module, state: ModelState, chosen: tuple[tuple[str, flo
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, child = path.rpartition(".")
     if not child:
-        raise LoraLiteError("the model is itself a quantised layer, which cannot be replaced; put it into a container module.")
+        raise LoraLiteError(
+            "the model is itself a quantised layer, which cannot be replaced; put it into a container module."
+        )
     setattr(model.get_submodule(parent), child, module)
 
 
@@ -251,7 +286,13 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        out = model(**batch) if isinstance(batch, dict) or hasattr(batch, "keys") else model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+        out = (
+            model(**batch)
+            if isinstance(batch, dict) or hasattr(batch, "keys")
+            else model(*batch)
+            if isinstance(batch, (tuple, list))
+            else model(batch)
+        )
     finally:
         for m, mode in modes.items():
             m.training = mode

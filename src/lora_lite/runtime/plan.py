@@ -56,16 +56,26 @@ class Plan:
         """(path with `*` for the block index, role, count, d_in, d_out, dtype, parameters) of like targets."""
         table: dict[tuple[str, str, int, int, str], list[int]] = {}
         for t, (_, role, layer, dtype, quantised) in zip(self.targets, self.rows, strict=True):
-            path = t.path if layer is None else ".".join("*" if part == str(layer) else part for part in t.path.split("."))
+            path = (
+                t.path if layer is None else ".".join("*" if part == str(layer) else part for part in t.path.split("."))
+            )
             entry = table.setdefault((path, role, t.d_in, t.d_out, dtype + (" quantised" if quantised else "")), [0, 0])
             entry[0] += 1
             entry[1] += sum(math.prod(s.shape) for s in t.specs.values() if s.is_trained)
-        return [(path, role, n, d_in, d_out, dtype, params) for (path, role, d_in, d_out, dtype), (n, params) in table.items()]
+        return [
+            (path, role, n, d_in, d_out, dtype, params)
+            for (path, role, d_in, d_out, dtype), (n, params) in table.items()
+        ]
 
     def __str__(self) -> str:
-        lines = [f"{self.cfg.variant}: {len(self.targets)} targets, {self.trainable:,} trained of {self.base_params:,} parameters ({self.trainable / max(1, self.base_params):.3%})"]
+        lines = [
+            f"{self.cfg.variant}: {len(self.targets)} targets, {self.trainable:,} trained of {self.base_params:,} parameters ({self.trainable / max(1, self.base_params):.3%})"
+        ]
         rows = [("target", "role", "n", "shape", "dtype", "trained")]
-        rows += [(path or "(the model)", role, str(n), f"{d_in}->{d_out}", dtype, f"{params:,}") for path, role, n, d_in, d_out, dtype, params in self.groups()]
+        rows += [
+            (path or "(the model)", role, str(n), f"{d_in}->{d_out}", dtype, f"{params:,}")
+            for path, role, n, d_in, d_out, dtype, params in self.groups()
+        ]
         widths = [max(len(r[i]) for r in rows) for i in range(6)]
         lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"  {pattern}: {n} targets" for pattern, n in self.hits.items()]
@@ -95,11 +105,28 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     for site in chosen:
         _check_site(site, structure)
     hits |= _hits(cfg, None, chosen, "targets")
-    targets = [make_target(s.path, s.d_in, s.d_out, cfg.for_target(s.path, s.role), "block" if variant.site == "block" else "linear") for s in chosen]
+    targets = [
+        make_target(
+            s.path, s.d_in, s.d_out, cfg.for_target(s.path, s.role), "block" if variant.site == "block" else "linear"
+        )
+        for s in chosen
+    ]
     if variant.shared_specs is not None:
         add_shared(targets, cfg)
-    rows = [(type(s.module).__name__, s.role, s.layer, _dtype_name(s.module), variant.site == "linear" and weights.is_quantised(s.module)) for s in chosen]
-    unadapted += [(path, f"bare parameter of shape {'x'.join(map(str, shape))}, not a linear layer") for path, shape in structure.raw]
+    rows = [
+        (
+            type(s.module).__name__,
+            s.role,
+            s.layer,
+            _dtype_name(s.module),
+            variant.site == "linear" and weights.is_quantised(s.module),
+        )
+        for s in chosen
+    ]
+    unadapted += [
+        (path, f"bare parameter of shape {'x'.join(map(str, shape))}, not a linear layer")
+        for path, shape in structure.raw
+    ]
     return Plan(cfg, targets, hits, unadapted, sum(_numel(p) for p in _base_parameters(model)), rows)
 
 
@@ -111,7 +138,9 @@ def _hits(cfg: AdapterConfig, fields: tuple[str, ...] | None, sites: list[Site],
         if (name in fields) if fields is not None else (name not in names):
             hits[f"{name} {pattern!r}"] = n = sum(matches(pattern, s.path) for s in sites)
             if n == 0:
-                raise TargetError(f"{name}: {pattern!r} matches none of the {len(sites)} {what}.{did_you_mean(pattern, _tails(sites))} ll.plan(model, ll.{type(cfg).__name__}()) shows all of them.")
+                raise TargetError(
+                    f"{name}: {pattern!r} matches none of the {len(sites)} {what}.{did_you_mean(pattern, _tails(sites))} ll.plan(model, ll.{type(cfg).__name__}()) shows all of them."
+                )
     return hits
 
 
@@ -140,8 +169,14 @@ def select(sites: list[Site], structure: Structure, cfg: AdapterConfig) -> tuple
             chosen.append(s)
     if not chosen:
         why = Counter(reason for _, reason in left)
-        cure = "Print ll.plan(model, ll.AdapterConfig()) to see names and roles." if left else "lora_lite adapts linear-like layers; this model has none."
-        raise TargetError(f"the config chooses none of the model's {len(sites)} layers ({', '.join(f'{n} {r}' for r, n in why.most_common(3)) or 'none found'}). {cure}")
+        cure = (
+            "Print ll.plan(model, ll.AdapterConfig()) to see names and roles."
+            if left
+            else "lora_lite adapts linear-like layers; this model has none."
+        )
+        raise TargetError(
+            f"the config chooses none of the model's {len(sites)} layers ({', '.join(f'{n} {r}' for r, n in why.most_common(3)) or 'none found'}). {cure}"
+        )
     return chosen, left
 
 
@@ -154,7 +189,9 @@ def make_target(path: str, d_in: int, d_out: int, cfg: AdapterConfig, kind: str 
         raise type(e)(f"{path}: {e}") from None
     for short in specs:
         if not short.startswith("lora_") or "@" in short or "." in short:
-            raise TargetError(f"{variant.name}.param_specs names a tensor {short!r}; names begin with 'lora_' and hold neither '@' nor '.'.")
+            raise TargetError(
+                f"{variant.name}.param_specs names a tensor {short!r}; names begin with 'lora_' and hold neither '@' nor '.'."
+            )
     return Target(path, d_in, d_out, cfg, dict(specs), kind)
 
 
@@ -168,10 +205,14 @@ def add_shared(targets: list[Target], cfg: AdapterConfig) -> None:
 
 def _check_site(site: Site, structure: Structure) -> None:
     if site.uncalled:
-        raise TargetError(f"{site.path} is never called as a module ({site.uncalled}), so an adapter there would do nothing. Add it to exclude_names.")
+        raise TargetError(
+            f"{site.path} is never called as a module ({site.uncalled}), so an adapter there would do nothing. Add it to exclude_names."
+        )
     paths = structure.aliases.get(id(site.module))
     if paths:
-        raise TargetError(f"one module has {len(paths)} paths ({listing(paths)}); an adapter on it would act at all of them. Add it to exclude_names, or give the model two modules.")
+        raise TargetError(
+            f"one module has {len(paths)} paths ({listing(paths)}); an adapter on it would act at all of them. Add it to exclude_names, or give the model two modules."
+        )
 
 
 def _layer_set(cfg: AdapterConfig, structure: Structure, sites: list[Site]) -> set[int] | None:
@@ -182,13 +223,19 @@ def _layer_set(cfg: AdapterConfig, structure: Structure, sites: list[Site]) -> s
     wanted = {i + n if i < 0 else i for i in cfg.layers}
     if not there or wanted - there:
         missing = sorted(wanted - there)
-        raise TargetError(f"layers: the model has no block {missing or list(cfg.layers)}; it has {n} blocks, 0 to {n - 1}." if there else "layers: the model has no stack of blocks to count; use target_names.")
+        raise TargetError(
+            f"layers: the model has no block {missing or list(cfg.layers)}; it has {n} blocks, 0 to {n - 1}."
+            if there
+            else "layers: the model has no stack of blocks to count; use target_names."
+        )
     return wanted
 
 
 def _block_sites(structure: Structure) -> list[Site]:
     if not structure.blocks or structure.d_model is None:
-        raise TargetError("this variant hooks the residual stream after blocks, and the model has no list of blocks such as model.layers.")
+        raise TargetError(
+            "this variant hooks the residual stream after blocks, and the model has no list of blocks such as model.layers."
+        )
     d = structure.d_model
     return [Site(path, module, d, d, index, "block") for path, index, module in structure.blocks]
 
@@ -200,7 +247,12 @@ def _tails(sites: list[Site]) -> list[str]:
 def _base_parameters(model: nn.Module) -> list[torch.Tensor]:
     sites = [m.__dict__[SITE] for m in model.modules() if SITE in m.__dict__]
     adapter = {k for site in sites for slot in site.slots.values() for k in slot.keys.values()}
-    return [p for m in model.modules() for k, p in m._parameters.items() if p is not None and not (SITE in m.__dict__ and k in adapter)]
+    return [
+        p
+        for m in model.modules()
+        for k, p in m._parameters.items()
+        if p is not None and not (SITE in m.__dict__ and k in adapter)
+    ]
 
 
 def _numel(p: torch.Tensor) -> int:

@@ -19,7 +19,12 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
         if done and now - start > 2 and now - last > (0.2 if tty else 10):
             eta = (now - start) / done * (len(items) - done)
             bar = "#" * (24 * done // len(items))
-            print(f"{what} [{bar:<24}] {done}/{len(items)}, {eta:.0f} s left", file=sys.stderr, end="\r" if tty else "\n", flush=True)
+            print(
+                f"{what} [{bar:<24}] {done}/{len(items)}, {eta:.0f} s left",
+                file=sys.stderr,
+                end="\r" if tty else "\n",
+                flush=True,
+            )
             last, shown = now, True
         yield item
     if shown and tty:

@@ -45,7 +45,9 @@ def in_checkpoint(state: ModelState) -> bool:
     if torch.is_grad_enabled():
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
-    if state.call_grad:  # the root call had gradients and they are off here: a reentrant checkpoint, or the model's own no_grad
+    if (
+        state.call_grad
+    ):  # the root call had gradients and they are off here: a reentrant checkpoint, or the model's own no_grad
         state.cut_by_checkpoint = True
         return True
     return False

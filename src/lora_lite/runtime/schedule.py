@@ -13,7 +13,6 @@ from .layer import LayerView
 from .state import SITE, Record, Slot, record_of, state_of, unwrap
 
 
-
 def layer_views(model: nn.Module, record: Record) -> list[LayerView]:
     """One view per target, at storage precision."""
     model = unwrap(model)

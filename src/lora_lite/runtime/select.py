@@ -25,7 +25,9 @@ def activate(model: nn.Module, choice: Choice) -> None:
     """
     state = state_of(model)
     if state.scope_depth:
-        raise SelectionError("ll.activate inside a `with ll.active(...)` or `with ll.rows(...)` block would be undone at its end; leave the block first.")
+        raise SelectionError(
+            "ll.activate inside a `with ll.active(...)` or `with ll.rows(...)` block would be undone at its end; leave the block first."
+        )
     state.active = _resolve(state, choice)
 
 
@@ -61,7 +63,9 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 def _scope(state: ModelState) -> Iterator[None]:
     me = threading.get_ident()
     if state.scope_depth and state.scope_thread != me:
-        raise SelectionError("another thread is inside a `with ll.active(...)` or `with ll.rows(...)` block of this model; one model serves one selection at a time.")
+        raise SelectionError(
+            "another thread is inside a `with ll.active(...)` or `with ll.rows(...)` block of this model; one model serves one selection at a time."
+        )
     saved = state.active, state.rows
     state.scope_thread, state.scope_depth = me, state.scope_depth + 1
     try:
@@ -90,7 +94,9 @@ def _resolve(state: ModelState, choice: Choice) -> tuple[tuple[str, float], ...]
 
 def _known(state: ModelState, name: str) -> None:
     if name not in state.records:
-        raise StateError(f"no adapter is called {name!r}.{did_you_mean(name, state.records)} Attached: {list(state.records)}.")
+        raise StateError(
+            f"no adapter is called {name!r}.{did_you_mean(name, state.records)} Attached: {list(state.records)}."
+        )
 
 
 def _not_merged(state: ModelState) -> None:

@@ -52,7 +52,9 @@ class StagedTarget(StagedView):
             if self.device.type == "meta" or not self._fill:
                 self._staged[short] = torch.empty(spec.shape, dtype=dtype, device=self.device)
                 continue
-            t = torch.empty(spec.shape, dtype=torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype)
+            t = torch.empty(
+                spec.shape, dtype=torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
+            )
             spec.fill(t, generator_for(self.cfg.seed, self.target.path, short))
             self._staged[short] = t.to(device=self.device, dtype=dtype)
 

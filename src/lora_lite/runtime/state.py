@@ -105,7 +105,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel") and "module" in model._modules:
+        elif (
+            type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+            and "module" in model._modules
+        ):
             model = model._modules["module"]  # type: ignore[assignment]
         else:
             return model
@@ -131,7 +134,9 @@ def record_of(model: nn.Module, name: str | None = None) -> Record:
             raise StateError(f"name the adapter: name=..., one of {list(state.records)}.")
         name = names[0]
     if name not in state.records:
-        raise StateError(f"no adapter is called {name!r}.{did_you_mean(name, state.records)} Attached: {list(state.records)}.")
+        raise StateError(
+            f"no adapter is called {name!r}.{did_you_mean(name, state.records)} Attached: {list(state.records)}."
+        )
     return state.records[name]
 
 

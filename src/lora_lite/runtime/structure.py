@@ -15,8 +15,12 @@ READS = re.compile(
     r"(^|[._])(q|k|v|query|key|value|qkv|q_proj|k_proj|v_proj|qkv_proj|in_proj|c_attn|c_fc|query_key_value|fc1|wi|wi_0|wi_1|gate|up|gate_proj|up_proj|"
     r"gate_up_proj|to_q|to_k|to_v|w1|w3|intermediate\.dense|dense_h_to_4h|lin1)$"
 )
-WRITES = re.compile(r"(^|[._])(o|o_proj|out_proj|c_proj|fc2|wo|down|down_proj|to_out\.0|out_lin|lin2|w2|output\.dense|dense_4h_to_h|attention\.dense|self_attention\.dense|proj)$")
-HEADS = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|lm_head\.decoder|head|cls\.predictions\.decoder|output_projection)$")
+WRITES = re.compile(
+    r"(^|[._])(o|o_proj|out_proj|c_proj|fc2|wo|down|down_proj|to_out\.0|out_lin|lin2|w2|output\.dense|dense_4h_to_h|attention\.dense|self_attention\.dense|proj)$"
+)
+HEADS = re.compile(
+    r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|lm_head\.decoder|head|cls\.predictions\.decoder|output_projection)$"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,11 @@ def describe(model: nn.Module) -> Structure:
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
-    found = [(path, module, size) for path, module in model.named_modules() if (size := weights.dims(module)) and _is_leaf(module)]
+    found = [
+        (path, module, size)
+        for path, module in model.named_modules()
+        if (size := weights.dims(module)) and _is_leaf(module)
+    ]
     d_model = _width(model, [(size, _block_index(path, stacks)) for path, _, size in found])
     head = _output_head(model)
     uncalled = {
@@ -81,7 +89,14 @@ def describe(model: nn.Module) -> Structure:
     owned = {id(p) for s in sites for p in s.module.parameters()}
     owned |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     raw = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in owned]
-    return Structure(sites, d_model, max((len(s) for _, s in stacks), default=0), blocks, raw, {k: v for k, v in paths.items() if len(v) > 1})
+    return Structure(
+        sites,
+        d_model,
+        max((len(s) for _, s in stacks), default=0),
+        blocks,
+        raw,
+        {k: v for k, v in paths.items() if len(v) > 1},
+    )
 
 
 def role_of(path: str, d_in: int, d_out: int, d_model: int | None) -> str:
@@ -104,13 +119,21 @@ def _block_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequen
     """The outermost lists of like children that hold linear layers: `model.layers`, `transformer.h`, `encoder.block`, ..."""
     stacks: list[tuple[str, nn.ModuleList | nn.Sequential]] = []
     for path, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) == 0 or any(path.startswith(f"{p}." if p else "") and path != p for p, _ in stacks):
+        if (
+            not isinstance(module, (nn.ModuleList, nn.Sequential))
+            or len(module) == 0
+            or any(path.startswith(f"{p}." if p else "") and path != p for p, _ in stacks)
+        ):
             continue
         named = re.search(r"(^|\.)(layers|layer|h|block|blocks)$", path) is not None
         alike = len({type(child) for child in module}) == 1
         composite = all(any(True for _ in child.children()) for child in module)
         holds = any(weights.dims(m) for child in module for m in child.modules())
-        if holds and composite and ((alike and (len(module) > 1 or named)) or (named and isinstance(module, nn.ModuleList))):
+        if (
+            holds
+            and composite
+            and ((alike and (len(module) > 1 or named)) or (named and isinstance(module, nn.ModuleList)))
+        ):
             stacks.append((path, module))
     return stacks
 
@@ -128,7 +151,12 @@ def _block_index(path: str, stacks: list[tuple[str, nn.ModuleList | nn.Sequentia
 def _width(model: nn.Module, found: list[tuple[tuple[int, int], int | None]]) -> int | None:
     """d_model: from the config, else the size most layers of the blocks read or write; never simply the largest."""
     config = getattr(model, "config", None)
-    for holder in (config, getattr(config, "text_config", None), getattr(config, "decoder", None), getattr(config, "encoder", None)):
+    for holder in (
+        config,
+        getattr(config, "text_config", None),
+        getattr(config, "decoder", None),
+        getattr(config, "encoder", None),
+    ):
         for name in ("hidden_size", "n_embd", "d_model", "dim", "model_dim"):
             value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
             if isinstance(value, int) and value > 0:

@@ -17,7 +17,11 @@ COLUMNS = 512  # of the identity, pushed through a layer at a time
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2): a linear layer that stores (nx, nf), known by its attributes."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(getattr(module, "weight", None), Tensor)
+    return (
+        type(module).__name__ == "Conv1D"
+        and hasattr(module, "nf")
+        and isinstance(getattr(module, "weight", None), Tensor)
+    )
 
 
 def dims(module: nn.Module) -> tuple[int, int] | None:
@@ -35,7 +39,9 @@ def dims(module: nn.Module) -> tuple[int, int] | None:
 def is_sharded(t: Tensor | None) -> bool:
     """Whether `t` is a DTensor or a ZeRO-3 parameter; looks only at modules that are already imported."""
     tensor_module = sys.modules.get("torch.distributed.tensor")
-    return t is not None and (hasattr(t, "ds_id") or (tensor_module is not None and isinstance(t, tensor_module.DTensor)))
+    return t is not None and (
+        hasattr(t, "ds_id") or (tensor_module is not None and isinstance(t, tensor_module.DTensor))
+    )
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -61,7 +67,12 @@ def is_quantised(module: nn.Module) -> bool:
 
 def device_of(module: nn.Module) -> torch.device:
     """The device of a layer's first tensor."""
-    for t in (*module.parameters(recurse=False), *module.buffers(recurse=False), *module.parameters(), *module.buffers()):
+    for t in (
+        *module.parameters(recurse=False),
+        *module.buffers(recurse=False),
+        *module.parameters(),
+        *module.buffers(),
+    ):
         return t.device
     for value in vars(module).values():  # HQQ keeps its packed weight as a plain attribute
         if isinstance(value, Tensor):
@@ -82,7 +93,13 @@ def without_bias(module: nn.Module) -> Iterator[None]:
     if b is None:
         yield
         return
-    owner = module._parameters if "bias" in module._parameters else module._buffers if "bias" in module._buffers else module.__dict__
+    owner = (
+        module._parameters
+        if "bias" in module._parameters
+        else module._buffers
+        if "bias" in module._buffers
+        else module.__dict__
+    )
     owner["bias"] = None
     try:
         yield

@@ -43,7 +43,10 @@ class LoRA(Variant):
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
-        return {"lora_A": ParamSpec((cfg.r, d_in), init=cfg.init_A), "lora_B": ParamSpec((d_out, cfg.r), lr_ratio=cfg.lr_ratio_B)}
+        return {
+            "lora_A": ParamSpec((cfg.r, d_in), init=cfg.init_A),
+            "lora_B": ParamSpec((d_out, cfg.r), lr_ratio=cfg.lr_ratio_B),
+        }
 
     @staticmethod
     def forward(layer, x, y):
