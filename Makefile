@@ -1,10 +1,10 @@
 # Every command does its own set-up: a virtual environment in $(VENV), the versions of constraints.txt, this package editable.
-# Needed beforehand: make, and Python 3.10 or newer. What can be set: make test VENV=/path PYTHON=python3.12 PIP_ARGS=-v
+# Needed beforehand: make, and Python 3.10 or newer. What can be set: make test VENV=/path PYTHON=python3.12 PIP_ARGS=-vv
 
 VENV ?= .venv
 PYTHON ?= $$(for p in python3.11 python3.12 python3.13 python3 python3.10; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo "$$p" && break; done)
-# Extra arguments of every pip install, for instance -v.
+# Extra arguments of every pip install, for instance -vv (pip is kept quiet otherwise).
 PIP_ARGS ?=
 # An index to look for torch in, for instance the one that pytorch.org names for CPU-only builds.
 TORCH_INDEX ?=
@@ -14,7 +14,7 @@ ARGS ?=
 JOBS ?= 2
 
 PY = $(VENV)/bin/python
-PIP = $(PY) -m pip --disable-pip-version-check --no-input install --quiet $(PIP_ARGS) --constraint constraints.txt
+PIP = $(PY) -m pip --disable-pip-version-check --no-input install --quiet --quiet $(PIP_ARGS) --constraint constraints.txt
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 STAMP = $(VENV)/.ready
 
