@@ -47,6 +47,7 @@ def constraints() -> dict[str, str]:
 
 def test_core_needs_torch_and_safetensors_only():
     assert {requirement_name(line) for line in PROJECT["dependencies"]} == {"torch", "safetensors"}
+    assert any(line.startswith("safetensors[torch]") for line in PROJECT["dependencies"])  # saving needs its numpy
 
 
 def test_extras():
