@@ -20,6 +20,7 @@ from .io.native import adapter_state_dict as adapter_state_dict
 from .io.native import load as load
 from .io.native import load_adapter_state_dict as load_adapter_state_dict
 from .io.native import save as save
+from .io.peft import export as export
 from .runtime.attach import attach as attach
 from .runtime.attach import detach as detach
 from .runtime.attach import rename as rename

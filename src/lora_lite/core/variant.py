@@ -54,6 +54,8 @@ class Variant:
     """`(layer, x, y) -> y_new`."""
     forward_input: ClassVar[Callable[[Any, Any], Any] | None] = None
     """`(layer, x) -> x_new`, before the base layer."""
+    factors: ClassVar[Callable[[Any], Any] | None] = None
+    """`(layer) -> (A (k, d_in), B (d_out, k))` with y_new = y + x Aᵀ Bᵀ, scale folded in: exact export, sums of adapters, grouped rows."""
     on_step: ClassVar[Callable[[Any, Any, int], None] | None] = None
     """`(targets, cfg, step)`: after every optimiser step, gradients still there."""
     penalty: ClassVar[Callable[[Any], Any] | None] = None

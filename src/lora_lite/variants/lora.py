@@ -51,3 +51,7 @@ class LoRA(Variant):
     @staticmethod
     def forward(layer, x, y):
         return add_lowrank(y, layer.cfg.scale * (layer.dropout(x) @ layer.lora_A.mT), layer.lora_B)
+
+    @staticmethod
+    def factors(layer):
+        return layer.lora_A, layer.cfg.scale * layer.lora_B

@@ -1,0 +1,194 @@
+"""PEFT's folder layout, both ways: `adapter_config.json` beside `adapter_model.safetensors`.
+
+Export writes the one form that every reader of that layout understands alike: one rank everywhere (zero-padded), the scale folded
+into B, lora_alpha = r as integers, no patterns, and zero tensors for the layers of an adapted kind that this adapter leaves out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..core.config import matches
+from ..core.errors import FileError, StateError, did_you_mean, listing
+from ..core.registry import get_variant, variants
+from ..runtime.attach import commit
+from ..runtime.handle import Adapter
+from ..runtime.plan import make_target
+from ..runtime.schedule import layer_views
+from ..runtime.staging import stage
+from ..runtime.state import Record, Target, record_of, state_of, unwrap
+from ..runtime.weights import dims
+from .native import _write
+
+PREFIX = "base_model.model."
+REFUSED = {
+    "use_dora": "DoRA magnitudes",
+    "modules_to_save": "fully trained modules",
+    "layer_replication": "replicated layers",
+    "target_parameters": "adapted bare parameters",
+    "trainable_token_indices": "trained token rows",
+    "lora_bias": "a bias on B",
+    "alora_invocation_tokens": "activated LoRA",
+}
+
+
+def export(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, format: Literal["peft"] = "peft") -> Path:
+    """Write one adapter for PEFT, vLLM, llama.cpp and others: exact for every method whose update is of low rank.
+
+    Args:
+        folder: made if it is not there.
+        format: "peft".
+
+    Raises:
+        StateError: the method's update is not a pair of low-rank factors (merge it instead), or the model is merged.
+    """
+    if format != "peft":
+        raise FileError(f"format must be 'peft', got {format!r}.")
+    model = unwrap(model)
+    record = record_of(model, name)
+    if state_of(model).merged is not None:
+        raise StateError("the model is merged; call ll.unmerge(model) before ll.export.")
+    if record.variant.factors is None:
+        able = [v.name for v in variants() if v.factors is not None]
+        raise StateError(
+            f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, so the LoRA layout cannot hold it. "
+            f"Export the merged model (ll.merge, then model.save_pretrained), or use one of {', '.join(able)}."
+        )
+    with torch.no_grad():
+        factors = {v.path: tuple(t.detach().float().cpu() for t in record.variant.factors(v)) for v in layer_views(model, record)}
+    r = max(A.shape[0] for A, _ in factors.values())
+    kinds = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in factors))
+    tensors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        size = dims(module)
+        if size is None or path.rsplit(".", 1)[-1] not in kinds:
+            continue
+        A, B = factors.get(path, (torch.zeros(0, size[0]), torch.zeros(size[1], 0)))
+        pad = r - A.shape[0]
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat((A, A.new_zeros(pad, size[0]))).contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat((B, B.new_zeros(size[1], pad)), 1).contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "r": r,
+        "lora_alpha": r,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(kinds),
+        "bias": "none",
+        "fan_in_fan_out": any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in factors),
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "adapter_model.safetensors", tensors, {"format": "pt", "written_by": f"lora_lite {__version__}"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, trainable: bool) -> Adapter:
+    """Attach a LoRA adapter from a folder in PEFT's layout; every tensor of the file is used, or it raises."""
+    folder = Path(folder)
+    config, tensors = _read_config(folder), _read_tensors(folder)
+    cls = get_variant("lora").config
+    cfg = cls(r=config["r"], alpha=float(config["lora_alpha"]), use_rslora=bool(config.get("use_rslora", False)), dropout=float(config.get("lora_dropout") or 0.0))  # type: ignore[call-arg]
+    targets: dict[str, Target] = {}
+    values: dict[str, tuple[Tensor, Tensor]] = {}
+    modules = dict(model.named_modules())
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, t in tensors.items():
+        path, dot, letter = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not dot or letter not in ("lora_A", "lora_B"):
+            raise FileError(f"{folder}: tensor {key!r} is not a lora_A or lora_B weight; this adapter holds more than LoRA, which is not read.")
+        pairs.setdefault(path, {})[letter] = t
+    for path, pair in pairs.items():
+        if path not in modules:
+            raise FileError(f"{folder}: the model has no module {path!r}.{did_you_mean(path, modules)}")
+        size = dims(modules[path])
+        if len(pair) != 2 or size is None:
+            raise FileError(f"{folder}: {path} {'has only ' + next(iter(pair)) if size else 'is not a linear layer'}.")
+        A, B = pair["lora_A"], pair["lora_B"]
+        r = A.shape[0]
+        if tuple(A.shape) != (r, size[0]) or tuple(B.shape) != (size[1], r):
+            raise FileError(f"{folder}: {path} is {size[0]}->{size[1]}, but its factors are {tuple(A.shape)} and {tuple(B.shape)}.")
+        declared = _pattern(config.get("rank_pattern"), path, config["r"])
+        if r != declared:
+            raise FileError(f"{folder}: {path} has rank {r} in the file and {declared} in adapter_config.json.")
+        alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
+        targets[path] = make_target(path, *size, cls(**{**cfg.to_dict(), "r": r, "alpha": alpha}))
+        values[path] = (A, B)
+    if not targets:
+        raise FileError(f"{folder}: adapter_model.safetensors holds no tensor.")
+    record = Record(name, get_variant("lora"), cfg, targets)
+    staged = stage(model, record, fill=False)
+    with torch.no_grad():
+        for view in staged:
+            view.lora_A, view.lora_B = values[view.path]
+    return commit(model, record, staged, trainable)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise FileError(f"{folder} holds no adapter_config.json. For lora_lite's own format pass the .safetensors file.")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise FileError(f"{path} is not JSON ({e}).") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise FileError(f"{path}: peft_type {config.get('peft_type') if isinstance(config, dict) else config!r} cannot be read; only LORA can.")
+    for field, what in REFUSED.items():
+        if config.get(field):
+            raise FileError(f"{path}: {field} is set, and {what} cannot be read from this layout yet. Merge the adapter in PEFT and load the merged model.")
+    if config.get("bias", "none") != "none":
+        raise FileError(f"{path}: bias={config['bias']!r} trains base biases, which is not read.")
+    if config.get("init_lora_weights") not in (True, False, None, "gaussian", "eva", "orthogonal"):
+        raise FileError(
+            f"{path}: init_lora_weights={config['init_lora_weights']!r} belongs to a base whose weights PEFT changed. "
+            "Save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
+        )
+    for field in ("r", "lora_alpha"):
+        if not isinstance(config.get(field), (int, float)) or isinstance(config.get(field), bool):
+            raise FileError(f"{path}: {field} must be a number, got {config.get(field)!r}.")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise FileError(f"{path}: {field} must be a mapping.")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise FileError(f"{folder} holds no adapter_model.safetensors; pickled adapters (adapter_model.bin) are never read.")
+    try:
+        with safe_open(str(path), "pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except SafetensorError as e:
+        raise FileError(f"{path} is damaged ({e}).") from None
+    bad = [k for k, t in tensors.items() if not bool(torch.isfinite(t.float()).all())]
+    if bad:
+        raise FileError(f"{path} holds values that are not finite: {listing(bad)}.")
+    return tensors
+
+
+def _pattern(patterns: Any, path: str, default: Any) -> Any:
+    """PEFT's override rule for literal module names; a regular expression from a file is never run."""
+    for key, value in (patterns or {}).items():
+        plain = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if any(c in plain for c in "*+?()[]{}|\\"):
+            raise FileError(f"the pattern {key!r} of adapter_config.json is a regular expression; only literal module names are read from files.")
+        if matches(plain.replace(".", "\\."), path):
+            return value
+    return default
