@@ -25,6 +25,7 @@ from .runtime.attach import attach as attach
 from .runtime.attach import detach as detach
 from .runtime.attach import rename as rename
 from .runtime.check import check as check
+from .runtime.combine import combine as combine
 from .runtime.handle import Adapter as Adapter
 from .runtime.handle import adapters as adapters
 from .runtime.merge import merge as merge

@@ -29,8 +29,8 @@ MAX_RANK = 1 << 20
 class AdapterConfig:
     """Plain data: every field survives JSON, so a file can be read without running anything."""
 
-    variant: str = "lora"
-    """Name of the method; `lora-lite variants` lists them."""
+    variant: str = ""
+    """Name of the method; `lora-lite variants` lists them. A method's own config class knows it."""
     r: int = 8
     """Rank, or what the method uses as its size."""
     alpha: float | None = None

@@ -61,6 +61,10 @@ def get_variant(name: str) -> type[Variant]:
 
 def resolve(cfg: AdapterConfig) -> AdapterConfig:
     """`AdapterConfig(variant="x")` becomes the config class of x with the same fields; others are checked and returned."""
+    if not cfg.variant:
+        raise ConfigError(
+            f"{type(cfg).__name__} names no method: pass variant=..., one of {', '.join(sorted(_TABLE))}, or use a method's own config class."
+        )
     variant = get_variant(cfg.variant)
     if isinstance(cfg, variant.config):
         return cfg

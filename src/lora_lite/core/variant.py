@@ -46,19 +46,21 @@ class Variant:
     # ---- the mathematics
     param_specs: ClassVar[Callable[[int, int, Any], dict[str, ParamSpec]]]
     """`(d_in, d_out, cfg)` -> the tensors, named `lora_*`."""
-    init: ClassVar[Callable[[Any, Any], None] | None] = None
+    init: ClassVar[Callable[..., Any] | None] = None
     """`(layer, cfg)`: fill `layer.lora_*` from `layer.weight`; runs once at attach, never at load."""
-    group_init: ClassVar[Callable[[Any, Any, Any, Any], None] | None] = None
+    group_init: ClassVar[Callable[..., Any] | None] = None
     """`(model, targets, cfg, calibration_data)`: a start from data, on the untouched model."""
-    forward: ClassVar[Callable[[Any, Any, Any], Any] | None] = None
+    forward: ClassVar[Callable[..., Any] | None] = None
     """`(layer, x, y) -> y_new`."""
-    forward_input: ClassVar[Callable[[Any, Any], Any] | None] = None
+    forward_input: ClassVar[Callable[..., Any] | None] = None
     """`(layer, x) -> x_new`, before the base layer."""
-    factors: ClassVar[Callable[[Any], Any] | None] = None
+    factors: ClassVar[Callable[..., Any] | None] = None
     """`(layer) -> (A (k, d_in), B (d_out, k))` with y_new = y + x Aᵀ Bᵀ, scale folded in: exact export, sums of adapters, grouped rows."""
-    on_step: ClassVar[Callable[[Any, Any, int], None] | None] = None
+    from_factors: ClassVar[Callable[..., Any] | None] = None
+    """`(layer, A, B)`: write the inverse of `factors` into the staged tensors; the method that holds combined adapters has it."""
+    on_step: ClassVar[Callable[..., Any] | None] = None
     """`(targets, cfg, step)`: after every optimiser step, gradients still there."""
-    penalty: ClassVar[Callable[[Any], Any] | None] = None
+    penalty: ClassVar[Callable[..., Any] | None] = None
     """`(layer) -> scalar` regulariser."""
-    shared_specs: ClassVar[Callable[[Any, Any], dict[str, ParamSpec]] | None] = None
+    shared_specs: ClassVar[Callable[..., Any] | None] = None
     """`(targets, cfg)`: tensors shared by all targets; the first one owns them."""

@@ -110,7 +110,7 @@ class LayerView:
     def project(self, v: Tensor) -> Tensor:
         """W v without the bias, for a few rows v (n, d_in) -> (n, d_out); gradients flow to v. Never builds a dense weight."""
         if weights.is_plain(self._module):
-            w = self._module.weight
+            w = weights.stored_weight(self._module)
             return (v.to(w.dtype) @ (w if weights.is_conv1d(self._module) else w.mT)).to(v.dtype)
         out = self._module.forward(v)
         b = weights.bias_of(self._module)

@@ -103,7 +103,8 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
     if not chosen:
         raise StateError("no adapter is active; activate one, or name it: ll.merge(model, name=...).")
     sites = _mergeable(model, state, chosen, dequantize)
-    before = base = None
+    before: list[Tensor] = []
+    base: list[Tensor] = []
     if check is not None:
         with active_scope(model, dict(chosen)):
             before = _outputs(model, check)
@@ -119,13 +120,13 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
         raise
     state.merged, state.active = merged, ()
     reset_compiled()
-    if before is not None:
+    if before:
         after = _outputs(model, check)
         report.logit_error, report.logit_scale, report.effect = (
             _distance(before, after),
             max(float(t.abs().max()) for t in before),
             _distance(before, base),
-        )  # type: ignore[arg-type]
+        )
     return report
 
 
@@ -194,7 +195,7 @@ def _merge_layer(
             f"{path}: the merged weight is not finite; look at the adapter's tensors with ll.adapter_state_dict."
         )
     old_bias = weights.bias_of(layer)
-    dtype = layer.weight.dtype if weights.is_plain(layer) else weights._probe_dtype(layer)
+    dtype = weights.stored_weight(layer).dtype if weights.is_plain(layer) else weights._probe_dtype(layer)
     stored = new.to(dtype)
     report.change[path] = float((new - w).norm() / w.norm().clamp_min(1e-30))
     report.rounding[path] = float((stored.to(new.dtype) - new).abs().max() / new.abs().max().clamp_min(1e-30))
@@ -209,7 +210,7 @@ def _merge_layer(
         report.dequantised.append(path)
         _set_submodule(model, path, dense)
         return
-    weight = layer.weight
+    weight = weights.stored_weight(layer)
     original = Original(
         path,
         weight.detach().to("cpu", copy=True),
@@ -221,7 +222,7 @@ def _merge_layer(
     if old_bias is not None:
         old_bias.copy_(bias.to(old_bias.dtype))
     elif needs_bias:
-        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        layer.register_parameter("bias", nn.Parameter(bias.to(dtype), requires_grad=False))
 
 
 @torch.no_grad()
@@ -231,11 +232,14 @@ def _restore(model: nn.Module, merged: Merged) -> None:
             _set_submodule(model, original.path, original.module)
             continue
         layer = model.get_submodule(original.path)
-        layer.weight.copy_(original.weight)  # type: ignore[operator,union-attr]
+        assert original.weight is not None
+        weights.stored_weight(layer).copy_(original.weight)
         if original.bias is not None:
-            layer.bias.copy_(original.bias)  # type: ignore[operator,union-attr]
+            bias = weights.bias_of(layer)
+            assert bias is not None
+            bias.copy_(original.bias)
         elif not original.had_bias and weights.bias_of(layer) is not None:
-            layer.bias = None
+            layer.register_parameter("bias", None)
 
 
 def _mergeable(

@@ -170,7 +170,7 @@ def select(sites: list[Site], structure: Structure, cfg: AdapterConfig) -> tuple
     if not chosen:
         why = Counter(reason for _, reason in left)
         cure = (
-            "Print ll.plan(model, ll.AdapterConfig()) to see names and roles."
+            f"Print ll.plan(model, ll.{type(cfg).__name__}()) to see names and roles."
             if left
             else "lora_lite adapts linear-like layers; this model has none."
         )

@@ -43,7 +43,7 @@ def selection_of(state: ModelState) -> Selection:
 def in_checkpoint(state: ModelState) -> bool:
     """Whether a checkpointed region is running forward for the first time."""
     if torch.is_grad_enabled():
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
         return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
     if (
         state.call_grad

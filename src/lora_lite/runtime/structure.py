@@ -172,6 +172,7 @@ def _width(model: nn.Module, found: list[tuple[tuple[int, int], int | None]]) ->
 def _output_head(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     try:
-        return get() if callable(get) else None
+        head = get() if callable(get) else None
     except (NotImplementedError, AttributeError):
         return None
+    return head if isinstance(head, nn.Module) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,17 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
+def stored_weight(module: nn.Module) -> Tensor:
+    """`module.weight`, known to be a tensor."""
+    w = module.weight
+    assert isinstance(w, Tensor)
+    return w
+
+
 def dims(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear-like layer, or None when it is not one."""
     if is_conv1d(module):
-        d_in, d_out = module.weight.shape
+        d_in, d_out = stored_weight(module).shape
         return int(d_in), int(d_out)
     for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
         d_in, d_out = (getattr(module, n, None) for n in names)
@@ -93,8 +101,8 @@ def without_bias(module: nn.Module) -> Iterator[None]:
     if b is None:
         yield
         return
-    owner = (
-        module._parameters
+    owner: dict[str, Any] = (
+        module._parameters  # pyright: ignore[reportAssignmentType]
         if "bias" in module._parameters
         else module._buffers
         if "bias" in module._buffers
@@ -140,7 +148,7 @@ def read_weight(module: nn.Module, path: str, dtype: torch.dtype | None = None) 
     if is_sharded(w if isinstance(w, Tensor) else None):
         raise WeightError(f"{path}: the weight is sharded. Attach before fully_shard / deepspeed.initialize.")
     if is_plain(module):
-        dense = module.weight.detach()
+        dense = stored_weight(module).detach()
         dense = dense.mT if is_conv1d(module) else dense
         return dense if dtype is None else dense.to(dtype)
     d_in, d_out = dims(module)  # type: ignore[misc]

@@ -1,0 +1,141 @@
+"""`ll.combine`: sums of adapters in weight space, never of their factors one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import ConfigError, StateError
+from ..core.registry import variants
+from .attach import check_attachable, commit
+from .handle import Adapter
+from .layer import generator_for
+from .plan import make_target
+from .progress import track
+from .schedule import layer_views
+from .staging import stage
+from .state import Record, record_of, state_of, unwrap
+
+Method = Literal["sum", "ties", "dare", "dare_ties"]
+Pair = tuple[Tensor, Tensor]
+
+
+def combine(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    name: str,
+    method: Method = "sum",
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+) -> Adapter:
+    """A new adapter ΔW = Σ w_i ΔW_i, active afterwards; the old ones stay.
+
+    Args:
+        weights: adapter -> w_i, any sign.
+        name: of the new adapter.
+        method: "sum" is exact: the factors are laid side by side, [w_1 B_1, w_2 B_2] [A_1; A_2]. "ties" (Yadav et al. 2023, arXiv 2306.01708)
+            keeps the `density` largest entries of each w_i ΔW_i, elects a sign per entry by total mass and averages those that agree.
+            "dare" (Yu et al. 2023, arXiv 2311.03099) drops entries with probability 1 − density, rescales by 1/density and sums;
+            "dare_ties" elects signs after dropping. All of these work on the dense d_out x d_in update, one layer at a time.
+        rank: cut the result to this rank by an SVD. None keeps the exact rank of "sum"; the others need it.
+        density, seed: of ties and dare; dropping is drawn per layer from (seed, path).
+
+    Raises:
+        StateError: an update is no pair of low-rank factors (gates, rotations, norms: a sum of those is not what it seems).
+        ConfigError: a method without its rank, or a density outside (0, 1].
+    """
+    check_attachable(model, name)
+    model = unwrap(model)
+    if not weights:
+        raise ConfigError("ll.combine needs at least one adapter: {'a': 0.5, 'b': 0.5}.")
+    if method not in ("sum", "ties", "dare", "dare_ties"):
+        raise ConfigError(f"method must be sum, ties, dare or dare_ties, got {method!r}.")
+    if method != "sum" and rank is None:
+        raise ConfigError(f"method {method!r} makes an update of full rank; say to which rank it is cut: rank=16.")
+    if not 0 < density <= 1:
+        raise ConfigError(f"density must lie in (0, 1], got {density}.")
+    if not all(math.isfinite(w) for w in weights.values()):
+        raise ConfigError(f"weights must be finite, got {dict(weights)}.")
+    if state_of(model).merged is not None:
+        raise StateError("the model is merged; call ll.unmerge(model) before ll.combine.")
+    records = [record_of(model, n) for n in weights]
+    for record in records:
+        if record.variant.factors is None:
+            raise StateError(
+                f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, so a weighted sum of it would be another model. Activate both instead: ll.activate(model, {dict(weights)})."
+            )
+    holder = next(v for v in variants() if v.from_factors is not None)
+    with torch.no_grad():
+        pairs: dict[str, list[Pair]] = {}
+        shapes = {}
+        for record in records:
+            for view in layer_views(model, record):
+                A, B = (t.detach().double() for t in record.variant.factors(view))  # type: ignore[misc]
+                pairs.setdefault(view.path, []).append((A, weights[record.name] * B))
+                shapes[view.path] = (view.in_features, view.out_features)
+        factors = {}
+        for path in track(list(pairs), "combine"):
+            factors[path] = _combined(pairs[path], path, method, rank, density, seed)
+        top = max(A.shape[0] for A, _ in factors.values())
+        cfg = holder.config(variant=holder.name, r=top, alpha=float(top), dtype=records[0].cfg.dtype)
+        targets = {}
+        for path, (A, _) in factors.items():
+            r = A.shape[0]
+            targets[path] = make_target(path, *shapes[path], dataclasses.replace(cfg, r=r, alpha=float(r)))
+        record = Record(name, holder, cfg, targets)
+        staged = stage(model, record, fill=False)
+        for view in staged:
+            holder.from_factors(view, *factors[view.path])  # type: ignore[misc]
+    return commit(model, record, staged, trainable=False)
+
+
+def _combined(pairs: list[Pair], path: str, method: str, rank: int | None, density: float, seed: int) -> Pair:
+    if method == "sum":
+        A, B = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1)
+        return (A, B) if rank is None or rank >= A.shape[0] else _cut_pair(A, B, rank)
+    deltas = [b @ a for a, b in pairs]
+    if method.startswith("dare"):
+        deltas = [_drop(d, density, generator_for(seed, path, str(i))) for i, d in enumerate(deltas)]
+    else:
+        deltas = [_top(d, density) for d in deltas]
+    total = torch.stack(deltas).sum(0) if method == "dare" else _elect(deltas)
+    return _cut(total, min(rank or 1, *total.shape))
+
+
+def _cut_pair(A: Tensor, B: Tensor, rank: int) -> Pair:
+    """The best rank-`rank` factors of BA, without building BA: QR of both, SVD of the small core."""
+    (qb, rb), (qa, ra) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+    u, s, vh = torch.linalg.svd(rb @ ra.mT)
+    root = s[:rank].sqrt()
+    return (qa @ (vh[:rank].mT * root)).mT, qb @ (u[:, :rank] * root)
+
+
+def _cut(delta: Tensor, rank: int) -> Pair:
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+def _top(delta: Tensor, density: float) -> Tensor:
+    keep = max(1, round(density * delta.numel()))
+    threshold = delta.abs().flatten().kthvalue(delta.numel() - keep + 1).values
+    return torch.where(delta.abs() >= threshold, delta, 0)
+
+
+def _drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    kept = torch.rand(delta.shape, generator=generator).to(delta.device) < density
+    return torch.where(kept, delta / density, 0)
+
+
+def _elect(deltas: list[Tensor]) -> Tensor:
+    """Per entry: the sign with the larger total mass, and the mean of the nonzero entries that have it."""
+    stack = torch.stack(deltas)
+    sign = stack.sum(0).sign()
+    agrees = (stack.sign() == sign) & (stack != 0)
+    return torch.where(agrees, stack, 0).sum(0) / agrees.sum(0).clamp_min(1)
