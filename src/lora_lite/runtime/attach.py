@@ -213,7 +213,8 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     for target in record.targets.values():
         layer = model.get_submodule(target.path)
         for short in target.specs:
-            for table in (layer._parameters, layer._buffers):
+            tables: list[dict[str, Any]] = [layer._parameters, layer._buffers]  # pyright: ignore[reportAssignmentType]
+            for table in tables:
                 if stored_name(short, old) in table:
                     table[stored_name(short, new)] = table.pop(stored_name(short, old))
     record.name = new

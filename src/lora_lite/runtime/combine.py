@@ -91,7 +91,8 @@ def combine(
         record = Record(name, holder, cfg, targets)
         staged = stage(model, record, fill=False)
         for view in staged:
-            holder.from_factors(view, *factors[view.path])  # type: ignore[misc]
+            A, B = factors[view.path]
+            holder.from_factors(view, A, B)  # type: ignore[misc]
     return commit(model, record, staged, trainable=False)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import SelectionError, StateError, WeightError
+from .grouped import grouped
 from .layer import LayerView
 from .recompute import selection_of
 from .rows import blend, row_groups
@@ -74,13 +75,19 @@ def run(
                     weight,
                 )
         return value
-    for name, index in row_groups(site, rows, x):
-        slot = site.slots[name]
+    groups = row_groups(site, rows, x)
+    fast = grouped(layer, site, groups, x, y) if y is not None else None
+    if fast is not None:
+        return fast
+    for group in groups:
+        slot = site.slots[group.name]
         if (slot.forward_input if y is None else slot.forward) is None:
             continue
-        part = value.index_select(0, index)
-        new = apply_page(layer, slot, part if y is None else x.index_select(0, index), None if y is None else part)
-        value = value.index_copy(0, index, new)
+        part = value.index_select(0, group.index)
+        new = apply_page(
+            layer, slot, part if y is None else x.index_select(0, group.index), None if y is None else part
+        )
+        value = value.index_copy(0, group.index, new)
     return value
 
 

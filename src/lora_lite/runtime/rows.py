@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..core.errors import SelectionError
-from .state import Site
+from .state import ModelState, Site
+
+
+@dataclass
+class RowGroup:
+    """The rows of one adapter along dim 0."""
+
+    name: str
+    index: Tensor
+    """(k,) positions of its rows."""
+    member: Tensor
+    """(n,) bool, True at its rows."""
 
 
 def blend(old: Tensor, new: Tensor, weight: float) -> Tensor:
@@ -14,8 +27,8 @@ def blend(old: Tensor, new: Tensor, weight: float) -> Tensor:
     return new if weight == 1.0 else old + weight * (new - old)
 
 
-def row_groups(site: Site, rows: tuple[str | None, ...], x: Tensor) -> list[tuple[str, Tensor]]:
-    """(adapter, indices along dim 0 of x) for the adapters on this layer, in attach order.
+def row_groups(site: Site, rows: tuple[str | None, ...], x: Tensor) -> list[RowGroup]:
+    """The rows of each adapter on this layer, in attach order.
 
     A batch k times as long as `rows` repeats each row k times (beam search); a 2-D x with a multiple of the batch is the flattened
     (batch * time, d) that some models use.
@@ -30,10 +43,30 @@ def row_groups(site: Site, rows: tuple[str | None, ...], x: Tensor) -> list[tupl
             f"{site.path}: ll.rows names {len(rows)} rows, but the layer got an input of shape {tuple(x.shape)}"
             f"{f' in a batch of {batch}' if site.state.batch else ''}. Give one name per batch row; batch-first layers only."
         )
-    each = n // len(rows)
-    groups = []
-    for name in site.slots:
-        index = [i * each + k for i, row in enumerate(rows) if row == name for k in range(each)]
-        if index:
-            groups.append((name, torch.tensor(index, device=x.device)))
+    all_groups = _groups(site.state, rows, n // len(rows), x.device)
+    return [all_groups[name] for name in site.slots if name in all_groups]
+
+
+def _groups(state: ModelState, rows: tuple[str | None, ...], each: int, device: torch.device) -> dict[str, RowGroup]:
+    """Name -> its rows, where every entry of `rows` stands for `each` rows; the same for all layers, so it is kept."""
+    if torch.compiler.is_compiling():
+        return _build(rows, each, device)
+    key = (rows, each, device)
+    if key not in state.row_cache:
+        if len(state.row_cache) > 8:
+            state.row_cache.clear()
+        with torch.inference_mode(False):  # an inference tensor could not serve a later training call
+            state.row_cache[key] = _build(rows, each, device)
+    return state.row_cache[key]
+
+
+def _build(rows: tuple[str | None, ...], each: int, device: torch.device) -> dict[str, RowGroup]:
+    groups = {}
+    for name in dict.fromkeys(rows):
+        if name is not None:
+            member = torch.tensor([row == name for row in rows for _ in range(each)], device=device)
+            index = torch.tensor(
+                [i * each + k for i, row in enumerate(rows) if row == name for k in range(each)], device=device
+            )
+            groups[name] = RowGroup(name, index, member)
     return groups

@@ -56,6 +56,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     _not_merged(state)
     with _scope(state):
         state.rows = tuple(names)
+        state.row_epoch += 1
         yield
 
 

@@ -55,12 +55,13 @@ class Record:
 class Slot:
     """One adapter as a layer's hook finds it."""
 
-    __slots__ = ("cfg", "d_in", "d_out", "forward", "forward_input", "keys", "name", "owners", "path")
+    __slots__ = ("cfg", "d_in", "d_out", "factors", "forward", "forward_input", "keys", "name", "owners", "path")
 
     def __init__(self, record: Record, target: Target, owners: dict[str, nn.Module]) -> None:
         self.name, self.path, self.cfg = record.name, target.path, target.cfg
         self.d_in, self.d_out = target.d_in, target.d_out
         self.forward, self.forward_input = record.variant.forward, record.variant.forward_input
+        self.factors = record.variant.factors
         self.keys = {short: stored_name(short, record.name) for short in (*target.specs, *target.shared)}
         self.owners = owners
         """Short name -> the layer that owns it, for shared tensors only."""
@@ -73,6 +74,8 @@ class Site:
         self.path, self.kind, self.state = path, kind, state
         self.slots: dict[str, Slot] = {}
         self.has_input = False
+        self.stacks: dict[Any, Any] = {}
+        """Factors of several adapters side by side, see `grouped`."""
 
 
 class ModelState:
@@ -82,6 +85,10 @@ class ModelState:
         self.records: dict[str, Record] = {}
         self.active: tuple[tuple[str, float], ...] = ()
         self.rows: tuple[str | None, ...] | None = None
+        self.row_cache: dict[Any, Any] = {}
+        """Index tensors of recent row selections."""
+        self.row_epoch = 0
+        """Counts `ll.rows` blocks: what one of them stacked is not used by the next."""
         self.base_trainable: list[str] = []
         """Base parameters that required a gradient before the first attach; detach gives it back."""
         self.merged: Any = None
