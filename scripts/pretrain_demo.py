@@ -108,7 +108,12 @@ def statement(rng: random.Random) -> str:
         if first is None:
             continue
         kind = first[0].split()[1]
-        word = {"+": rng.choice(["plus", "and", "with"]), "-": rng.choice(["minus", "less", "without"]), "*": "times", "/": "by"}[kind]
+        word = {
+            "+": rng.choice(["plus", "and", "with"]),
+            "-": rng.choice(["minus", "less", "without"]),
+            "*": "times",
+            "/": "by",
+        }[kind]
         text = f"{facts} {p} {word} {q}: {first[0]}."
         rest = [n for n in names if n not in (p, q)]
         if rest and rng.random() < 0.6:
@@ -129,11 +134,20 @@ def make_tokenizer(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
     rng = random.Random(SEED)
     sample = texts + ["\n".join(statement(rng) for _ in range(200)) for _ in range(100)]
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[PAD, BOS, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tok.train_from_iterator(sample, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left", model_max_length=512)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left", model_max_length=512
+    )
     fast.save_pretrained(folder)
     return fast
 
@@ -162,10 +176,22 @@ def arithmetic_accuracy(model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, n
     model.eval()
     prompts = [t[: t.index("=") + 1] for t in texts]
     enc = tok(["1 + 1 = 2.\n" + p for p in prompts], return_tensors="pt", padding=True)
-    out = model.generate(input_ids=enc["input_ids"], attention_mask=enc["attention_mask"], max_new_tokens=5, do_sample=False, pad_token_id=tok.pad_token_id)
+    out = model.generate(
+        input_ids=enc["input_ids"],
+        attention_mask=enc["attention_mask"],
+        max_new_tokens=5,
+        do_sample=False,
+        pad_token_id=tok.pad_token_id,
+    )
     said = tok.batch_decode(out[:, enc["input_ids"].shape[1] :])
     model.train()
-    return sum(s.split(".")[0].split("\n")[0].strip() == t[t.index("=") + 1 :].strip() for s, t in zip(said, texts, strict=True)) / n
+    return (
+        sum(
+            s.split(".")[0].split("\n")[0].strip() == t[t.index("=") + 1 :].strip()
+            for s, t in zip(said, texts, strict=True)
+        )
+        / n
+    )
 
 
 def main() -> None:
@@ -203,7 +229,9 @@ def main() -> None:
     model = LlamaForCausalLM(config)
     decay = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
-    opt = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95))
+    opt = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95)
+    )
     step = 0
     if state_file.exists():
         saved = torch.load(state_file, weights_only=True)
@@ -219,7 +247,10 @@ def main() -> None:
     held = text[-20 * LENGTH :].view(20, LENGTH)
     text = text[: -20 * LENGTH]
     held_math = batch(-1, 20, text, tok, 1.0)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} tokens of prose, from step {step}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} tokens of prose, from step {step}",
+        flush=True,
+    )
     start, first = time.time(), step
     model.train()
     while step < args.steps and not (args.stop and step >= args.stop):
@@ -246,7 +277,10 @@ def main() -> None:
             with log_file.open("a") as f:
                 f.write(json.dumps(entry) + "\n")
             rate = (step - first) * args.rows * LENGTH / (time.time() - start)
-            print(f"step {step}/{args.steps} {entry} {rate:,.0f} tokens/s, {(args.steps - step) * args.rows * LENGTH / rate / 60:.0f} min left", flush=True)
+            print(
+                f"step {step}/{args.steps} {entry} {rate:,.0f} tokens/s, {(args.steps - step) * args.rows * LENGTH / rate / 60:.0f} min left",
+                flush=True,
+            )
 
 
 def export(model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, args: argparse.Namespace, step: int) -> None:
@@ -271,7 +305,9 @@ def export(model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, args: argparse
     right.set(xlabel="step", ylabel="equations completed exactly, %", title="200 fixed equations", ylim=(0, 101))
     fig.tight_layout()
     fig.savefig(Path(__file__).parent / "pretrain_demo_loss.png", dpi=110)
-    print(f"step {step}: wrote {args.export}, {sum(f.stat().st_size for f in args.export.iterdir()) / 2**20:.1f} MiB; equations right in bf16: {arithmetic_accuracy(model, tok):.1%}")
+    print(
+        f"step {step}: wrote {args.export}, {sum(f.stat().st_size for f in args.export.iterdir()) / 2**20:.1f} MiB; equations right in bf16: {arithmetic_accuracy(model, tok):.1%}"
+    )
 
 
 if __name__ == "__main__":
