@@ -127,8 +127,9 @@ def _probe_dtype(module: nn.Module) -> torch.dtype:
 @torch.no_grad()
 def apply_linear(module: nn.Module, v: Tensor) -> Tensor:
     """v Wᵀ through the bare layer, bias set aside. v: (n, d_in) -> (n, d_out) in v's dtype."""
-    with without_bias(module):
-        return module.forward(v.to(_probe_dtype(module))).to(v.dtype)
+    probe = v.to(_probe_dtype(module), copy=True).requires_grad_()
+    with without_bias(module):  # bitsandbytes repacks its weight for inference when a CPU input needs no gradient
+        return module.forward(probe).to(v.dtype)
 
 
 @torch.no_grad()
