@@ -78,6 +78,7 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, n
             staged = list(targets)
             if not staged:
                 raise TargetError(f"variant {variant.name!r} kept no target after calibration.")
+            the_plan.keep([view.target for view in staged])
     handle = commit(model, record, staged, trainable=True)
     handle._plan = the_plan
     return handle
@@ -164,6 +165,7 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
         model.register_forward_hook(root_post_hook, with_kwargs=True)
     state.records[record.name] = record
     state.active = ((record.name, 1.0),)
+    state.row_epoch += 1
     reset_compiled()
     return Adapter(model, record.name)
 
@@ -197,6 +199,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
                 del layer.__dict__[SITE]
                 _remove_hooks(layer, HOOKS)
     state.active = tuple((n, w) for n, w in state.active if n in state.records)
+    state.row_epoch += 1
     if not state.records:
         for n in state.base_trainable:
             model.get_parameter(n).requires_grad_(True)
@@ -218,6 +221,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
                 if stored_name(short, old) in table:
                     table[stored_name(short, new)] = table.pop(stored_name(short, old))
     record.name = new
+    state.row_epoch += 1
     for path, target in record.targets.items():
         site = model.get_submodule(path).__dict__[SITE]
         owners = site.slots[old].owners

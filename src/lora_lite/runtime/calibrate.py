@@ -300,11 +300,18 @@ def _mask(batch: dict[str, Any], labelled: bool) -> Tensor | None:
             f"attention_mask has shape {tuple(mask.shape)}; calibration needs (batch, tokens), to leave padding out."
         )
     mask = None if mask is None else mask.bool()
-    if mask is not None and isinstance(labels, Tensor) and labels.shape == mask.shape and not labels.is_floating_point():
+    if (
+        mask is not None
+        and isinstance(labels, Tensor)
+        and labels.shape == mask.shape
+        and not labels.is_floating_point()
+    ):
         batch["labels"] = labels = labels.masked_fill(~mask, IGNORED)
     if labelled:
         if not isinstance(labels, Tensor) or labels.dim() != 2:
-            raise ConfigError("only labelled tokens were asked for, and a calibration batch has no labels (batch, tokens).")
+            raise ConfigError(
+                "only labelled tokens were asked for, and a calibration batch has no labels (batch, tokens)."
+            )
         mask = labels != IGNORED if mask is None else mask & (labels != IGNORED)
     return mask
 

@@ -67,6 +67,14 @@ class Plan:
             for (path, role, d_in, d_out, dtype), (n, params) in table.items()
         ]
 
+    def keep(self, targets: list[Target]) -> None:
+        """Narrow the plan to these targets, whose ranks a calibration may have changed."""
+        kept = {t.path: t for t in targets}
+        pairs = list(zip(self.targets, self.rows, strict=True))
+        self.unadapted += [(t.path, "left out after calibration") for t, _ in pairs if t.path not in kept]
+        self.rows = [row for t, row in pairs if t.path in kept]
+        self.targets = [kept[t.path] for t, _ in pairs if t.path in kept]
+
     def __str__(self) -> str:
         lines = [
             f"{self.cfg.variant}: {len(self.targets)} targets, {self.trainable:,} trained of {self.base_params:,} parameters ({self.trainable / max(1, self.base_params):.3%})"

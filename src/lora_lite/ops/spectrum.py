@@ -1,0 +1,66 @@
+"""Leading eigenvectors and singular triplets: block Lanczos with a proof of convergence, the dense decomposition otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+BLOCKS = 8
+OVERSAMPLE = 8
+
+
+def fix_signs(V: Tensor) -> Tensor:
+    """±1 per column of V (d, k) such that multiplying by it makes each column's largest entry positive."""
+    largest = V.gather(0, V.abs().argmax(0, keepdim=True))[0]
+    return torch.where(largest < 0, -torch.ones_like(largest), torch.ones_like(largest))
+
+
+def top_eigh(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues (k,), descending, and eigenvectors (d, k) of a positive semi-definite C (d, d), signs fixed."""
+    found = _lanczos(lambda v: C @ v, C, C.shape[0], k)
+    if found is None:
+        e, V = torch.linalg.eigh(C)
+        found = e[-k:].flip(0), V[:, -k:].flip(1)
+    e, V = found
+    return e.clamp_min(0), V * fix_signs(V)
+
+
+def top_svd(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest singular triplets of M (m, n): U (m, k), S (k,) descending, V (n, k), signs fixed by V."""
+    tall = M.shape[0] > M.shape[1]
+    N = M if tall else M.mT  # iterate on the shorter side
+    found = _lanczos(lambda v: N.mT @ (N @ v), M, N.shape[1], k)
+    if found is None:
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        U, S, V = U[:, :k], S[:k], Vh[:k].mT
+    else:  # N Q has the singular values of N itself, not their squares
+        Q = found[1]
+        U, S, Wh = torch.linalg.svd(N @ Q, full_matrices=False)
+        U, V = (U, Q @ Wh.mT) if tall else (Q @ Wh.mT, U)
+    sign = fix_signs(V)
+    return U * sign, S, V * sign
+
+
+def _lanczos(apply: Callable[[Tensor], Tensor], like: Tensor, d: int, k: int) -> tuple[Tensor, Tensor] | None:
+    """Ritz pairs of a symmetric operator on R^d in a block Krylov space, or None where that is no gain or has not converged."""
+    width = k + OVERSAMPLE
+    if 4 * BLOCKS * width > 3 * d:
+        return None
+    start = torch.randn(d, width, generator=Generator().manual_seed(0)).to(like.device, like.dtype)
+    Q = torch.linalg.qr(start).Q
+    V = Q
+    for _ in range(BLOCKS - 1):
+        Z = apply(Q)
+        for _ in range(2):  # twice is enough: Kahan and Parlett
+            Z = Z - V @ (V.mT @ Z)
+        Q = torch.linalg.qr(Z).Q
+        V = torch.cat((V, Q), 1)
+    V = torch.linalg.qr(V).Q  # a rank-deficient operator fills blocks with arbitrary columns
+    T = V.mT @ apply(V)
+    e, W = torch.linalg.eigh((T + T.mT) / 2)
+    e, X = e[-k:].flip(0), V @ W[:, -k:].flip(1)
+    residual = torch.linalg.vector_norm(apply(X) - X * e, dim=0).max()
+    tolerance = 1e-5 if like.dtype == torch.float32 else 1e-9
+    return (e, X) if bool(residual <= tolerance * e[0].abs()) else None
