@@ -1,0 +1,108 @@
+"""The grouped fast path for low-rank methods equals the segments, single-adapter runs and, for None rows, the base's bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from lora_lite.runtime import grouped
+
+
+class Flat(nn.Module):
+    """Calls its layers with (batch * time, d), as OPT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(20, 20), nn.Linear(20, 20, bias=False)])
+
+    def forward(self, x: torch.Tensor, flat: bool = False) -> torch.Tensor:
+        h = x.reshape(-1, x.shape[-1]) if flat else x
+        for layer in self.layers:
+            h = h + layer(h).tanh()
+        return h.view(x.shape)
+
+
+def model_with(ranks: list[int]) -> nn.Module:
+    torch.manual_seed(0)
+    model = Flat().eval()
+    for i, r in enumerate(ranks):
+        ll.attach(model, ll.LoRAConfig(r=r, alpha=2 * r + 1, target_names=(r"layers\.\d",)), name=f"a{i}")
+    g = torch.Generator().manual_seed(3)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data.normal_(std=0.3, generator=g)
+    return model
+
+
+ROWS = ["a1", None, "a0", "a2", "a1", None]
+
+
+@pytest.mark.parametrize("wide", [0, 10_000], ids=["batched", "wide"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_equals_single_runs_and_the_base(monkeypatch, wide, grad, flat):
+    monkeypatch.setattr(grouped, "WIDE", wide)
+    model = model_with([3, 5, 2])
+    x = torch.randn(6, 4, 20)
+    with torch.set_grad_enabled(grad):
+        alone = {}
+        for name in ("a0", "a1", "a2", None):
+            with ll.active(model, name):
+                alone[name] = model(x, flat)
+        for _ in range(2):  # the second call takes kept stacks
+            with ll.rows(model, ROWS):
+                mixed = model(x, flat)
+                mixed = model(x, flat)
+            for i, name in enumerate(ROWS):
+                if name is None:
+                    assert torch.equal(mixed[i], alone[None][i])
+                else:
+                    torch.testing.assert_close(mixed[i], alone[name][i], atol=2e-6, rtol=0)
+                    assert (mixed[i] - alone[None][i]).abs().max() > 1e-2
+        with ll.rows(model, ROWS[:3]):  # beams: two rows for each name
+            beams = model(x, flat)
+        for i in range(6):
+            torch.testing.assert_close(beams[i], alone[ROWS[i // 2]][i], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("wide", [0, 10_000], ids=["batched", "wide"])
+def test_gradients_equal_the_segments(monkeypatch, wide):
+    x = torch.randn(6, 4, 20)
+    grads = []
+    for fast in (True, False):
+        monkeypatch.setattr(grouped, "WIDE", wide)
+        model = model_with([3, 5, 2])
+        for handle in ll.adapters(model).values():
+            handle.trainable = True
+        if not fast:
+            monkeypatch.setattr("lora_lite.runtime.hooks.grouped", lambda *a: None)
+        with ll.rows(model, ROWS):
+            model(x).square().sum().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if "lora_" in n})
+    assert all(g.abs().max() > 0 for g in grads[0].values())
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_changed_tensor_is_seen_at_once():
+    model = model_with([3, 5])
+    x = torch.randn(2, 4, 20)
+    with torch.no_grad(), ll.rows(model, ["a0", "a1"]):
+        first = model(x)
+        model.layers[0].get_parameter("lora_B@a1").mul_(2)
+        second = model(x)
+        ll.load_adapter_state_dict(model, "a0", {k: v * 3 for k, v in ll.adapter_state_dict(model, "a0").items()})
+        third = model(x)
+    assert torch.equal(first[0], second[0]) and not torch.allclose(first[1], second[1])
+    assert torch.equal(second[1], third[1]) and not torch.allclose(second[0], third[0])
+
+
+def test_nan_stays_in_its_row():
+    model = model_with([3, 5])
+    x = torch.randn(3, 4, 20)
+    x[1, 2] = float("nan")
+    with torch.no_grad(), ll.rows(model, ["a0", "a1", None]):
+        y = model(x)
+    assert y[0].isfinite().all() and y[2].isfinite().all() and y[1].isnan().any()
