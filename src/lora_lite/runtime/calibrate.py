@@ -85,7 +85,9 @@ class Targets(list[StagedTarget]):
             self._check_seen(leader, pending)
             pending = [v for v in pending if leader[v.path] not in grams]
             for path in list(grams):
-                yield grams.pop(path)
+                gram = grams.pop(path)
+                _check_finite(gram.C, path)
+                yield gram
 
     def gram(self, data: Any, labelled: bool = False) -> dict[str, Tensor]:
         """Path -> C = Σ xᵀx, (d_in, d_in), all at once; targets that receive the very same tensor share one C."""
@@ -125,7 +127,9 @@ class Targets(list[StagedTarget]):
                 group.append(pending.pop(0))
             sums = self._gradients(data, loss, group)
             for view in group:
-                yield view, sums.pop(view.path)
+                g = sums.pop(view.path)
+                _check_finite(g, view.path)
+                yield view, g
 
     def gradients(self, data: Any, loss: Callable[[Any], Tensor] | None = None) -> dict[str, Tensor]:
         """Path -> ∂loss/∂W, all at once; see `each_gradient`."""
@@ -327,6 +331,13 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(torch.float32, x.dtype))
+
+
+def _check_finite(t: Tensor, path: str) -> None:
+    if not bool(torch.isfinite(t).all()):
+        raise StateError(
+            f"{path}: the calibration data gave values that are not finite; look at the batches and the model's dtype."
+        )
 
 
 def _bytes(view: StagedTarget) -> int:

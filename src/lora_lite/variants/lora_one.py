@@ -1,0 +1,73 @@
+"""LoRA-One: LoRA that starts after one gradient step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError
+from ..core.registry import register
+from ..core.spec import ParamSpec
+from ..core.variant import Variant
+from ..ops.lowrank import add_lowrank
+from ..ops.spectrum import top_svd
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAOneConfig(AdapterConfig):
+    variant: str = "lora_one"
+    gamma: float = 128.0
+    """Larger makes the built-in step smaller: s BA = −(s/γ) U (S/S₁) Vᵀ."""
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.gamma > 0:
+            raise ConfigError(f"LoRAOneConfig.gamma must be positive, got {self.gamma}.")
+
+
+@register
+class LoRAOne(Variant):
+    """Low-rank update that starts at the best rank-r part of one gradient step, so a fresh adapter departs from the base on purpose.
+
+    G = ∂loss/∂W over the calibration batches = U S Vᵀ; B = −U_r (S_r/S₁)^½/√γ, A = (S_r/S₁)^½ V_rᵀ/√γ; y' = y + s (drop(x) Aᵀ) Bᵀ.
+    The singular values over the largest one follow the authors' code (their text writes S itself). r(d_in + d_out).
+    Zhang et al. 2025, LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models, arXiv 2502.01235.
+    """
+
+    name = "lora_one"
+    config = LoRAOneConfig
+    paper = "2502.01235"
+    needs_data = True
+    exact_identity = False
+    identity_bound = math.inf
+    lr = 2e-4
+    cost = "r(d_in + d_out)"
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: LoRAOneConfig) -> dict[str, ParamSpec]:
+        if cfg.r > min(d_in, d_out):
+            raise ConfigError(f"rank {cfg.r} is more than the gradient of a {d_in}->{d_out} weight has; lower r.")
+        return {
+            "lora_A": ParamSpec((cfg.r, d_in), init="empty"),
+            "lora_B": ParamSpec((d_out, cfg.r), init="empty"),
+        }
+
+    @staticmethod
+    def group_init(model, targets, cfg, calibration_data):
+        for view, G in targets.each_gradient(calibration_data):
+            U, S, V = top_svd(G, view.cfg.r)
+            if not S[0] > 0:
+                raise ConfigError(
+                    f"{view.path}: the calibration loss has no gradient there, so A and B would stay 0; add it to exclude_names."
+                )
+            root = (S / S[0] / view.cfg.gamma).sqrt()
+            view.lora_A, view.lora_B = (V * root).mT, -U * root
+
+    @staticmethod
+    def forward(layer, x, y):
+        return add_lowrank(y, layer.cfg.scale * (layer.dropout(x) @ layer.lora_A.mT), layer.lora_B)
+
+    @staticmethod
+    def factors(layer):
+        return layer.lora_A, layer.cfg.scale * layer.lora_B
