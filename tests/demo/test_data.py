@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny_llm
 import torch
 
+import tiny_llm
 from lora_lite import FileError
 from lora_lite.demo.data import IGNORED, Example, batches, collate, encode, load_examples, load_model
 from lora_lite.demo.wordmath import generate
