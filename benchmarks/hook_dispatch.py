@@ -70,11 +70,25 @@ def main() -> None:
     for name, ts in times.items():
         extra = [t - b for t, b in zip(ts, bare, strict=True)]
         q1, q2, q3 = statistics.quantiles(extra, n=4)
-        rows.append({"case": name, "us": round(statistics.median(ts), 2), "extra_us": round(q2, 2), "quartiles": [round(q1, 2), round(q3, 2)]})
+        rows.append(
+            {
+                "case": name,
+                "us": round(statistics.median(ts), 2),
+                "extra_us": round(q2, 2),
+                "quartiles": [round(q1, 2), round(q3, 2)],
+            }
+        )
         print(f"{name:28} {rows[-1]['us']:8.2f} µs   extra {q2:7.2f} µs  [{q1:.2f}, {q3:.2f}]")
     if args.json:
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "cpu": platform.processor() or platform.machine(), "threads": 1}
-        args.json.write_text(json.dumps({"machine": machine, "rounds": args.rounds, "calls": args.calls, "rows": rows}, indent=1) + "\n")
+        machine = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cpu": platform.processor() or platform.machine(),
+            "threads": 1,
+        }
+        args.json.write_text(
+            json.dumps({"machine": machine, "rounds": args.rounds, "calls": args.calls, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

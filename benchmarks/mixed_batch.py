@@ -24,7 +24,13 @@ ROWS = 16
 
 def base() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    size = {"hidden_size": 384, "num_hidden_layers": 4, "intermediate_size": 1536, "vocab_size": 8192, "num_attention_heads": 6}
+    size = {
+        "hidden_size": 384,
+        "num_hidden_layers": 4,
+        "intermediate_size": 1536,
+        "vocab_size": 8192,
+        "num_attention_heads": 6,
+    }
     return LlamaForCausalLM(LlamaConfig(**size)).eval()
 
 
@@ -58,7 +64,11 @@ def main() -> None:
         for i in range(1, max(args.adapters)):
             theirs.add_adapter(f"a{i}", config)
         randomise(theirs, "lora_")
-        runs["peft"] = (theirs, lambda k: nullcontext(), lambda k: {"adapter_names": [f"a{i % k}" for i in range(ROWS)]})
+        runs["peft"] = (
+            theirs,
+            lambda k: nullcontext(),
+            lambda k: {"adapter_names": [f"a{i % k}" for i in range(ROWS)]},
+        )
     rows = []
     with torch.no_grad():
         for tokens in args.tokens:
@@ -78,11 +88,26 @@ def main() -> None:
                 for name in list(runs)[1:]:
                     ratios = [t / b for t, b in zip(times[name], times["base"], strict=True)]
                     q1, q2, q3 = statistics.quantiles(ratios, n=4)
-                    rows.append({"tokens": tokens, "adapters": k, "run": name, "ratio_to_base": round(q2, 3), "quartiles": [round(q1, 3), round(q3, 3)]})
+                    rows.append(
+                        {
+                            "tokens": tokens,
+                            "adapters": k,
+                            "run": name,
+                            "ratio_to_base": round(q2, 3),
+                            "quartiles": [round(q1, 3), round(q3, 3)],
+                        }
+                    )
                     print(f"tokens {tokens:3}  K {k:3}  {name:10} {q2:6.3f} x base  [{q1:.3f}, {q3:.3f}]", flush=True)
     if args.json:
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": 1, "cpu": platform.machine()}
-        args.json.write_text(json.dumps({"machine": machine, "rounds": args.rounds, "batch_rows": ROWS, "rows": rows}, indent=1) + "\n")
+        machine = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": 1,
+            "cpu": platform.machine(),
+        }
+        args.json.write_text(
+            json.dumps({"machine": machine, "rounds": args.rounds, "batch_rows": ROWS, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
