@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,10 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     record.trainable = trainable
     record.targets = {view.target.path: view.target for view in staged}
     for view in staged:
+        # a start drawn by a lambda has done its work, and the model must stay picklable
+        view.target.specs = {
+            k: dataclasses.replace(s, init="empty") if callable(s.init) else s for k, s in view.target.specs.items()
+        }
         view.target.base = weights.fingerprint(view.module) if view.target.kind == "linear" else {}
         for short in view.tensors:
             attribute = stored_name(short, record.name)
