@@ -1,0 +1,87 @@
+"""The command line: one file per verb (floor 5). Flags are generated from dataclasses, methods from the registry."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+VERBS = {"demo": "Demo", "train": "Train", "eval": "Eval", "plan": "Plan", "variants": "Variants"}
+EXTRAS = {
+    "tyro": "cli",
+    "rich": "cli",
+    "matplotlib": "cli",
+    "transformers": "cli",
+    "trl": "cli",
+    "datasets": "cli",
+    "accelerate": "cli",
+    "bitsandbytes": "quant",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for a mistake that is named in one sentence, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    debug = "--debug" in words
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        return 130
+    except ImportError as e:
+        package = (e.name or "").partition(".")[0]
+        if debug or package not in EXTRAS:
+            raise
+        return _fail(f'error: this command needs the package {package}: pip install "lora-lite[{EXTRAS[package]}]"')
+    except Exception as e:
+        from ..core.errors import LoraLiteError
+
+        if debug or not isinstance(e, LoraLiteError):
+            raise
+        return _fail(f"error: {e}")
+
+
+def _run(words: list[str]) -> int:
+    from .._version import __version__
+
+    if words == ["--version"]:
+        print(f"lora-lite {__version__}")
+        return 0
+    import tyro
+
+    verb = words[0] if words and words[0] in VERBS else None
+    commands: Any = None
+    for name in VERBS:
+        command = _command(name, words if name == verb else None)
+        choice = Annotated[command, tyro.conf.subcommand(name)]
+        commands = choice if commands is None else commands | choice
+    about = "Adapters for frozen PyTorch models. Start with: lora-lite demo"
+    args = tyro.cli(
+        commands,
+        prog="lora-lite",
+        description=about,
+        args=words,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    assert verb is not None  # tyro has left for everything else
+    return importlib.import_module(f".{verb}", __name__).run(args)
+
+
+def _command(name: str, words: list[str] | None) -> type:
+    """The dataclass of a verb; of the one that runs, with the flags of its method."""
+    command = getattr(importlib.import_module(f".{name}", __name__), VERBS[name])
+    if words is None or not hasattr(command, "method"):
+        return command
+    from ._method import chosen_method, with_method
+
+    return with_method(command, chosen_method(words))
+
+
+def _fail(text: str) -> int:
+    try:
+        from ._console import complain
+
+        complain(text)
+    except ImportError:  # rich is what is missing
+        print(text, file=sys.stderr)
+    return 2

@@ -1,0 +1,144 @@
+"""What the commands print: tables and bars on a terminal, plain lines without control codes everywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+QUIET = 2.0
+"""Seconds for which long work stays silent."""
+EVERY = 10.0
+"""Seconds between the lines of a log."""
+
+
+def say(text: str = "", style: str = "") -> None:
+    """One paragraph on stdout; `style` acts on a terminal only."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    """An error on stderr: one red sentence."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
+    """A table; columns whose cells are all numbers are set to the right."""
+    cells = [[str(c) for c in row] for row in rows]
+    right = [bool(cells) and all(_numeric(row[i]) for row in cells) for i in range(len(columns))]
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for i, (name, r) in enumerate(zip(columns, right, strict=True)):
+            grid.add_column(name, justify="right" if r else "left", overflow="fold", no_wrap=i == 0)
+        for row in cells:
+            grid.add_row(*(_escape(c) for c in row))
+        Console().print(grid)
+        return
+    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+    if title:
+        print(title)
+    for row in [list(columns), *cells]:
+        line = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        print("  ".join(line).rstrip())
+    sys.stdout.flush()
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """The same as a markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+class Bar:
+    """Progress of known length, on stderr: silent for two seconds; then a bar with the time left, or a line every ten seconds.
+
+    with Bar("training", 300) as bar:
+        bar.update(12, "loss 1.20")
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total = what, max(1, total)
+        self.tty = sys.stderr.isatty()
+        self.start = self.last = time.monotonic()
+        self.first = 0
+        self.rich: Any = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self.rich is not None:
+            self.rich.stop()
+
+    def begin_at(self, done: int) -> None:
+        """Work that was done in an earlier run: it does not count for the time left."""
+        self.first = done
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self.start < QUIET and self.rich is None:
+            return
+        if self.tty:
+            self._bar(done, note)
+        elif now - self.last >= EVERY:
+            self.last = now
+            rate = (done - self.first) / (now - self.start)
+            left = f", {clock((self.total - done) / rate)} left" if rate > 0 else ""
+            print(
+                f"{self.what}: {done}/{self.total}{left}{', ' + note if note else ''}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _bar(self, done: int, note: str) -> None:
+        if self.rich is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.rich = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self.rich.start()
+            self.task = self.rich.add_task(self.what, total=self.total, note=note)
+        self.rich.update(self.task, completed=done, note=note)
+
+
+def clock(seconds: float) -> str:
+    """Such as `42 s`, `3 min 20 s`, `1 h 05 min`."""
+    s = max(0, round(seconds))
+    if s < 60:
+        return f"{s} s"
+    return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+def _numeric(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "").replace("%", "").replace("-", "").replace("e", "").isdigit()
+
+
+def _escape(cell: str) -> str:
+    from rich.markup import escape
+
+    return escape(cell)
