@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import re
 
 import pytest
 
 from lora_lite.demo.wordmath import KINDS, SPLITS, extract_answer, generate, score, split_of
 
+VALUE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 N = {"train": 3000, "validation": 600, "test": 600}
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
 
@@ -55,8 +57,7 @@ def test_each_equation_is_true_and_the_last_is_the_answer(problems):
         equations = EQUATION.findall(steps)
         assert " " + " ".join(f"{a} {op} {b} = {c}." for a, op, b, c in equations) == steps
         for a, op, b, c in equations:
-            value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op]
-            assert value == int(c), p
+            assert VALUE[op](int(a), int(b)) == int(c), p
         assert int(final) == int(equations[-1][3]) == p.answer
         assert 0 <= p.answer <= 199
 
