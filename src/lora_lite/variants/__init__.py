@@ -1,7 +1,10 @@
 """One file per method; importing one registers it. A new method adds its line here, and nothing else anywhere."""
 
+from .adalora import AdaLoRAConfig as AdaLoRAConfig
 from .corda import CorDAConfig as CorDAConfig
+from .dylora import DyLoRAConfig as DyLoRAConfig
 from .eva import EVAConfig as EVAConfig
 from .lora import LoRAConfig as LoRAConfig
 from .lora_ga import LoRAGAConfig as LoRAGAConfig
 from .lora_one import LoRAOneConfig as LoRAOneConfig
+from .pissa import PiSSAConfig as PiSSAConfig
