@@ -16,6 +16,7 @@ import torch
 from .errors import ConfigError, did_you_mean
 
 Role = Literal["reader", "writer", "inner"]
+Kind = Literal["linear", "embedding", "conv"]
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -41,6 +42,8 @@ class AdapterConfig:
     """Keep only layers that read the residual stream, write to it, or neither; None keeps all."""
     target_names: tuple[str, ...] | None = None
     """Regular expressions, each matched against the whole path or its tail after a dot. None: all linear layers of the blocks."""
+    target_kinds: tuple[Kind, ...] = ("linear",)
+    """Also adapt embeddings or convolutions: "linear", "embedding", "conv"."""
     exclude_names: tuple[str, ...] = ()
     """Regular expressions of targets to leave out, matched in the same way."""
     layers: tuple[int, ...] | None = None

@@ -29,11 +29,12 @@ from ..core.errors import (
 )
 from ..core.registry import get_variant
 from ..runtime.attach import check_attachable, commit
+from ..runtime.compact import compacted
 from ..runtime.handle import Adapter
 from ..runtime.plan import add_shared, make_target
 from ..runtime.staging import StagedTarget, stage
 from ..runtime.state import DEFAULT, Record, Target, owned_tensors, record_of, state_of, unwrap
-from ..runtime.weights import dims, fingerprint, is_sharded
+from ..runtime.weights import extent, fingerprint, is_sharded
 from .gather import full_tensor
 
 FORMAT = 1
@@ -55,7 +56,7 @@ def save(
         The path written. It is written beside its place, read back, compared, and renamed, so an old file survives a crash.
 
     Raises:
-        StateError: the model is merged; a scheduled method was never stepped; a trainable tensor would not be saved.
+        StateError: the model is merged; a scheduled method was trained without its schedule; a trainable tensor would not be saved.
     """
     model = unwrap(model)
     record, state = record_of(model, name), state_of(model)
@@ -63,7 +64,7 @@ def save(
         raise StateError(
             "the model is merged; call ll.unmerge(model) before ll.save, or save the merged model itself with its own save_pretrained."
         )
-    if record.variant.on_step is not None and record.steps == 0 and record.train_calls > 0:
+    if record.variant.on_step is not None and not record.scheduled and record.train_calls > 0:
         raise StateError(
             f"adapter {record.name!r} was trained without its schedule; call ll.schedule(model, optimizer, total_steps) before training."
         )
@@ -74,6 +75,8 @@ def save(
     if not path.suffix:
         path = path.with_suffix(".safetensors")
     tensors = adapter_state_dict(model, record.name)
+    if record.variant.compact is not None and 0 < record.total_steps <= record.steps:
+        record, tensors = compacted(model, record, tensors)
     if dtype is not None:
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
@@ -123,7 +126,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     Which tensors those are is decided by ownership, never by their names.
     """
     record = record_of(model, name)
-    found = {}
+    found: dict[str, Tensor] = {}
     for target, short, _, tensor in owned_tensors(model, record):
         whole = full_tensor(tensor).detach()
         if tuple(whole.shape) != target.specs[short].shape:
@@ -165,6 +168,7 @@ def header(record: Record) -> dict[str, Any]:
         "config": cfg,
         "targets": targets,
         "steps": record.steps,
+        "total_steps": record.total_steps,
     }
 
 
@@ -263,17 +267,19 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
             raise FileError(f"{where}: {e}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise FileError(f"{where}: the entry of target {path!r} is malformed ({e!r}).") from None
-        size = dims(modules[path])
-        if target.kind == "linear" and size != (target.d_in, target.d_out):
+        found = extent(modules[path])
+        size = found[1:] if found is not None and found[0] == target.kind else None
+        if target.kind != "block" and size != (target.d_in, target.d_out):
             raise FileError(
                 f"{where}: {path} is {size[0]}->{size[1]} in this model and {target.d_in}->{target.d_out} in the file."
                 if size
-                else f"{where}: {path} is not a linear layer in this model."
+                else f"{where}: {path} is no {target.kind} layer in this model."
             )
         targets[path] = target
     if variant.shared_specs is not None:
         add_shared(list(targets.values()), cfg)
-    return Record(name, variant, cfg, targets, steps=int(head.get("steps") or 0))
+    steps, total = (int(head.get(k) or 0) for k in ("steps", "total_steps"))
+    return Record(name, variant, cfg, targets, steps=steps, total_steps=total)
 
 
 def _install(
@@ -316,7 +322,7 @@ def _check_base(model: nn.Module, record: Record, head: dict[str, Any], base_che
     """Compare each target's fingerprint with the file's, within the coarser dtype's rounding; quantised bases only warn."""
     for target in record.targets.values():
         old = head["targets"][target.path].get("base")
-        if target.kind != "linear" or not isinstance(old, dict) or not isinstance(old.get("sample"), list):
+        if target.kind == "block" or not isinstance(old, dict) or not isinstance(old.get("sample"), list):
             continue
         new = fingerprint(model.get_submodule(target.path))
         if not new:

@@ -18,7 +18,7 @@ from .handle import Adapter
 from .hooks import post_hook, pre_hook, root_post_hook, root_pre_hook
 from .plan import Plan, plan
 from .progress import track
-from .staging import StagedTarget, stage
+from .staging import StagedTarget, TrialView, stage
 from .state import (
     DEFAULT,
     SITE,
@@ -34,6 +34,7 @@ from .state import (
     tensor_on,
     unwrap,
 )
+from .virtual import PLACES, try_page
 
 HOOKS: dict[str, Callable[..., Any]] = {"_forward_pre_hooks": pre_hook, "_forward_hooks": post_hook}
 ROOT_HOOKS: dict[str, Callable[..., Any]] = {"_forward_pre_hooks": root_pre_hook, "_forward_hooks": root_post_hook}
@@ -73,6 +74,10 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, n
         if variant.init is not None:
             for view in track(staged, f"{variant.name} init"):
                 variant.init(view, view.cfg)
+        for view in staged:
+            if view.target.kind in PLACES and variant.forward is not None and view.device.type != "meta":
+                page_view = TrialView(view)
+                try_page(variant.forward, page_view, view.module, view.target.kind, view.device, view.target.d_out)
         if variant.group_init is not None:
             targets = Targets(model, staged)
             variant.group_init(model, targets, cfg, calibration_data)
@@ -135,7 +140,7 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
         view.target.specs = {
             k: dataclasses.replace(s, init="empty") if callable(s.init) else s for k, s in view.target.specs.items()
         }
-        view.target.base = weights.fingerprint(view.module) if view.target.kind == "linear" else {}
+        view.target.base = weights.fingerprint(view.module) if view.target.kind != "block" else {}
         for short in view.tensors:
             attribute = stored_name(short, record.name)
             if tensor_on(view.module, attribute) is not None or hasattr(type(view.module), attribute):

@@ -14,6 +14,7 @@ from .layer import LayerView
 from .recompute import selection_of
 from .rows import blend, row_groups
 from .state import SITE, STATE, ModelState, Site, Slot
+from .virtual import PLACES, unwrap_output, wrap
 
 
 def pre_hook(
@@ -47,6 +48,8 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
             f"{site.path}: {type(layer).__name__} returns an output that is cut from its input's gradient, so layers before it would train "
             "on wrong gradients. Use a weight-only quantisation that is differentiable (bitsandbytes, torchao int8 weight-only, quanto)."
         )
+    if site.kind in PLACES:
+        return unwrap_output(site.kind, run(layer, site, *wrap(layer, site.kind, x, y), active, rows))
     new = run(layer, site, x, y, active, rows)
     if new is y:
         return None
@@ -63,7 +66,7 @@ def run(
 ) -> Tensor:
     """The page of every selected adapter on this layer. y None: the input side."""
     value = x if y is None else y
-    if y is not None and x.dtype != y.dtype and x.is_floating_point():
+    if y is not None and x.dtype != y.dtype and isinstance(x, Tensor) and x.is_floating_point():
         x = x.to(y.dtype)  # autocast, or a layer that returns another dtype than it takes
     if rows is None:
         for name, weight in active:
@@ -76,7 +79,7 @@ def run(
                 )
         return value
     groups = row_groups(site, rows, x)
-    fast = grouped(layer, site, groups, x, y) if y is not None else None
+    fast = grouped(layer, site, groups, x, y) if y is not None and site.kind == "linear" else None
     if fast is not None:
         return fast
     for group in groups:
@@ -139,13 +142,13 @@ def _watch_schedules(state: ModelState) -> None:
     """A method with a schedule that nobody drives is silently another method: raise at its second training forward."""
     for name, _ in state.active:
         record = state.records[name]
-        if record.variant.on_step is None or record.scheduled or record.steps or not record.trainable:
+        if record.variant.on_step is None or record.scheduled or not record.trainable:
             continue
         record.train_calls += 1
         if record.train_calls > 1:
             raise StateError(
                 f"adapter {name!r}: variant {record.variant.name!r} has a schedule and nothing steps it. "
-                "Call ll.schedule(model, optimizer, total_steps) before training."
+                "Call ll.schedule(model, optimizer, total_steps) before training (again after loading or copying the model)."
             )
 
 

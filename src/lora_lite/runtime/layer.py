@@ -14,6 +14,9 @@ from ..core.errors import StateError, WeightError
 from . import weights
 from .state import Slot, tensor_on
 
+PROBE = 256.0
+"""How much longer than v the vectors are that `project` pushes through a packed layer with a bias."""
+
 
 def generator_for(seed: int, *names: str) -> Generator:
     """A CPU generator that depends on the seed and the names only: not on device, rank, target order or the global state."""
@@ -37,7 +40,7 @@ class LayerView:
         # reached only for names that are not the view's own
         if not name.startswith("lora_"):
             raise AttributeError(
-                f"a layer view has no {name!r}; it offers lora_*, weight, bias, cfg, in_features, out_features, base(v), project(v), dropout(x), master(name)"
+                f"a layer view has no {name!r}; it offers lora_*, weight, row_norms(), column_norms(), bias, cfg, in_features, out_features, base(v), project(v), dropout(x), master(name), tiny(name)"
             )
         tensor = self.master(name)
         if self._dtype is None or tensor.dtype == self._dtype or not tensor.is_floating_point():
@@ -110,16 +113,33 @@ class LayerView:
     def project(self, v: Tensor) -> Tensor:
         """W v without the bias, for a few rows v (n, d_in) -> (n, d_out); gradients flow to v. Never builds a dense weight."""
         if weights.is_plain(self._module):
-            w = weights.stored_weight(self._module)
-            return (v.to(w.dtype) @ (w if weights.is_conv1d(self._module) else w.mT)).to(v.dtype)
-        out = self._module.forward(v)
+            w = weights.dense_view(self._module)
+            return (v.to(w.dtype) @ w.mT).to(v.dtype)
+        return self._project_packed(v.to(self._dtype or v.dtype)).to(v.dtype)
+
+    def _project_packed(self, v: Tensor) -> Tensor:
+        if not v.requires_grad and not torch.compiler.is_compiling():
+            v = v.detach().requires_grad_()  # bitsandbytes repacks its weight for a CPU input that needs no gradient
         b = weights.bias_of(self._module)
-        return out if b is None else out - b.to(out.dtype)
+        if b is None:
+            return self._module.forward(v)
+        out = self._module.forward(v * PROBE)
+        return (out - b.to(out.dtype)) / PROBE  # a large bias must not cost W v its digits
+
+    def row_norms(self) -> Tensor:
+        """Norms of the weight's rows (d_out,), in fp32 or better. Never builds a dense weight, so a quantised layer will do."""
+        return weights.norms(self._module, self.path, 1)
+
+    def column_norms(self) -> Tensor:
+        """Norms of the weight's columns (d_in,), in the same way."""
+        return weights.norms(self._module, self.path, 0)
 
     def dropout(self, x: Tensor) -> Tensor:
         """Dropout with the config's probability while the layer trains; x itself otherwise."""
         p = self.cfg.dropout
-        return F.dropout(x, p, True) if p and self._module.training else x
+        if not (p and self._module.training):
+            return x
+        return F.dropout(x, p, True) if isinstance(x, Tensor) else x.dropout(p)
 
     def generator(self, name: str = "init") -> Generator:
         """A CPU generator seeded from (seed, this layer's path, name)."""
@@ -166,6 +186,12 @@ class DenseView(LayerView):
     @property
     def bias(self) -> Tensor | None:
         return self._bias
+
+    def row_norms(self) -> Tensor:
+        return torch.linalg.vector_norm(self._weight, dim=1)
+
+    def column_norms(self) -> Tensor:
+        return torch.linalg.vector_norm(self._weight, dim=0)
 
     def base(self, v: Tensor) -> Tensor:
         return F.linear(v.to(self._weight.dtype), self._weight, self._bias)

@@ -15,6 +15,7 @@ from .progress import track
 from .rows import blend
 from .select import active as active_scope
 from .state import SITE, ModelState, Site, record_of, reset_compiled, state_of, unwrap
+from .virtual import Lookup
 
 COLUMNS = 1024  # of the identity, pushed through the pages at a time
 
@@ -154,18 +155,23 @@ def merged_weight(
     slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
     views = [(slot, weight, DenseView(layer, slot, w, b)) for slot, weight in slots]
 
-    def f(x: Tensor) -> Tensor:
+    def f(x: Any) -> Tensor:
         for slot, weight, view in views:
             if slot.forward_input is not None:
                 x = blend(x, slot.forward_input(view, x), weight)
-        y = torch.nn.functional.linear(x, w, b)
+        y = x @ w.mT if b is None else x @ w.mT + b
         for slot, weight, view in views:
             if slot.forward is not None:
                 y = blend(y, slot.forward(view, x, y), weight)
         return y
 
-    zero = f(w.new_zeros(1, d_in))[0]
     new = torch.empty_like(w)
+    if site.kind == "embedding":  # one-hot rows of a large vocabulary are looked up, never built
+        for start in range(0, d_in, COLUMNS):
+            ids = torch.arange(start, min(COLUMNS + start, d_in), device=w.device)
+            new[:, start : start + len(ids)] = f(Lookup(ids, d_in, dtype)).mT
+        return w, new, w.new_zeros(d_out)
+    zero = f(w.new_zeros(1, d_in))[0]
     for start in range(0, d_in, COLUMNS):
         n = min(COLUMNS, d_in - start)
         eye = w.new_zeros(n, d_in)
@@ -218,7 +224,9 @@ def _merge_layer(
         old_bias is not None,
     )
     merged.originals.append(original)
-    weight.copy_(stored.mT if weights.is_conv1d(layer) else stored)
+    weights.dense_view(layer).copy_(stored) if not isinstance(layer, weights.CONVS) else weight.copy_(
+        stored.view_as(weight)
+    )
     if old_bias is not None:
         old_bias.copy_(bias.to(old_bias.dtype))
     elif needs_bias:
@@ -247,7 +255,7 @@ def _mergeable(
 ) -> list[tuple[str, nn.Module, Site]]:
     for n, _ in chosen:
         record = state.records[n]
-        if not record.variant.affine or record.variant.site != "linear":
+        if not record.variant.affine or record.variant.site == "block":
             raise StateError(
                 f"adapter {n!r}: variant {record.variant.name!r} is not an affine function of its layer's input"
                 f"{' (it edits chosen positions of the residual stream)' if record.variant.site == 'block' else ''}, so no weight can stand for it. Keep it attached."
@@ -259,11 +267,15 @@ def _mergeable(
         w = module._parameters.get("weight")
         if w is not None and not w.is_meta:
             owners.setdefault(w.data_ptr(), []).append(path)
-    for path, layer, _ in sites:
+    for path, layer, site in sites:
         w = layer._parameters.get("weight")
         if not weights.is_plain(layer) and weights.is_quantised(layer) and not dequantize:
             raise WeightError(
                 f"{path}: the weight of this {type(layer).__name__} is quantised. ll.merge(model, dequantize=True) replaces such layers by dense ones and reports the error."
+            )
+        if not weights.is_plain(layer) and site.kind != "linear":
+            raise WeightError(
+                f"{path}: a {type(layer).__name__} with a forward of its own cannot be merged; keep the adapter attached."
             )
         tied = owners.get(w.data_ptr(), []) if w is not None and not w.is_meta and w.numel() else []
         if len(tied) > 1:

@@ -16,6 +16,7 @@ from ..core.spec import ParamSpec
 from . import weights
 from .state import SITE, Target, unwrap
 from .structure import Site, Structure, describe
+from .virtual import check_place
 
 
 @dataclass
@@ -107,18 +108,20 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     model, cfg = unwrap(model), resolve(cfg)
     variant = get_variant(cfg.variant)
     structure = describe(model)
-    sites = _block_sites(structure) if variant.site == "block" else structure.sites
+    sites = (
+        _block_sites(structure)
+        if variant.site == "block"
+        else [s for s in structure.sites if s.kind in cfg.target_kinds]
+    )
     hits = _hits(cfg, ("target_names", "exclude_names"), sites, "layers")
     chosen, unadapted = select(sites, structure, cfg)
     for site in chosen:
-        _check_site(site, structure)
+        _check_site(site, structure, cfg)
+    if variant.site != "block":
+        others = [s for s in structure.sites if s.kind not in cfg.target_kinds]
+        unadapted += [(s.path, f"{s.kind}; add it with target_kinds") for s in others]
     hits |= _hits(cfg, None, chosen, "targets")
-    targets = [
-        make_target(
-            s.path, s.d_in, s.d_out, cfg.for_target(s.path, s.role), "block" if variant.site == "block" else "linear"
-        )
-        for s in chosen
-    ]
+    targets = [make_target(s.path, s.d_in, s.d_out, cfg.for_target(s.path, s.role), s.kind) for s in chosen]
     if variant.shared_specs is not None:
         add_shared(targets, cfg)
     rows = [
@@ -165,7 +168,7 @@ def select(sites: list[Site], structure: Structure, cfg: AdapterConfig) -> tuple
             left.append((s.path, "exclude_names"))
         elif cfg.target_names is None and s.is_head:
             left.append((s.path, "output head; name it in target_names to adapt it"))
-        elif cfg.target_names is None and in_blocks and s.layer is None:
+        elif cfg.target_names is None and in_blocks and s.layer is None and s.kind == "linear":
             left.append((s.path, "outside of the blocks; name it in target_names to adapt it"))
         elif wanted_layers is not None and s.layer not in wanted_layers:
             left.append((s.path, "not in layers"))
@@ -211,7 +214,19 @@ def add_shared(targets: list[Target], cfg: AdapterConfig) -> None:
         t.shared = dict.fromkeys(shared, targets[0].path)
 
 
-def _check_site(site: Site, structure: Structure) -> None:
+def _check_site(site: Site, structure: Structure, cfg: AdapterConfig) -> None:
+    variant = get_variant(cfg.variant)
+    if site.kind in ("embedding", "conv"):
+        check_place(site.module, site.path)
+        if variant.forward_input is not None or variant.group_init is not None:
+            why = "rewrites its layer's input" if variant.forward_input is not None else "starts from data"
+            raise TargetError(
+                f"{site.path}: variant {variant.name!r} {why}, which an {site.kind} does not offer; take it out of target_kinds."
+            )
+        if site.kind == "embedding" and cfg.dropout:
+            raise TargetError(
+                f"{site.path}: dropout on the one-hot input of an embedding has no meaning; set dropout=0 or exclude it."
+            )
     if site.uncalled:
         raise TargetError(
             f"{site.path} is never called as a module ({site.uncalled}), so an adapter there would do nothing. Add it to exclude_names."
@@ -245,7 +260,7 @@ def _block_sites(structure: Structure) -> list[Site]:
             "this variant hooks the residual stream after blocks, and the model has no list of blocks such as model.layers."
         )
     d = structure.d_model
-    return [Site(path, module, d, d, index, "block") for path, index, module in structure.blocks]
+    return [Site(path, module, d, d, index, "block", kind="block") for path, index, module in structure.blocks]
 
 
 def _tails(sites: list[Site]) -> list[str]:

@@ -59,6 +59,15 @@ class StagedTarget(StagedView):
             self._staged[short] = t.to(device=self.device, dtype=dtype)
 
 
+class TrialView(StagedView):
+    """A staged target as a page sees it: tensors cast to the layer's dtype."""
+
+    def __init__(self, staged: StagedTarget) -> None:
+        dtype = weights.stored_weight(staged.module).dtype
+        cast = {k: t.to(dtype) if t.is_floating_point() else t for k, t in staged.tensors.items()}
+        super().__init__(staged.module, staged._slot, cast)
+
+
 def stage(model: nn.Module, record: Record, fill: bool = True) -> list[StagedTarget]:
     """Unregistered tensors for every target of a record, drawn but not yet initialised by the variant."""
     whole_on_meta = all(p.is_meta for p in model.parameters())

@@ -38,6 +38,7 @@ class Site:
     is_head: bool = False
     uncalled: str = ""
     """Why its forward is never called, if so."""
+    kind: str = "linear"
 
 
 @dataclass
@@ -86,6 +87,8 @@ def describe(model: nn.Module) -> Structure:
         )
         for path, module, size in found
     ]
+    places = [(path, m, e) for path, m in model.named_modules() if (e := weights.extent(m)) and e[0] != "linear"]
+    sites += [Site(path, m, e[1], e[2], _block_index(path, stacks), "inner", kind=e[0]) for path, m, e in places]
     owned = {id(p) for s in sites for p in s.module.parameters()}
     owned |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     raw = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in owned]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,26 @@ def dims(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def extent(module: nn.Module) -> tuple[str, int, int] | None:
+    """(kind, d_in, d_out) of anything that multiplies with one matrix: "linear", "embedding" (of one-hot rows) or "conv" (of
+    unfolded patches, d_in = C·k); None for any other module."""
+    if isinstance(module, nn.Embedding):
+        return "embedding", module.num_embeddings, module.embedding_dim
+    if isinstance(module, CONVS):
+        return "conv", module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
+    size = dims(module)
+    return None if size is None else ("linear", *size)
+
+
+def dense_view(module: nn.Module) -> Tensor:
+    """A plain layer's stored weight seen as (d_out, d_in), without a copy."""
+    w = stored_weight(module)
+    return w.mT if is_conv1d(module) or isinstance(module, nn.Embedding) else w.flatten(1)
+
+
 def is_sharded(t: Tensor | None) -> bool:
     """Whether `t` is a DTensor or a ZeRO-3 parameter; looks only at modules that are already imported."""
     tensor_module = sys.modules.get("torch.distributed.tensor")
@@ -60,14 +81,16 @@ def is_plain(module: nn.Module) -> bool:
     size = dims(module)
     if is_conv1d(module):
         return tuple(w.shape) == size
+    if isinstance(module, (nn.Embedding, *CONVS)):
+        return type(module).forward in {nn.Embedding.forward, *(conv.forward for conv in CONVS)}
     return type(module).forward is nn.Linear.forward and size is not None and tuple(w.shape) == (size[1], size[0])
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Linear-like, but its weight is packed: no ordinary floating matrix of the right size."""
+    """Its weight is packed: no ordinary floating matrix of the right size."""
     w = getattr(module, "weight", None)
-    size = dims(module)
-    if not isinstance(w, Tensor) or size is None:
+    size = (extent(module) or (None,))[1:]
+    if not isinstance(w, Tensor) or len(size) != 2:
         return True
     packed_type = type(w) not in (nn.Parameter, Tensor) and not is_sharded(w)
     return packed_type or w.dtype not in FLOATS or w.numel() != size[0] * size[1]
@@ -149,31 +172,51 @@ def read_weight(module: nn.Module, path: str, dtype: torch.dtype | None = None) 
     if is_sharded(w if isinstance(w, Tensor) else None):
         raise WeightError(f"{path}: the weight is sharded. Attach before fully_shard / deepspeed.initialize.")
     if is_plain(module):
-        dense = stored_weight(module).detach()
-        dense = dense.mT if is_conv1d(module) else dense
+        dense = dense_view(module).detach()
         return dense if dtype is None else dense.to(dtype)
-    d_in, d_out = dims(module)  # type: ignore[misc]
+    kind, d_in, d_out = extent(module)  # type: ignore[misc]
+    if kind != "linear":
+        raise WeightError(f"{path}: a {type(module).__name__} with a forward of its own cannot be read as one matrix.")
     dtype = dtype or torch.float32
     out = torch.empty(d_out, d_in, dtype=dtype, device=device_of(module))
+    for start, columns in _column_blocks(module, d_in, dtype):
+        out[:, start : start + columns.shape[0]] = columns.mT.to(dtype)
+    return out
+
+
+def _column_blocks(module: nn.Module, d_in: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first column, up to `COLUMNS` columns of the weight as rows (n, d_out)), read off the layer, in `dtype` or fp32 if that is better."""
     for start in range(0, d_in, COLUMNS):
         n = min(COLUMNS, d_in - start)
-        eye = torch.zeros(n, d_in, dtype=torch.promote_types(dtype, torch.float32), device=out.device)
+        eye = torch.zeros(n, d_in, dtype=torch.promote_types(dtype, torch.float32), device=device_of(module))
         eye[torch.arange(n), torch.arange(start, start + n)] = 1
-        out[:, start : start + n] = apply_linear(module, eye).mT.to(dtype)
-    return out
+        yield start, apply_linear(module, eye)
+
+
+@torch.no_grad()
+def norms(module: nn.Module, path: str, dim: int) -> Tensor:
+    """Norms of the weight's rows (dim 1, one per output) or columns (dim 0, one per input), in fp32 or better; a packed weight is streamed."""
+    w = getattr(module, "weight", None)
+    if is_plain(module) or not isinstance(w, Tensor) or w.is_meta or is_sharded(w) or dims(module) is None:
+        dense = read_weight(module, path)
+        return torch.linalg.vector_norm(dense, dim=dim, dtype=torch.promote_types(torch.float32, dense.dtype))
+    blocks = (columns for _, columns in _column_blocks(module, dims(module)[0], torch.float32))  # type: ignore[index]
+    if dim == 0:
+        return torch.cat([torch.linalg.vector_norm(columns, dim=1) for columns in blocks])
+    return torch.stack([torch.linalg.vector_norm(columns, dim=0) for columns in blocks]).norm(dim=0)
 
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> dict[str, object]:
     """A cheap signature of a base weight: 4 columns x 16 rows of it, its storage dtype, and whether it is quantised."""
-    d_in, d_out = dims(module)  # type: ignore[misc]
+    kind, d_in, d_out = extent(module)  # type: ignore[misc]
     cols = [((2 * k + 1) * d_in) // 8 for k in range(4)]
     rows = [((2 * k + 1) * d_out) // 32 for k in range(16)]
     w = getattr(module, "weight", None)
     if isinstance(w, Tensor) and (w.is_meta or is_sharded(w)):
         return {}
-    if is_plain(module):
-        sample = read_weight(module, "")[rows][:, cols]
+    if is_plain(module) or kind != "linear":
+        sample = dense_view(module).detach()[rows][:, cols]
     else:
         eye = torch.zeros(4, d_in, device=device_of(module))
         eye[range(4), cols] = 1

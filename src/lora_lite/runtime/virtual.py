@@ -1,0 +1,142 @@
+"""Embeddings and convolutions as linear layers of an input that is never built: one-hot rows, or unfolded patches.
+
+A page that only multiplies x by a matrix (`x @ M`) runs on them unchanged. Anything else it does to x raises at attach.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.errors import TargetError
+from .weights import CONVS
+
+PLACES = ("embedding", "conv")
+_APPLY: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class VirtualInput:
+    """The part of a tensor's interface that both kinds share."""
+
+    requires_grad = False
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    def __getattr__(self, name: str) -> Any:
+        raise TypeError(f"x.{name}")
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def index_select(self, dim: int, index: Tensor) -> VirtualInput:
+        raise NotImplementedError
+
+    def dropout(self, p: float) -> VirtualInput:
+        raise NotImplementedError
+
+
+class Lookup(VirtualInput):
+    """One-hot rows (…, V) for the token ids (…): x @ M picks rows of M."""
+
+    def __init__(self, ids: Tensor, size: int, dtype: torch.dtype) -> None:
+        super().__init__((*ids.shape, size), dtype, ids.device)
+        self.ids = ids
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return F.embedding(self.ids, other)
+
+    def index_select(self, dim: int, index: Tensor) -> Lookup:
+        return Lookup(self.ids.index_select(dim, index), self.shape[-1], self.dtype)
+
+    def dropout(self, p: float) -> Lookup:
+        raise TargetError(
+            "dropout on the one-hot input of an embedding has no meaning; set dropout=0 or exclude the embedding."
+        )
+
+
+class Patches(VirtualInput):
+    """The patches (B, …, C·k) that a convolution multiplies with its kernel: x @ M is a convolution with M's columns as kernels."""
+
+    def __init__(self, module: nn.Module, x: Tensor, spatial: tuple[int, ...]) -> None:
+        kernel = tuple(module.kernel_size)  # type: ignore[arg-type]
+        size = x.shape[1]
+        for k in kernel:
+            size *= k
+        super().__init__((x.shape[0], *spatial, size), x.dtype, x.device)
+        self.module, self.x, self.kernel = module, x, kernel
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        m: Any = self.module
+        x, padding = self.x, m.padding
+        if m.padding_mode != "zeros":
+            x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
+        kernel = other.mT.reshape(other.shape[1], x.shape[1], *self.kernel)
+        out = _APPLY[len(self.kernel)](x, kernel, None, m.stride, padding, m.dilation)
+        return out.movedim(1, -1)
+
+    def index_select(self, dim: int, index: Tensor) -> Patches:
+        return Patches(self.module, self.x.index_select(dim, index), self.shape[1:-1])
+
+    def dropout(self, p: float) -> Patches:
+        return Patches(self.module, F.dropout(self.x, p, True), self.shape[1:-1])
+
+
+def wrap(module: nn.Module, kind: str, x: Tensor, y: Tensor) -> tuple[VirtualInput, Tensor]:
+    """(x, y) as a page wants them: y with its channels last."""
+    if kind == "embedding":
+        return Lookup(x, int(module.num_embeddings), y.dtype), y  # type: ignore[arg-type]
+    last = y.movedim(1, -1)
+    return Patches(module, x.to(y.dtype), tuple(last.shape[1:-1])), last
+
+
+def unwrap_output(kind: str, y: Tensor) -> Tensor:
+    """What the module returns: a convolution's channels go back to dimension 1."""
+    return y if kind == "embedding" else y.movedim(-1, 1)
+
+
+def check_place(module: nn.Module, path: str) -> None:
+    """Refuse layers whose adapters would compute something else than a changed weight."""
+    if isinstance(module, CONVS) and module.groups != 1:
+        raise TargetError(
+            f"{path}: a convolution with groups={module.groups} is not one matrix; add it to exclude_names."
+        )
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        raise TargetError(
+            f"{path}: an embedding with max_norm or sparse gradients cannot be adapted; add it to exclude_names."
+        )
+
+
+def probe(
+    kind: str, module: nn.Module, dtype: torch.dtype, d_out: int, device: torch.device
+) -> tuple[VirtualInput, Tensor]:
+    """A tiny (x, y) to try a page on."""
+    if kind == "embedding":
+        return Lookup(
+            torch.zeros(2, 3, dtype=torch.long, device=device), int(module.num_embeddings), dtype
+        ), torch.zeros(2, 3, d_out, dtype=dtype, device=device)  # type: ignore[arg-type]
+    m: Any = module
+    size = [max(8, d * (k - 1) + 1) for k, d in zip(m.kernel_size, m.dilation, strict=True)]
+    x = torch.zeros(2, m.in_channels, *size, dtype=m.weight.dtype, device=device)
+    with torch.no_grad():
+        y = m.forward(x).to(dtype)
+    return wrap(module, kind, x.to(dtype), y)
+
+
+def try_page(page: Any, view: Any, module: nn.Module, kind: str, device: torch.device, d_out: int) -> None:
+    """Run a page once on a tiny virtual input; raises `TargetError` when it does more than multiply x by a matrix."""
+    dtype = module.weight.dtype  # type: ignore[union-attr]
+    x, y = probe(kind, module, dtype, d_out, device)  # type: ignore[arg-type]
+    try:
+        page(view, x, y)
+    except (TypeError, NotImplementedError) as e:
+        raise TargetError(
+            f"{view.path}: variant {view.cfg.variant!r} does more with its input than multiply it by a matrix ({e}), so it cannot adapt "
+            f"an {kind}; take it out of target_kinds."
+        ) from None
