@@ -25,3 +25,14 @@ def deviation(x: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> Tensor
 def row_norm_square_change(WA: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """‖row_j(W + sBA)‖² − ‖row_j W‖² = 2s Σ_k B_jk (W Aᵀ)_jk + s² (B (A Aᵀ) ∘ B) 1, shape (d_out,), from WA = W Aᵀ (d_out, r)."""
     return 2 * s * (B * WA).sum(-1) + s * s * ((B @ (A @ A.mT)) * B).sum(-1)
+
+
+def inverse_root_minus_one(e: Tensor) -> Tensor:
+    """(1 + e)^−½ − 1 without cancellation, for e > −1 (values at or below −1, which only rounding makes, count as just above)."""
+    root = (1 + e).clamp_min(1e-6).sqrt()
+    return -e / (root * (1 + root))
+
+
+def scale_outputs(y: Tensor, h: Tensor, b: Tensor | None) -> Tensor:
+    """y + h (y − b): the outputs W x scaled by 1 + h (d_out,), the bias left alone. Rounds once, and 1 + h is never formed."""
+    return torch.addcmul(y, y if b is None else y - b, h)

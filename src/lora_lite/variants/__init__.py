@@ -2,6 +2,7 @@
 
 from .adalora import AdaLoRAConfig as AdaLoRAConfig
 from .corda import CorDAConfig as CorDAConfig
+from .dora import DoRAConfig as DoRAConfig
 from .dylora import DyLoRAConfig as DyLoRAConfig
 from .eva import EVAConfig as EVAConfig
 from .lora import LoRAConfig as LoRAConfig

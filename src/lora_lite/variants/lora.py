@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
 from ..ops.lowrank import add_lowrank
+from ._lowrank import ScaledConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig(AdapterConfig):
+class LoRAConfig(ScaledConfig):
     variant: str = "lora"
-    use_rslora: bool = False
-    """Scale alpha/√r (rsLoRA, arXiv 2312.03732) instead of alpha/r."""
     lr_ratio_B: float = 1.0
     """Learning rate of B over that of A in `param_groups` (LoRA+, arXiv 2402.12354; 16 is typical)."""
     init_A: str = "kaiming"
     """Start of A, see ParamSpec."""
-
-    @property
-    def scale(self) -> float:
-        return self.effective_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 
 @register

@@ -1,0 +1,64 @@
+"""DoRA: LoRA on the directions of the weight's rows, and one trained length per row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..core.registry import register
+from ..core.spec import ParamSpec
+from ..core.variant import Variant
+from ..ops.lowrank import add_lowrank, inverse_root_minus_one, row_norm_square_change, scale_outputs
+from ._lowrank import ScaledConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRAConfig(ScaledConfig):
+    variant: str = "dora"
+    lr_ratio_m: float = 1.0
+    """Learning rate of the lengths over that of A and B in `param_groups`."""
+
+
+@register
+class DoRA(Variant):
+    """Weight-decomposed low-rank update: direction and magnitude of every row train apart.
+
+    V = W + s BA, A (r, d_in) ~ U(±1/√d_in), B (d_out, r) = 0; W' = m V/‖V‖ row by row with m = ‖W‖(1 + δ), δ (d_out) = 0 trained.
+    With g = m/‖V‖: y' = y + (g − 1)(y − b) + g s (drop(x) Aᵀ) Bᵀ, an exact zero more than y at the start. No gradient goes through ‖V‖.
+    ‖V‖² = ‖W‖² (1 + e) with e‖W‖² = 2s⟨B, WAᵀ⟩ + s² rowsum(B(AAᵀ)∘B), and g − 1 = δρ + (ρ − 1) with ρ = (1 + e)^−½: no dense V, no
+    cancellation, and WAᵀ goes through the layer itself, so that a quantised base stays packed. ‖W‖ is kept in the file.
+    PEFT builds V, multiplies dropped-out inputs by W again, and trains m itself instead of δ.
+    Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353.
+    """
+
+    name = "dora"
+    config = DoRAConfig
+    paper = "2402.09353"
+    lr = 5e-4
+    cost = "r(d_in + d_out) + d_out, and r d_in d_out once per call"
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: DoRAConfig) -> dict[str, ParamSpec]:
+        precise = torch.promote_types(torch.float32, cfg.torch_dtype)
+        return {
+            "lora_A": ParamSpec((cfg.r, d_in), init="kaiming"),
+            "lora_B": ParamSpec((d_out, cfg.r)),
+            "lora_m": ParamSpec((d_out,), decay=False, lr_ratio=cfg.lr_ratio_m),
+            "lora_norm": ParamSpec((d_out,), init="empty", as_buffer=True, dtype=precise),
+        }
+
+    @staticmethod
+    def init(layer, cfg):
+        layer.lora_norm = layer.row_norms()
+
+    @staticmethod
+    def forward(layer, x, y):
+        s, B = layer.cfg.scale, layer.tiny("lora_B")
+        with torch.no_grad():
+            A = layer.tiny("lora_A")
+            change = row_norm_square_change(layer.project(A).mT, A, B, s)
+            less = inverse_root_minus_one(change / layer.tiny("lora_norm").square().clamp_min(1e-20))
+        h = torch.addcmul(less, layer.tiny("lora_m"), 1 + less)
+        z = s * (layer.dropout(x) @ layer.lora_A.mT)
+        return add_lowrank(scale_outputs(y, h.to(y.dtype), layer.bias), z, ((1 + h)[:, None] * B).to(y.dtype))
