@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lora_lite.demo.wordmath import KINDS, SPLITS, extract_answer, generate, score, split_of
+from lora_lite.demo.wordmath import KINDS, PEOPLE, SPLITS, THINGS, extract_answer, generate, score, split_of
 
 VALUE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 N = {"train": 3000, "validation": 600, "test": 600}
@@ -39,6 +39,7 @@ def test_splits_share_no_template_and_no_numbers(problems, one, other):
     assert not {(p.kind, p.numbers) for p in problems[one]} & {(p.kind, p.numbers) for p in problems[other]}
     for kind in KINDS.values():
         assert not set(getattr(kind, one)) & set(getattr(kind, other))
+    assert not set(PEOPLE[one]) & set(PEOPLE[other]) and not set(THINGS[one]) & set(THINGS[other])
 
 
 def test_numbers_are_filed_where_their_hash_says(problems):
@@ -69,6 +70,7 @@ def test_each_operand_stands_in_the_question_or_was_worked_out_before(problems):
         for a, _, b, c in EQUATION.findall(p.completion):
             assert {a, b} <= known, p
             known.add(c)
+            assert 0 <= int(c) <= 199
 
 
 def test_prompts_read_well(problems):
