@@ -17,12 +17,12 @@ from .wordmath_kinds import KINDS
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-PEOPLE: dict[Split, list[str]] = {
+PEOPLE: dict[Split, Sequence[str]] = {
     "train": "Tom Mia Ann Ben Sam Lily Max Eva Leo Nina".split(),
     "validation": "Omar Zoe Ravi".split(),
     "test": "Kim Jack Rosa".split(),
 }
-THINGS: dict[Split, list[str]] = {
+THINGS: dict[Split, Sequence[str]] = {
     "train": "apples books pens coins cards cookies stamps shells marbles stickers eggs oranges flowers candles".split(),
     "validation": "buttons balloons pencils toys".split(),
     "test": "cakes stones plums beads".split(),
