@@ -2,9 +2,11 @@
 
 from .adalora import AdaLoRAConfig as AdaLoRAConfig
 from .corda import CorDAConfig as CorDAConfig
+from .delora import DeLoRAConfig as DeLoRAConfig
 from .dora import DoRAConfig as DoRAConfig
 from .dylora import DyLoRAConfig as DyLoRAConfig
 from .eva import EVAConfig as EVAConfig
+from .hra import HRAConfig as HRAConfig
 from .lora import LoRAConfig as LoRAConfig
 from .lora_ga import LoRAGAConfig as LoRAGAConfig
 from .lora_one import LoRAOneConfig as LoRAOneConfig
