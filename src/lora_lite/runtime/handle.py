@@ -57,6 +57,14 @@ class Adapter:
             if target.specs[short].is_trained:
                 tensor.requires_grad_(bool(value))
 
+    def restore_dtype(self) -> None:
+        """Cast its tensors back to the config's dtype after a `model.to(dtype)`; the parameters stay the same objects."""
+        for target, short, _, tensor in owned_tensors(self._model, self.record):
+            dtype = target.specs[short].dtype or target.cfg.torch_dtype
+            if tensor.dtype != dtype:
+                tensor.data = tensor.data.to(dtype)
+        self.record.cast_noticed = False
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(full path without the adapter's name, parameter) of what an optimiser should see."""
         for target, short, _, tensor in owned_tensors(self._model, self.record):

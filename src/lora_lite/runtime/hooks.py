@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import SelectionError, StateError, WeightError
+from ..core.errors import LoraLiteWarning, SelectionError, StateError, WeightError
 from .grouped import grouped
 from .layer import LayerView
 from .recompute import selection_of
 from .rows import blend, row_groups
-from .state import SITE, STATE, ModelState, Site, Slot
+from .state import SITE, STATE, ModelState, Site, Slot, stored_name, tensor_on
 from .virtual import PLACES, unwrap_output, wrap
 
 
@@ -112,6 +113,7 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         state.cut_by_checkpoint = False
         if state.call_grad and model.training:
             _watch_schedules(state)
+            _watch_dtypes(model, state)
     if state.rows is None:  # reading the size would make a compiled model depend on it
         return
     state.batch = None
@@ -149,6 +151,25 @@ def _watch_schedules(state: ModelState) -> None:
             raise StateError(
                 f"adapter {name!r}: variant {record.variant.name!r} has a schedule and nothing steps it. "
                 "Call ll.schedule(model, optimizer, total_steps) before training (again after loading or copying the model)."
+            )
+
+
+def _watch_dtypes(model: nn.Module, state: ModelState) -> None:
+    """`model.to(dtype)` casts adapters too; in 16 bits small steps are rounded away, so say it once."""
+    for name, _ in state.active:
+        record = state.records[name]
+        if record.cast_noticed or not record.trainable:
+            continue
+        path, target = next(iter(record.targets.items()))
+        short = next((k for k, spec in target.specs.items() if spec.is_trained and spec.dtype is None), None)
+        tensor = tensor_on(model.get_submodule(path), stored_name(short, name)) if short is not None else None
+        if tensor is not None and tensor.dtype != target.cfg.torch_dtype:
+            record.cast_noticed = True
+            warnings.warn(
+                f"adapter {name!r} was attached in {target.cfg.dtype} and is {str(tensor.dtype).removeprefix('torch.')} now, because "
+                f"model.to(dtype) casts adapters too; small steps may be rounded away. ll.adapters(model)[{name!r}].restore_dtype() casts it back.",
+                LoraLiteWarning,
+                stacklevel=2,
             )
 
 

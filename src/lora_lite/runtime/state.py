@@ -48,8 +48,16 @@ class Record:
     total_steps: int = 0
     """Length of its schedule."""
     scheduled: bool = False
+    """Whether an optimiser drives the schedule. Not copied: the optimiser drives the original."""
+    schedule_number: int = 0
+    """Counts `ll.schedule` calls: only the last one's hook acts."""
+    cast_noticed: bool = False
+    """Whether a cast of its tensors by `model.to(dtype)` was warned about."""
     train_calls: int = 0
-    """Training forwards since the last scheduled step."""
+    """Training forwards without anybody who drives the schedule."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "scheduled": False}
 
 
 class Slot:
