@@ -1,0 +1,187 @@
+"""A model of two blocks with odd sizes, stand-ins for layers of other libraries, and a snapshot that notices any change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTH, HIDDEN, VOCABULARY = 12, 20, 17
+
+
+class Conv1D(nn.Module):
+    """As transformers' layer of this name: the weight is stored (d_in, d_out), the sizes as `nf` and `nx`."""
+
+    def __init__(self, d_in: int, d_out: int, bias: bool = True) -> None:
+        super().__init__()
+        self.nf, self.nx = d_out, d_in
+        self.weight = nn.Parameter(torch.empty(d_in, d_out).uniform_(-(d_in**-0.5), d_in**-0.5))
+        self.bias = nn.Parameter(torch.empty(d_out).uniform_(-0.3, 0.3)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class FakeQuantLinear(nn.Module):
+    """A weight-only quantised layer: int8 codes and a step per row, dequantised in every call; differentiable in x."""
+
+    def __init__(self, d_in: int, d_out: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = d_in, d_out
+        w = torch.empty(d_out, d_in).uniform_(-(d_in**-0.5), d_in**-0.5)
+        step = w.abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((w / step).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scales", step)
+        self.bias = nn.Parameter(torch.empty(d_out).uniform_(-0.3, 0.3)) if bias else None
+
+    def dequantised(self) -> Tensor:
+        """The dense weight, computed without the layer's forward."""
+        return self.weight.to(self.scales.dtype) * self.scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantised().to(x.dtype), self.bias)
+
+
+class Output(dict[str, Any]):
+    """Logits and loss, by key and by attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Block(nn.Module):
+    """h + down(tanh(up(h)))."""
+
+    def __init__(self, bias: bool, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.up = kind(WIDTH, HIDDEN, bias)
+        self.down = kind(HIDDEN, WIDTH, bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.down(self.up(h).tanh())
+
+
+class Toy(nn.Module):
+    """Two residual blocks 12 -> 20 -> 12 and a head. Tokens do not mix, rows do not mix.
+
+    Takes vectors `x` (..., 12) or `input_ids` (batch, tokens); returns the stream after the blocks, or, with `labels` (batch, tokens), logits and loss.
+    """
+
+    def __init__(self, bias: bool = True, kind: type[nn.Module] = nn.Linear) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList([Block(bias, kind), Block(bias, kind)])
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(
+        self,
+        x: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        input_ids: Tensor | None = None,
+    ) -> Any:
+        h = self.embed(input_ids) if x is None else x
+        for layer in self.layers:
+            h = layer(h)
+        if labels is None:
+            return h
+        logits = self.head(h)
+        loss = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
+        return Output(loss=loss, logits=logits)
+
+
+def toy(bias: bool = True, dtype: torch.dtype = torch.float32, kind: type[nn.Module] = nn.Linear) -> Toy:
+    """The same model at every call, in eval mode; the global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1234)
+        return Toy(bias, kind).to(dtype).eval()
+
+
+def batches(dtype: torch.dtype = torch.float32, n: int = 4) -> list[dict[str, Tensor]]:
+    """Calibration data: padded batches of vectors with labels, 24 tokens in each."""
+    g = torch.Generator().manual_seed(99)
+    found = []
+    for _ in range(n):
+        mask = torch.ones(4, 6, dtype=torch.long)
+        mask[1, 4:] = 0
+        found.append(
+            {
+                "x": torch.randn(4, 6, WIDTH, generator=g).to(dtype),
+                "labels": torch.randint(0, VOCABULARY, (4, 6), generator=g),
+                "attention_mask": mask,
+            }
+        )
+    return found
+
+
+class Snapshot:
+    """Everything of a model that an adapter could leave behind: tensors, identities, flags, modes, hooks, attributes, the random state, its output."""
+
+    def __init__(self, model: nn.Module, *inputs: Any, bits_only: bool = False) -> None:
+        self.tensors = {
+            name: (id(t), t.detach().clone(), t.requires_grad)
+            for name, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+        }
+        self.keys = list(model.state_dict())
+        self.modules = {name: self._module(m) for name, m in model.named_modules(remove_duplicate=False)}
+        self.inputs, self.bits_only = inputs, bits_only
+        self.output = _run(model, inputs) if inputs else []
+        self.rng = torch.get_rng_state()
+
+    @staticmethod
+    def _module(m: nn.Module) -> tuple[Any, ...]:
+        hooks = {k: list(v) for k, v in vars(m).items() if "hooks" in k and isinstance(v, dict)}
+        return id(m), m.training, sorted(vars(m)), sorted(m._modules), hooks, vars(m).get("forward")
+
+    def difference(self, model: nn.Module) -> str:
+        """What is not as it was, as a sentence; empty when nothing is."""
+        if not torch.equal(self.rng, torch.get_rng_state()):
+            return "the global random state moved"
+        new = Snapshot(model, *self.inputs)
+        for what, old, now in (
+            ("tensors", list(self.tensors), list(new.tensors)),
+            ("state_dict keys", self.keys, new.keys),
+            ("modules", list(self.modules), list(new.modules)),
+        ):
+            if old != now:
+                return f"{what}: gone {[k for k in old if k not in now]}, new {[k for k in now if k not in old]}, or in another order"
+        for name, (ident, value, grad) in self.tensors.items():
+            ident2, value2, grad2 = new.tensors[name]
+            if value.shape != value2.shape or not torch.equal(_bits(value), _bits(value2)):
+                return f"the values of {name} changed"
+            if grad != grad2:
+                return f"requires_grad of {name} went from {grad} to {grad2}"
+            if ident != ident2 and not self.bits_only:
+                return f"{name} is another object now"
+        for name, old in self.modules.items():
+            for what, a, b in zip(
+                ("identity", "training mode", "attributes", "children", "hooks", "forward"),
+                old,
+                new.modules[name],
+                strict=True,
+            ):
+                if a != b and not (self.bits_only and what == "identity"):
+                    return f"{what} of {name or 'the model'} went from {a} to {b}"
+        for a, b in zip(self.output, new.output, strict=True):
+            if not torch.equal(a, b):
+                return f"its output differs by {float((a - b).abs().max()):.2e}"
+        return ""
+
+
+def _bits(t: Tensor) -> Tensor:
+    """A view whose equality is that of the bits, so that NaN equals NaN."""
+    t = t.contiguous()
+    return t.view(torch.uint8) if t.dim() else t.reshape(1).view(torch.uint8)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    out = model(*inputs)
+    values = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else (out,)
+    return [v.clone() for v in values if isinstance(v, Tensor)]

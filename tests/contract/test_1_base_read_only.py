@@ -1,0 +1,12 @@
+"""The base is read-only. Every registered variant through every check of `lora_lite.testing`."""
+
+from __future__ import annotations
+
+from samples import cases
+
+from lora_lite import testing
+
+
+@cases("1_base_read_only")
+def test_every_variant(name, case):
+    assert testing.run_check(name, case)

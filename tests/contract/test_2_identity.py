@@ -1,0 +1,12 @@
+"""Identity at the start is exact, or as far off as declared. Every registered variant through every check of `lora_lite.testing`."""
+
+from __future__ import annotations
+
+from samples import cases
+
+from lora_lite import testing
+
+
+@cases("2_identity")
+def test_every_variant(name, case):
+    assert testing.run_check(name, case)

@@ -1,0 +1,12 @@
+"""What would make a result wrong raises. Every registered variant through every check of `lora_lite.testing`."""
+
+from __future__ import annotations
+
+from samples import cases
+
+from lora_lite import testing
+
+
+@cases("3_nothing_silent")
+def test_every_variant(name, case):
+    assert testing.run_check(name, case)

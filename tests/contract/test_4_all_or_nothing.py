@@ -1,0 +1,12 @@
+"""attach, load and merge happen whole or not at all. Every registered variant through every check of `lora_lite.testing`."""
+
+from __future__ import annotations
+
+from samples import cases
+
+from lora_lite import testing
+
+
+@cases("4_all_or_nothing")
+def test_every_variant(name, case):
+    assert testing.run_check(name, case)

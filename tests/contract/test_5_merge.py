@@ -1,0 +1,12 @@
+"""A layer is what it does: merge agrees with forward. Every registered variant through every check of `lora_lite.testing`."""
+
+from __future__ import annotations
+
+from samples import cases
+
+from lora_lite import testing
+
+
+@cases("5_merge")
+def test_every_variant(name, case):
+    assert testing.run_check(name, case)

@@ -1,0 +1,12 @@
+"""Same seed, same adapter. Every registered variant through every check of `lora_lite.testing`."""
+
+from __future__ import annotations
+
+from samples import cases
+
+from lora_lite import testing
+
+
+@cases("7_same_seed")
+def test_every_variant(name, case):
+    assert testing.run_check(name, case)
