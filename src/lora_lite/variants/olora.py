@@ -1,0 +1,41 @@
+"""OLoRA: LoRA that starts from an orthonormal basis of the weight's first columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..core.registry import register
+from ._deviation import Deviation
+from ._lowrank import ScaledConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OLoRAConfig(ScaledConfig):
+    variant: str = "olora"
+
+
+@register
+class OLoRA(Deviation):
+    """Low-rank update that starts from the QR decomposition of the weight.
+
+    W = QR with a positive diagonal of R; B0 = Q[:, :r] (d_out, r), A0 = R[:r] (r, d_in); y' = y + s (BA − B0A0) x with A = A0 + ΔA,
+    B = B0 + ΔB. Q[:, :r] spans the first r columns of W, so only these are decomposed, and A0 = B0ᵀ W: no SVD, no whole QR.
+    The paper and PEFT replace W by W − s B0A0; here W stays as it is.
+    Büyükakyüz 2024, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models, arXiv 2406.01775.
+    """
+
+    name = "olora"
+    config = OLoRAConfig
+    paper = "2406.01775"
+    needs_weight = True
+    lr = 5e-4
+
+    @staticmethod
+    def init(layer, cfg):
+        W = layer.weight
+        W = W.to(torch.promote_types(torch.float32, W.dtype))
+        Q, R = torch.linalg.qr(W[:, : cfg.r])
+        Q = Q * torch.where(R.diagonal() < 0, -1, 1)
+        layer.lora_A0, layer.lora_B0 = Q.mT @ W, Q
