@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from samples import cases
-
 from lora_lite import testing
+from samples import cases
 
 
 @cases("1_base_read_only")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
 from ..core.errors import StateError, did_you_mean
+from ..core.registry import get_variant
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
 
@@ -57,7 +58,11 @@ class Record:
     """Training forwards without anybody who drives the schedule."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "scheduled": False}
+        # the method travels by its name, so that a class written in a notebook or a function does too
+        return {**self.__dict__, "scheduled": False, "variant": self.variant.name}
+
+    def __setstate__(self, data: dict[str, Any]) -> None:
+        self.__dict__.update(data, variant=get_variant(data["variant"]))
 
 
 class Slot:
@@ -73,6 +78,15 @@ class Slot:
         self.keys = {short: stored_name(short, record.name) for short in (*target.specs, *target.shared)}
         self.owners = owners
         """Short name -> the layer that owns it, for shared tensors only."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in self.__slots__ if k not in ("factors", "forward", "forward_input")}
+
+    def __setstate__(self, data: dict[str, Any]) -> None:
+        variant = get_variant(data["cfg"].variant)
+        pages = {"factors": variant.factors, "forward": variant.forward, "forward_input": variant.forward_input}
+        for k, v in {**data, **pages}.items():
+            setattr(self, k, v)
 
 
 class Site:
