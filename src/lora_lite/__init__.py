@@ -26,12 +26,14 @@ from .runtime.attach import detach as detach
 from .runtime.attach import rename as rename
 from .runtime.check import check as check
 from .runtime.combine import combine as combine
+from .runtime.compact import compact as compact
 from .runtime.handle import Adapter as Adapter
 from .runtime.handle import adapters as adapters
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
 from .runtime.plan import Plan as Plan
 from .runtime.plan import plan as plan
+from .runtime.precondition import precondition as precondition
 from .runtime.schedule import penalty as penalty
 from .runtime.schedule import schedule as schedule
 from .runtime.select import activate as activate

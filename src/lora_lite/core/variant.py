@@ -38,6 +38,8 @@ class Variant:
     """A fresh adapter returns the base output bit for bit."""
     identity_bound: ClassVar[float] = 0.0
     """Otherwise: the largest relative departure of a fresh adapter in fp32 (`inf`: departs by design)."""
+    own_weight: ClassVar[bool] = False
+    """The adapter's weight in `ll.activate` is a variable of the page, `layer.strength`; otherwise the runtime blends the outputs with it."""
     lr: ClassVar[float] = 1e-3
     """Recommended learning rate for AdamW."""
     cost: ClassVar[str] = ""
@@ -59,7 +61,11 @@ class Variant:
     from_factors: ClassVar[Callable[..., Any] | None] = None
     """`(layer, A, B)`: write the inverse of `factors` into the staged tensors; the method that holds combined adapters has it."""
     on_step: ClassVar[Callable[..., Any] | None] = None
-    """`(targets, cfg, step)`: after every optimiser step, gradients still there."""
+    """`(targets, cfg, step)`: after every optimiser step, gradients still there. `step` counts from 1 to `targets.total_steps`
+    over the whole run, also across save and load; `view.master("lora_A")` is the parameter, with `.grad`."""
+    compact: ClassVar[Callable[..., Any] | None] = None
+    """`(layer, rank) -> (config changes, tensors)`, or None to leave the target out: the same function with fewer tensors. Files saved after
+    the end of a schedule hold the result for rank None; `ll.compact` puts it on the model."""
     penalty: ClassVar[Callable[..., Any] | None] = None
     """`(layer) -> scalar` regulariser."""
     shared_specs: ClassVar[Callable[..., Any] | None] = None

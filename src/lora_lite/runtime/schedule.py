@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,29 +12,48 @@ from torch.optim import Optimizer
 
 from ..core.errors import StateError
 from .layer import LayerView
-from .state import SITE, Record, Slot, record_of, state_of, unwrap
+from .state import SITE, Record, Slot, owned_tensors, record_of, state_of, unwrap
+
+
+class StillView(LayerView):
+    """A view outside of any forward: dropout and other noise of training do not exist for it."""
+
+    @property
+    def training(self) -> bool:
+        return False
+
+
+class StepTargets(list[LayerView]):
+    """The targets as `on_step` sees them, at storage precision, and the length of the schedule."""
+
+    def __init__(self, views: Iterable[LayerView], total_steps: int) -> None:
+        super().__init__(views)
+        self.total_steps = total_steps
 
 
 def layer_views(model: nn.Module, record: Record) -> list[LayerView]:
-    """One view per target, at storage precision."""
+    """One view per target, at storage precision, not in training."""
     model = unwrap(model)
-    found = []
+    found: list[LayerView] = []
     for path in record.targets:
         layer = model.get_submodule(path)
         slot: Slot = layer.__dict__[SITE].slots[record.name]
-        found.append(LayerView(layer, slot, None))
+        found.append(StillView(layer, slot, None))
     return found
 
 
 def schedule(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
     """Drive every scheduled adapter (rank schedules, retractions) from `optimizer.step()`.
 
+    Call it once before training, and again after loading or copying the model: an adapter that was saved at step 50 goes on with step 51.
+    With gradient accumulation the schedule counts optimiser steps, not batches. A later call replaces an earlier one.
+
     Args:
         optimizer: the one that trains the adapters; `on_step` runs after each of its steps, gradients still there.
-        total_steps: number of optimiser steps of the whole run; sets the schedule's length.
+        total_steps: number of optimiser steps of the whole run, those before a resume included; sets the schedule's length.
 
     Raises:
-        StateError: no attached method has a schedule, or total_steps is not positive.
+        StateError: no attached method has a schedule, the optimiser trains none of them, or total_steps is not positive.
     """
     state = state_of(model)
     records = [r for r in state.records.values() if r.variant.on_step is not None]
@@ -40,23 +61,56 @@ def schedule(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
         raise StateError("no attached adapter has a schedule, so ll.schedule has nothing to do; leave the call out.")
     if total_steps < 1:
         raise StateError(f"total_steps must be positive, got {total_steps}.")
-    for record in records:
-        record.total_steps = total_steps
-        record.scheduled = True
+    optimizer = torch_optimizer(optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    driven = [r for r in records if any(id(t) in held for _, _, _, t in owned_tensors(model, r))]
+    if not driven:
+        raise StateError(
+            f"the optimiser trains no tensor of {', '.join(repr(r.name) for r in records)}. Build it from adapter.parameters() after attaching or loading."
+        )
+    for record in driven:
+        record.total_steps, record.scheduled, record.train_calls = total_steps, True, 0
+        record.schedule_number += 1
+    numbers = [record.schedule_number for record in driven]
 
-    def after_step(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        for record in records:
-            if state.records.get(record.name) is record and record.trainable:
+    def after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if within_step(optimizer):
+            return
+        for record, number in zip(driven, numbers, strict=True):
+            if state.records.get(record.name) is record and record.schedule_number == number and record.trainable:
                 step_record(model, record)
 
     optimizer.register_step_post_hook(after_step)
+
+
+def torch_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimiser inside the wrappers of accelerate and others, whose step hooks do not run."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise StateError(
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer, so its steps cannot be followed; pass the optimiser inside it."
+        )
+    return optimizer
+
+
+def within_step(optimizer: Optimizer) -> bool:
+    """For a step hook: whether an outer step of the same optimiser is still running, since torch runs the hooks again for a `super().step()`."""
+    caller = sys._getframe(2)  # torch's wrapper, which runs the hooks around a step
+    frame = caller.f_back
+    while frame is not None:
+        if frame.f_code is caller.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def step_record(model: nn.Module, record: Record) -> None:
     """One `on_step` of one adapter."""
     record.steps += 1
     with torch.no_grad():
-        record.variant.on_step(layer_views(model, record), record.cfg, record.steps)  # type: ignore[misc]
+        targets = StepTargets(layer_views(model, record), record.total_steps)
+        record.variant.on_step(targets, record.cfg, record.steps)  # type: ignore[misc]
 
 
 def penalty(model: nn.Module, name: str | None = None) -> Tensor:
@@ -68,5 +122,5 @@ def penalty(model: nn.Module, name: str | None = None) -> Tensor:
     for record in records:
         if record.variant.penalty is not None:
             for view in layer_views(model, record):
-                total = total + record.variant.penalty(view)
+                total = total + record.variant.penalty(view).to(device)
     return total

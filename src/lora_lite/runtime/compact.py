@@ -1,0 +1,79 @@
+"""An adapter with fewer tensors and the same function: what remains of a rank schedule, or the head of a nested one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import StateError
+from .attach import commit, detach
+from .handle import Adapter
+from .layer import StagedView
+from .plan import make_target
+from .staging import stage
+from .state import Record, Slot, Target, owned_tensors, record_of, state_of, unwrap
+
+
+def compacted(
+    model: nn.Module, record: Record, tensors: dict[str, Tensor], rank: int | None = None
+) -> tuple[Record, dict[str, Tensor]]:
+    """The record and the tensors (full path -> tensor) of the smaller adapter; the model is only looked at."""
+    if record.variant.compact is None:
+        raise StateError(f"adapter {record.name!r}: variant {record.variant.name!r} has nothing to compact.")
+    targets: dict[str, Target] = {}
+    small: dict[str, Tensor] = {}
+    for path, target in record.targets.items():
+        own = {short: tensors[_key(path, short)] for short in target.specs}
+        view = StagedView(unwrap(model).get_submodule(path), Slot(record, target, {}), own)
+        with torch.no_grad():
+            result = record.variant.compact(view, rank)
+        if result is None:
+            continue
+        changes, new = result
+        cfg = dataclasses.replace(target.cfg, **changes)
+        targets[path] = dataclasses.replace(
+            make_target(path, target.d_in, target.d_out, cfg, target.kind), shared=target.shared, base=target.base
+        )
+        for short, spec in targets[path].specs.items():
+            if tuple(new[short].shape) != spec.shape:
+                raise StateError(
+                    f"{path}.{short}: compact made {tuple(new[short].shape)}, its config says {spec.shape}."
+                )
+            small[_key(path, short)] = new[short].contiguous()
+    if not targets:
+        raise StateError(f"adapter {record.name!r}: nothing is left of it after compacting.")
+    return dataclasses.replace(record, targets=targets, scheduled=False, train_calls=0), small
+
+
+def compact(model: nn.Module, name: str | None = None, rank: int | None = None) -> Adapter:
+    """Replace an adapter by a smaller one: the live triplets of a finished rank schedule, or the first `rank` ranks of a nested method.
+
+    Its parameters are new ones, so build the optimiser anew to go on training.
+
+    Raises:
+        StateError: the method cannot be compacted (yet), or the model is merged or sharded. The model is as before.
+    """
+    model = unwrap(model)
+    old, state = record_of(model, name), state_of(model)
+    if rank is None and not 0 < old.total_steps <= old.steps:
+        raise StateError(
+            f"adapter {old.name!r}: its schedule has not ended (step {old.steps} of {old.total_steps or 'an unknown number'}); train on, or pass rank=... if the method has nested ranks."
+        )
+    tensors = {_key(t.path, short): tensor.detach() for t, short, _, tensor in owned_tensors(model, old)}
+    record, small = compacted(model, old, tensors, rank)
+    staged = stage(model, record, fill=False)
+    for view in staged:
+        for short, t in view.tensors.items():
+            t.copy_(small[_key(view.path, short)])
+    active, base = state.active, list(state.base_trainable)
+    detach(model, old.name)
+    handle = commit(model, record, staged, old.trainable)
+    state = state_of(model)
+    state.active, state.base_trainable = active, base
+    return handle
+
+
+def _key(path: str, short: str) -> str:
+    return f"{path}.{short}" if path else short
