@@ -107,6 +107,11 @@ class Bar:
                 flush=True,
             )
 
+    def hook(self, done: int, total: int) -> None:
+        """The same for functions that report (done, total)."""
+        self.total = max(1, total)
+        self.update(done)
+
     def _bar(self, done: int, note: str) -> None:
         if self.rich is None:
             from rich.console import Console
@@ -123,7 +128,7 @@ class Bar:
             )
             self.rich.start()
             self.task = self.rich.add_task(self.what, total=self.total, note=note)
-        self.rich.update(self.task, completed=done, note=note)
+        self.rich.update(self.task, completed=done, total=self.total, note=note)
 
 
 def clock(seconds: float) -> str:

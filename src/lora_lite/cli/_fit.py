@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -56,7 +57,13 @@ def fit(
         StateError: the loss is no longer finite.
     """
     base, arguments_class = _classes(options.trainer)
-    arguments = arguments_class(**_arguments(options, out, bool(evals), resume is None))
+    fields = {f.name for f in dataclasses.fields(arguments_class)}
+    recompute = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    arguments = arguments_class(
+        **_arguments(options, out, bool(evals), resume is None),
+        **{recompute: options.gradient_checkpointing},
+        **({f"{recompute}_kwargs": {"use_reentrant": False}} if options.gradient_checkpointing else {}),
+    )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = adapter_trainer(base)(
         model=model,
@@ -80,9 +87,10 @@ def fit(
     return trainer
 
 
-def _classes(trainer: str) -> tuple[type, type]:
+def _classes(trainer: str) -> tuple[type, Any]:
     if trainer == "sft":
-        from trl import SFTConfig, SFTTrainer
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
 
         return SFTTrainer, SFTConfig
     from transformers import Trainer, TrainingArguments
@@ -115,8 +123,6 @@ def _arguments(o: Options, out: Path, has_eval: bool, fresh: bool) -> dict[str, 
         "load_best_model_at_end": o.best,
         "metric_for_best_model": "eval_loss" if o.best else None,
         "greater_is_better": False if o.best else None,
-        "gradient_checkpointing": o.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if o.gradient_checkpointing else None,
         "bf16": False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,

@@ -68,7 +68,7 @@ def run(args: Demo) -> int:
 
     mark = time.monotonic()
     with Bar("answering before", len(problems)) as bar:
-        before = evaluate(model, tokenizer, problems, progress=bar.update)
+        before = evaluate(model, tokenizer, problems, progress=bar.hook)
     answering = time.monotonic() - mark
     say(f"accuracy before: {before.accuracy:.1%}")
 
@@ -87,7 +87,7 @@ def run(args: Demo) -> int:
         options = Options(steps=steps, lr=lr, batch_size=BATCH, seed=args.seed, eval_every=max(1, steps // 6))
         fit(model, tokenizer, train, evals, options, out, log)
     with Bar("answering after", len(problems)) as bar:
-        after = evaluate(model, tokenizer, problems, progress=bar.update)
+        after = evaluate(model, tokenizer, problems, progress=bar.hook)
     path = ll.save(model, out / session.ADAPTER)
     seconds = time.monotonic() - start
     facts = {

@@ -77,14 +77,12 @@ def run(args: Eval) -> int:
     asked = [e for e in examples if e.prompt]
     if asked and args.max_new_tokens:
         with Bar("answering", len(asked)) as bar:
-            said = complete(
-                model, tokenizer, [e.prompt for e in asked], args.batch_size, args.max_new_tokens, bar.update
-            )
+            said = complete(model, tokenizer, [e.prompt for e in asked], args.batch_size, args.max_new_tokens, bar.hook)
         result["accuracy"] = sum(map(right, said, (e.completion for e in asked))) / len(asked)
     rows = session.encoded(examples, tokenizer, args.max_length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     with Bar("loss", len(rows)) as bar:
-        result["loss"] = mean_loss(model, rows, args.batch_size, pad, bar.update)
+        result["loss"] = mean_loss(model, rows, args.batch_size, pad, bar.hook)
     result["perplexity"] = math.exp(min(result["loss"], 700.0))
     if args.json:
         samples = [{"prompt": e.prompt, "answer": s, "right": e.completion} for e, s in zip(asked, said, strict=False)]

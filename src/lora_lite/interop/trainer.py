@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +19,8 @@ from ..io import native
 from ..runtime.state import DEFAULT, owned_tensors, state_of, unwrap
 from ..runtime.weights import is_sharded
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    _Base = Trainer
-else:
-    _Base = object
+_Base: Any = object
+"""The trainer's class, as the mixin sees it: known only where a subclass names it."""
 
 
 @cache
