@@ -7,11 +7,20 @@ import re
 
 import pytest
 
-from lora_lite.demo.wordmath import KINDS, PEOPLE, SPLITS, THINGS, extract_answer, generate, score, split_of
+from lora_lite.demo.wordmath import KINDS, PEOPLE, SPLITS, THINGS, extract_answer, generate, score, split_of, templates
+from lora_lite.demo.wordmath_kinds import expand
 
 VALUE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 N = {"train": 3000, "validation": 600, "test": 600}
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
+
+
+def wordings_of_all():
+    return [w for kind in KINDS.values() for w in kind.wordings]
+
+
+def wordings(split):
+    return {text for kind in templates(split).values() for parts in kind.values() for part in parts for text in part}
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +46,30 @@ def test_every_problem_is_new_within_its_split(problems):
 def test_splits_share_no_template_and_no_numbers(problems, one, other):
     assert not {p.template for p in problems[one]} & {p.template for p in problems[other]}
     assert not {(p.kind, p.numbers) for p in problems[one]} & {(p.kind, p.numbers) for p in problems[other]}
-    for kind in KINDS.values():
-        assert not set(getattr(kind, one)) & set(getattr(kind, other))
+    assert not wordings(one) & wordings(other)
     assert not set(PEOPLE[one]) & set(PEOPLE[other]) and not set(THINGS[one]) & set(THINGS[other])
 
 
 def test_numbers_are_filed_where_their_hash_says(problems):
     assert all(split_of(p.kind, p.numbers) == split for split, rows in problems.items() for p in rows)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_half_of_the_held_out_problems_hold_a_phrase_that_no_training_template_has(problems, split):
+    kept = {phrase[1:] for w in wordings_of_all() for phrase in re.findall(r"(?<=[\[|])\*[^|\]]+", w)}
+    assert len(kept) > 30
+    share = sum(p.new_phrase for p in problems[split]) / N[split]
+    assert 0.4 < share < 0.6
+    for p in problems[split]:
+        assert not p.new_phrase or any(phrase in p.template for phrase in kept)
+    assert not any(p.new_phrase for p in problems["train"])
+    starred = {text for kind in KINDS.values() for w in kind.wordings for text, new in expand(w) if new}
+    plain = {text for kind in KINDS.values() for w in kind.wordings for text, new in expand(w) if not new}
+    assert not wordings("train") & (starred - plain)
+
+
+def test_expand():
+    assert expand("a [b|*c] d[|!]") == [("a b d", False), ("a b d!", False), ("a c d", True), ("a c d!", True)]
 
 
 def test_every_split_has_every_kind_and_one_to_three_steps(problems):
@@ -76,7 +102,8 @@ def test_each_operand_stands_in_the_question_or_was_worked_out_before(problems):
 def test_prompts_read_well(problems):
     for p in (p for rows in problems.values() for p in rows):
         assert p.prompt.startswith("Q: ") and p.prompt.endswith("?\nA:")
-        assert not re.search(r"[{}]|boxs|  ", p.prompt)
+        assert not re.search(r"[][{}*|]|boxs|  | [.,?]|\.\.", p.prompt)
+        assert re.fullmatch(r"Q: ([A-Z0-9][^.?]*\. )+[A-Z][^.?]*\?\nA:", p.prompt) or p.prompt.count(".") == 0
 
 
 @pytest.mark.parametrize(

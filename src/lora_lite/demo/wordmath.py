@@ -1,7 +1,8 @@
 """wordmath: generated grade-school word problems with a worked solution and `#### 42` at the end.
 
-The shape is that of MetaMathQA training and GSM8K testing. Train, validation and test differ in the wordings (templates), in
-people and things, and in the numbers (each tuple of operands belongs to one split by a hash): no test problem was trained.
+The shape is that of MetaMathQA training and GSM8K testing. The splits share no template, no people, no things and no numbers
+(templates and tuples of operands are dealt out by a hash). Half of the validation and test problems hold a phrase that no
+training problem has; the other half combines known phrases in a new way.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
-from .wordmath_kinds import KINDS
+from .wordmath_kinds import KINDS, expand
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -40,6 +42,8 @@ class Problem:
     kind: str
     numbers: tuple[int, ...]
     template: str
+    new_phrase: bool
+    """The template holds a phrase that no training template has (half of validation and test)."""
 
 
 _VALUE: dict[str, Callable[[int, int], int]] = {
@@ -50,10 +54,42 @@ _VALUE: dict[str, Callable[[int, int], int]] = {
 }
 
 
+def _bucket(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") % 10
+
+
 def split_of(kind: str, numbers: Sequence[int]) -> Split:
     """The one split that may use these numbers in this kind of problem: 80 % train, 10 % validation, 10 % test."""
-    digest = hashlib.blake2b(f"{kind}:{','.join(map(str, numbers))}".encode(), digest_size=4).digest()
-    bucket = int.from_bytes(digest, "little") % 10
+    bucket = _bucket(f"{kind}:{','.join(map(str, numbers))}")
+    return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
+
+
+@lru_cache
+def templates(split: Split) -> dict[str, dict[bool, list[list[str]]]]:
+    """kind -> whether a phrase is new to training -> the templates of this split, wording by wording."""
+    found: dict[str, dict[bool, list[list[str]]]] = {}
+    for name, kind in KINDS.items():
+        sentences = [expand(wording) for wording in kind.wordings]
+        known = {text for wording in sentences for text, new in wording if not new}
+        found[name] = {
+            new: [
+                part
+                for wording in sentences
+                if (
+                    part := sorted(
+                        {text for text, _ in wording if (text not in known) == new and _belongs(text, new) == split}
+                    )
+                )
+            ]
+            for new in (False, True)
+        }
+    return found
+
+
+def _belongs(template: str, new: bool) -> Split:
+    bucket = _bucket(template)
+    if new:
+        return "validation" if bucket < 5 else "test"
     return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
 
 
@@ -75,23 +111,24 @@ def generate(split: Split, n: int, seed: int = 0) -> list[Problem]:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}.")
     rng = random.Random(f"wordmath-{split}-{seed}")
+    pool = templates(split)
     seen: set[str] = set()
     problems: list[Problem] = []
     while len(problems) < n:
         kind = rng.choice(list(KINDS))
         numbers = KINDS[kind].draw(rng)
         text, value = solution(kind, numbers)
-        if split_of(kind, numbers) != split or not 0 <= value <= 199:
+        if split_of(kind, numbers) != split:
             continue
-        template = rng.choice(getattr(KINDS[kind], split))
+        new = split != "train" and rng.random() < 0.5
+        template = rng.choice(rng.choice(pool[kind][new]))
         p, q = rng.sample(PEOPLE[split], 2)
         x, y = rng.sample(BOXES, 2)
         question = template.format(*numbers, p=p, q=q, t=rng.choice(THINGS[split]), x=x, y=y).replace("boxs", "boxes")
         if question not in seen:
             seen.add(question)
-            problems.append(
-                Problem(f"Q: {question}\nA:", f" {text}\n#### {value}", value, kind, tuple(numbers), template)
-            )
+            prompt, completion = f"Q: {question}\nA:", f" {text}\n#### {value}"
+            problems.append(Problem(prompt, completion, value, kind, tuple(numbers), template, new))
     return problems
 
 

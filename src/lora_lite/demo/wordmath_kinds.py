@@ -1,8 +1,14 @@
-"""The kinds of problem in wordmath: how numbers are drawn, which operations solve them, and their wordings per split."""
+"""The kinds of problem in wordmath: how numbers are drawn, which operations solve them, and how they are worded.
+
+A wording is a small grammar: `[a|b|*c]` is one of a, b, c, and a phrase that begins with `*` is kept from the training split.
+{p} {q} are people, {t} things, {x} {y} containers, {0} {1} .. the numbers.
+"""
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,25 +18,67 @@ Step = tuple[int, str, int]
 
 @dataclass(frozen=True)
 class Kind:
-    """One structure of operations. A wording has {p} {q} for people, {t} for things, {x} {y} for containers, {0}.. for numbers."""
+    """One structure of operations."""
 
     draw: Callable[[random.Random], Numbers]
     solve: Callable[..., list[Step]]
     """numbers -> the steps (a, op, b) in order."""
-    train: tuple[str, ...]
-    validation: tuple[str, ...]
-    test: tuple[str, ...]
+    wordings: tuple[str, ...]
+
+
+def expand(wording: str) -> list[tuple[str, bool]]:
+    """All sentences of a wording, each with whether it holds a phrase that is kept from training."""
+    parts = [part.split("|") for part in re.split(r"[\[\]]", wording)]
+    return [
+        ("".join(phrase.removeprefix("*") for phrase in choice), any(phrase.startswith("*") for phrase in choice))
+        for choice in itertools.product(*parts)
+    ]
+
+
+HAS = "[{p} has {0} {t}|{p} owns {0} {t}|{p} starts with {0} {t}|*{p} holds {0} {t}]. "
+IN_BOX = "[There are {0} {t} in a {x}|A {x} holds {0} {t}|{p} keeps {0} {t} in a {x}|*A {x} has {0} {t} in it]. "
+NOW = "How many {t} does {p} have [now|in all|then|*all together]?"
+LEFT = "How many {t} [does {p} have left|are left|does {p} have now|*does {p} keep]?"
+IN_IT = "How many {t} are [in the {x} now|in it now|in the {x} then|*left in the {x}]?"
+BOTH = "How many {t} do they have [together|in all|*all together]?"
+THERE = "How many {t} are there [in all|together|*all together]?"
+EACH = "How many {t} [does each get|does each of them get|are that for each|*does every one get]?"
+
+
+def gain(n: str) -> str:
+    return (
+        f"[{{q}} gives {{p}} {n} more|{{p}} gets {n} from {{q}}|{{p}} finds {n} more {{t}}|{{p}} buys {n} {{t}}"
+        f"|*{{p}} picks {n} more|*{{p}} wins {n} {{t}}]"
+    )
+
+
+def lose(n: str) -> str:
+    return (
+        f"[{{p}} gives {n} to {{q}}|{{p}} loses {n} of them|{{p}} sells {n} {{t}}|{{q}} takes {n} of them"
+        f"|*{{p}} gives away {n}|*{{p}} drops {n} {{t}}]"
+    )
+
+
+def groups(n: str, size: str, box: str = "{x}") -> str:
+    return f"{n} {box}s [with {size} {{t}} each|with {size} {{t}} in each {box}|of {size} {{t}}|*that hold {size} {{t}} each]"
+
+
+def share(n: str, all_of: str) -> str:
+    return (
+        f"[{{p}} shares {all_of} equally among {n} friends|{n} friends share {all_of} equally"
+        f"|{{p}} splits {all_of} equally among {n} friends|*{{p}} divides {all_of} among {n} friends]. "
+    )
 
 
 def _add_share(r: random.Random) -> Numbers:
-    share, friends = r.randint(3, 12), r.randint(2, 9)
-    a = r.randint(2, share * friends - 2)
-    return a, share * friends - a, friends
+    each, friends = r.randint(3, 12), r.randint(2, 9)
+    a = r.randint(2, each * friends - 2)
+    return a, each * friends - a, friends
 
 
 def _share_sub(r: random.Random) -> Numbers:
-    share, friends = r.randint(3, 15), r.randint(2, 9)
-    return share * friends, friends, r.randint(1, share - 1)
+    each, friends = r.randint(3, 15), r.randint(2, 9)
+    return each * friends, friends, r.randint(1, each - 1)
 
 
 def _times_sub(r: random.Random) -> Numbers:
@@ -43,64 +91,41 @@ ONE_STEP = {
         lambda r: (r.randint(2, 90), r.randint(2, 90)),
         lambda a, b: [(a, "+", b)],
         (
-            "{p} has {0} {t}. {q} gives {p} {1} more. How many {t} does {p} have now?",
-            "{p} has {0} {t} and {q} has {1} {t}. How many {t} do they have together?",
-            "There are {0} {t} in a {x}. {p} puts in {1} more. How many {t} are in the {x} now?",
-            "{p} finds {0} {t} in the morning and {1} {t} in the evening. How many {t} does {p} find in all?",
-            "{p} has {0} {t}. {q} has {1} more than {p}. How many {t} does {q} have?",
-        ),
-        ("{p} buys {0} {t}, then buys {1} more. How many {t} does {p} have in all?",),
-        (
-            "A {x} holds {0} {t}. {p} adds {1} {t} to it. How many {t} does the {x} hold now?",
-            "{p} picks {0} {t} and {q} picks {1} {t}. How many {t} do they pick together?",
-            "{q} has {1} {t} more than {p}, who has {0}. How many {t} does {q} have?",
+            HAS + "[Then |]" + gain("{1}") + ". " + NOW,
+            IN_BOX + "[{p} puts in {1} more|{q} adds {1} {t}|*{p} puts {1} {t} in as well]. " + IN_IT,
+            "{p} [has|finds|buys|*picks] {0} {t} and {q} [has|finds|buys|*picks] {1}[| {t}]. " + BOTH,
+            "{p} has {0} {t}. {q} has {1} [more|more {t}] than {p}. How many {t} does {q} have[| now|*, then]?",
         ),
     ),
     "sub": Kind(
         lambda r: (a := r.randint(10, 120), r.randint(2, a - 1)),
         lambda a, b: [(a, "-", b)],
         (
-            "{p} has {0} {t}. {p} gives {1} to {q}. How many {t} does {p} have left?",
-            "There are {0} {t} in a {x}. {p} takes out {1}. How many {t} are left in the {x}?",
-            "{p} had {0} {t} and lost {1} of them. How many {t} are left?",
-            "{p} has {0} {t}. {q} has {1} {t}. How many more {t} does {p} have than {q}?",
-            "{p} has {0} {t}. {q} has {1} less than {p}. How many {t} does {q} have?",
-        ),
-        ("{p} had {0} {t} and sold {1} of them. How many {t} does {p} have left?",),
-        (
-            "A {x} holds {0} {t}. {q} takes {1} of them. How many {t} are left in it?",
-            "{p} has {0} {t} and gives away {1}. How many {t} are left?",
-            "{q} has {1} {t} and {p} has {0}. How many {t} does {p} have more than {q}?",
+            HAS + "[Then |]" + lose("{1}") + ". " + LEFT,
+            IN_BOX + "[{p} takes out {1}|{q} takes {1} of them|*{p} takes {1} {t} out of it]. " + IN_IT,
+            "{p} has {0} {t}[.| and] {q} has {1}[| {t}]. How many [more {t} does {p} have|{t} more does {p} have] than {q}?",
+            "{p} has {0} {t}. {q} has {1} [less|less {t}] than {p}. How many {t} does {q} have[| now|*, then]?",
         ),
     ),
     "times": Kind(
         lambda r: (r.randint(2, 12), r.randint(2, 15)),
         lambda a, b: [(a, "*", b)],
         (
-            "{p} has {0} {x}s with {1} {t} in each {x}. How many {t} does {p} have?",
-            "There are {0} {x}s. Each {x} holds {1} {t}. How many {t} are there in all?",
-            "{p} buys {0} {x}s of {t}. There are {1} {t} in each. How many {t} does {p} buy?",
-            "{0} friends have {1} {t} each. How many {t} do they have together?",
-        ),
-        ("{p} fills {0} {x}s with {1} {t} each. How many {t} are that in all?",),
-        (
-            "Each {x} of {p} has {1} {t}. {p} has {0} {x}s. How many {t} does {p} have in all?",
-            "{p} puts {1} {t} in each of {0} {x}s. How many {t} are there?",
-            "{p} and {q} have {0} {x}s of {1} {t}. How many {t} do they have together?",
+            "{p} [has|buys|finds|*picks] " + groups("{0}", "{1}") + ". " + NOW,
+            "There are " + groups("{0}", "{1}") + "[| on the table]. " + THERE,
+            "[There are {0} {x}s|{p} has {0} {x}s|*{q} owns {0} {x}s]. [Each {x} holds {1} {t}|There are {1} {t} in each|*Each has {1} {t}]. "
+            + THERE,
+            "{0} friends [have|buy|find|*pick] {1} {t} each. " + BOTH,
         ),
     ),
     "share": Kind(
         lambda r: ((b := r.randint(2, 12)) * r.randint(2, 12), b),
         lambda a, b: [(a, "/", b)],
         (
-            "{p} shares {0} {t} equally among {1} friends. How many {t} does each friend get?",
-            "{p} puts {0} {t} into {1} {x}s, the same number in each {x}. How many {t} are in each {x}?",
-            "{0} {t} are split equally into {1} {x}s. How many {t} are in each?",
-        ),
-        ("{1} friends share {0} {t} equally. How many {t} does each get?",),
-        (
-            "{p} splits {0} {t} equally among {1} {x}s. How many {t} are in each {x}?",
-            "There are {1} {x}s for {0} {t}, the same number for each {x}. How many {t} does each {x} hold?",
+            share("{1}", "{0} {t}") + EACH,
+            HAS + share("{1}", "them") + EACH,
+            "[{p} puts {0} {t} into {1} {x}s|{0} {t} go into {1} {x}s|*{q} fills {1} {x}s with {0} {t}], the same number in each. "
+            "How many {t} [are in each {x}|does each {x} hold|are in each|*are in one {x}]?",
         ),
     ),
 }
@@ -110,105 +135,76 @@ TWO_STEPS = {
         lambda r: (r.randint(2, 60), r.randint(2, 9), r.randint(2, 12)),
         lambda a, b, c: [(b, "*", c), (a, "+", b * c)],
         (
-            "{p} has {0} {t}. {p} buys {1} {x}s with {2} {t} in each {x}. How many {t} does {p} have now?",
-            "{p} has {0} {t} and gets {1} {x}s of {t} from {q}. Each {x} holds {2} {t}. How many {t} does {p} have now?",
-            "There are {0} {t} on the table and {1} {x}s with {2} {t} each. How many {t} are there in all?",
-            "{p} has {1} {x}s with {2} {t} each. {q} has {0} {t}. How many {t} do they have together?",
-            "{1} friends give {p} {2} {t} each. {p} had {0} {t} before. How many {t} does {p} have now?",
-        ),
-        ("{p} finds {0} {t}, then buys {1} {x}s of {2} {t} each. How many {t} does {p} have in all?",),
-        (
-            "{q} gives {p} {1} {x}s with {2} {t} in each. {p} had {0} {t} before. How many {t} does {p} have now?",
-            "{p} has {0} {t}. Then {1} friends give {p} {2} {t} each. How many {t} does {p} have in all?",
-            "{p} picks {0} {t}. There are {1} {x}s of {2} {t} as well. How many {t} are there together?",
+            HAS + "[{p} buys|{p} gets|{q} gives {p}|{p} finds|*{p} wins] " + groups("{1}", "{2}") + ". " + NOW,
+            "There are {0} {t} on the table and " + groups("{1}", "{2}") + ". " + THERE,
+            "{p} [has|buys|finds] " + groups("{1}", "{2}") + ". {q} has {0} {t}. " + BOTH,
+            HAS
+            + "[{1} friends give {p} {2} {t} each|{p} gets {2} {t} from each of {1} friends|*{1} friends bring {2} {t} each]. "
+            + NOW,
         ),
     ),
     "times_sub": Kind(
         _times_sub,
         lambda a, b, c: [(a, "*", b), (a * b, "-", c)],
         (
-            "{p} has {0} {x}s with {1} {t} in each {x}. {p} gives {2} {t} to {q}. How many {t} does {p} have left?",
-            "There are {0} {x}s of {t}, {1} in each. {p} takes out {2} {t}. How many {t} are left?",
-            "{p} buys {0} {x}s with {1} {t} each and loses {2} {t}. How many {t} are left?",
-            "{p} has {0} {x}s of {1} {t}. {q} has {2} {t}. How many more {t} does {p} have than {q}?",
-        ),
-        ("{p} fills {0} {x}s with {1} {t} each and sells {2} {t}. How many {t} does {p} have left?",),
-        (
-            "Each of {0} {x}s holds {1} {t}. {q} takes {2} {t}. How many {t} are left in all?",
-            "{p} finds {0} {x}s with {1} {t} in each {x} and gives away {2} of the {t}. How many {t} does {p} have now?",
-            "{0} friends have {1} {t} each. They lose {2} {t}. How many {t} do they have left together?",
+            "{p} [has|buys|finds|*picks] " + groups("{0}", "{1}") + ". [Then |]" + lose("{2}") + ". " + LEFT,
+            "There are "
+            + groups("{0}", "{1}")
+            + ". {p} [takes out|takes|*takes away] {2} {t}. How many {t} are left[| in all| now]?",
+            "{0} friends [have|buy|find|*pick] {1} {t} each. They [lose|sell|give away|*drop] {2}. "
+            "How many {t} do they have [left|now|*left in all]?",
         ),
     ),
     "add_sub": Kind(
         lambda r: (r.randint(5, 90), (b := r.randint(5, 90)), r.randint(2, b)),
         lambda a, b, c: [(a, "+", b), (a + b, "-", c)],
         (
-            "{p} has {0} {t}. {q} gives {p} {1} more. Then {p} loses {2}. How many {t} does {p} have now?",
-            "{p} finds {0} {t} and {q} finds {1}. They give away {2}. How many {t} do they have left together?",
-            "There are {0} {t} in a {x}. {p} puts in {1} more and {q} takes out {2}. How many {t} are in the {x} now?",
-            "{p} has {0} {t}. {q} has {1} more than {p} and gives {2} to {p}. How many {t} does {q} have left?",
-        ),
-        ("{p} buys {0} {t}, then {1} more, and sells {2}. How many {t} are left?",),
-        (
-            "A {x} holds {0} {t}. {q} adds {1} {t} and {p} takes {2}. How many {t} does it hold now?",
-            "{p} has {0} {t} and gets {1} from {q}. Then {p} sells {2} of them. How many {t} are left?",
-            "{p} and {q} have {0} and {1} {t}. They lose {2} of them. How many {t} do they have now?",
+            HAS + gain("{1}") + ". Then " + lose("{2}") + ". " + LEFT,
+            IN_BOX
+            + "[{p} puts in {1} more|{q} adds {1} {t}|*{p} puts {1} {t} in as well] and [{q} takes out {2}|{q} takes {2} of them]. "
+            + IN_IT,
+            "{p} [has|finds|buys|*picks] {0} {t} and {q} {1}. They [lose|sell|give away|*drop] {2}. "
+            "How many {t} do they have [left|now|*left in all]?",
         ),
     ),
     "add_share": Kind(
         _add_share,
         lambda a, b, c: [(a, "+", b), (a + b, "/", c)],
         (
-            "{p} has {0} {t} and {q} has {1}. They share all of them equally among {2} friends. How many {t} does each friend get?",
-            "{p} picks {0} {t}, then {1} more, and puts them into {2} {x}s, the same number in each. How many {t} are in each {x}?",
-            "There are {0} {t} in a {x}. {p} puts in {1} more. Then {2} friends share them equally. How many {t} does each get?",
-        ),
-        ("{p} has {0} {t} and buys {1} more. {2} friends share them equally. How many {t} does each get?",),
-        (
-            "{p} finds {0} {t} and {q} finds {1}. They split all {t} equally into {2} {x}s. How many {t} are in each {x}?",
-            "{p} has {0} {t}. {q} gives {p} {1} more. {p} shares all {t} equally among {2} friends. How many does each friend get?",
+            HAS + gain("{1}") + ". " + share("{2}", "all {t}") + EACH,
+            "{p} [has|finds|buys|*picks] {0} {t} and {q} {1}. " + share("{2}", "all of them") + EACH,
+            "{p} [has|finds|buys|*picks] {0} {t} and {q} {1}. They put all {t} into {2} {x}s, the same number in each. "
+            "How many {t} [are in each {x}|does each {x} hold|are in each|*are in one {x}]?",
         ),
     ),
     "share_sub": Kind(
         _share_sub,
         lambda a, b, c: [(a, "/", b), (a // b, "-", c)],
         (
-            "{p} shares {0} {t} equally among {1} friends. One friend loses {2}. How many {t} does this friend have left?",
-            "{0} {t} are split equally into {1} {x}s. {p} takes {2} out of one {x}. How many {t} are left in this {x}?",
-            "{p} and the others are {1} friends and share {0} {t} equally. {p} gives {2} to {q}. How many {t} does {p} have left?",
-        ),
-        ("{p} puts {0} {t} equally into {1} {x}s and takes {2} out of one. How many {t} are left in it?",),
-        (
-            "{1} friends share {0} {t} equally. {q} is one of them and gives away {2}. How many {t} does {q} have left?",
-            "{p} splits {0} {t} equally among {1} {x}s. {q} takes {2} from one {x}. How many {t} does this {x} hold now?",
+            share("{1}", "{0} {t}")
+            + "One friend [loses {2}|gives {2} to {q}|sells {2}|*drops {2}]. How many {t} [does this friend have left|has this friend left|*does this one keep]?",
+            "[{p} puts {0} {t} into {1} {x}s|{0} {t} go into {1} {x}s|*{q} fills {1} {x}s with {0} {t}], the same number in each. "
+            "{q} takes {2} [out of|from] one {x}. How many {t} [are left in it|are in this {x} now|*does this {x} keep]?",
         ),
     ),
     "more_total": Kind(
         lambda r: (r.randint(2, 70), r.randint(2, 50)),
         lambda a, b: [(a, "+", b), (a, "+", a + b)],
         (
-            "{p} has {0} {t}. {q} has {1} more than {p}. How many {t} do they have together?",
-            "{p} finds {0} {t} and {q} finds {1} more {t} than {p}. How many {t} do they find in all?",
-            "There are {0} {t} in the {x} and {1} more than that in the {y}. How many {t} are there in all?",
-        ),
-        ("{p} buys {0} {t}. {q} buys {1} more than {p}. How many {t} do they buy in all?",),
-        (
-            "{p} picks {0} {t}. {q} picks {1} more {t} than {p}. How many {t} do they pick together?",
-            "The {x} holds {0} {t}. The {y} holds {1} more. How many {t} do both hold together?",
+            "{p} [has|finds|buys|*picks] {0} {t}[.| and] {q} [has|finds|buys|*picks] {1} [more|more {t}] than {p}. "
+            + BOTH,
+            "[There are {0} {t} in the {x}|The {x} holds {0} {t}|*The {x} has {0} {t} in it]. The {y} holds {1} more[| than that| {t}]. "
+            + THERE,
         ),
     ),
     "fold_total": Kind(
         lambda r: (r.randint(2, 20), r.randint(2, 8)),
         lambda a, b: [(a, "*", b), (a, "+", a * b)],
         (
-            "{p} has {0} {t}. {q} has {1} times as many. How many {t} do they have together?",
-            "{p} finds {0} {t} and {q} finds {1} times as many {t}. How many {t} do they find in all?",
-            "There are {0} {t} in the {x} and {1} times as many in the {y}. How many {t} are there in all?",
-        ),
-        ("{p} buys {0} {t}. {q} buys {1} times as many. How many {t} do they buy in all?",),
-        (
-            "{p} picks {0} {t}. {q} picks {1} times as many {t} as {p}. How many {t} do they pick together?",
-            "The {x} holds {0} {t}. The {y} holds {1} times as many. How many {t} do both hold together?",
+            "{p} [has|finds|buys|*picks] {0} {t}[.| and] {q} [has|finds|buys|*picks] {1} times as many[| {t}| as {p}]. "
+            + BOTH,
+            "[There are {0} {t} in the {x}|The {x} holds {0} {t}|*The {x} has {0} {t} in it]. The {y} holds {1} times as many[| {t}]. "
+            + THERE,
         ),
     ),
 }
@@ -218,42 +214,31 @@ THREE_STEPS = {
         lambda r: (r.randint(3, 60), r.randint(3, 60), r.randint(3, 60), r.randint(2, 9)),
         lambda a, b, c, d: [(a, "+", b), (a + b, "+", c), (a + b + c, "-", d)],
         (
-            "{p} has {0} {t}. {p} buys {1} on Monday and {2} on Friday, and gives {3} to {q}. How many {t} does {p} have now?",
-            "There are {0} {t} in the red {x}, {1} in the blue {x} and {2} in the green {x}. {p} takes {3} of them. How many {t} are left in all?",
-            "{p} finds {0} {t}, then {1}, then {2} more, and loses {3}. How many {t} are left?",
-        ),
-        ("{p} picks {0} {t}, {q} picks {1}, and a friend picks {2}. They lose {3}. How many {t} are left?",),
-        (
-            "{p} has {0} {t}, {q} has {1} and a friend has {2}. They give away {3}. How many {t} do they have left together?",
-            "A {x} holds {0} {t}. {p} puts in {1} and {q} puts in {2}. Then {p} takes out {3}. How many {t} are in the {x} now?",
+            HAS + "{p} [buys|finds|gets|*wins] {1} on Monday and {2} on Friday. Then " + lose("{3}") + ". " + LEFT,
+            "{p} [has|finds|buys|*picks] {0} {t}, {q} {1} and a friend {2}. They [lose|sell|give away|*drop] {3}. "
+            "How many {t} do they have [left|now|*left in all]?",
         ),
     ),
     "two_groups": Kind(
         lambda r: (r.randint(2, 9), r.randint(2, 10), r.randint(2, 9), r.randint(2, 10)),
         lambda a, b, c, d: [(a, "*", b), (c, "*", d), (a * b, "+", c * d)],
         (
-            "{p} has {0} {x}s with {1} {t} each and {2} {y}s with {3} {t} each. How many {t} does {p} have in all?",
-            "{p} buys {0} {x}s of {1} {t} and {q} buys {2} {x}s of {3} {t}. How many {t} do they have together?",
-            "There are {0} {x}s with {1} {t} in each {x}. There are {2} {y}s with {3} {t} in each {y}. How many {t} are there?",
-        ),
-        ("{p} fills {0} {x}s with {1} {t} each, then {2} {y}s with {3} {t} each. How many {t} are that in all?",),
-        (
-            "{p} has {0} {x}s. Each holds {1} {t}. {q} has {2} {y}s. Each holds {3} {t}. How many {t} do they have in all?",
-            "{0} friends have {1} {t} each and {2} others have {3} {t} each. How many {t} do they have together?",
+            "{p} [has|buys|finds|*picks] " + groups("{0}", "{1}") + " and " + groups("{2}", "{3}", "{y}") + ". " + NOW,
+            "{p} has " + groups("{0}", "{1}") + ". {q} has " + groups("{2}", "{3}", "{y}") + ". " + BOTH,
         ),
     ),
     "times_sub_add": Kind(
         lambda r: (*_times_sub(r), r.randint(2, 50)),
         lambda a, b, c, d: [(a, "*", b), (a * b, "-", c), (a * b - c, "+", d)],
         (
-            "{p} has {0} {x}s with {1} {t} in each {x}. {p} gives {2} {t} to {q} and finds {3} more. How many {t} does {p} have now?",
-            "There are {0} {x}s of {t}, {1} in each. {p} takes out {2} and {q} puts in {3}. How many {t} are there now?",
-            "{p} buys {0} {x}s of {1} {t}, loses {2} and gets {3} from {q}. How many {t} does {p} have in all?",
-        ),
-        ("{p} fills {0} {x}s with {1} {t} each, sells {2} and buys {3}. How many {t} does {p} have now?",),
-        (
-            "Each of {0} {x}s holds {1} {t}. {q} takes {2} {t} and adds {3}. How many {t} are there in all?",
-            "{0} friends have {1} {t} each. They lose {2} {t}, then find {3} more. How many {t} do they have together?",
+            "{p} [has|buys|finds|*picks] "
+            + groups("{0}", "{1}")
+            + ". Then "
+            + lose("{2}")
+            + ". Later "
+            + gain("{3}")
+            + ". "
+            + NOW,
         ),
     ),
 }
