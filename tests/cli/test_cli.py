@@ -202,6 +202,7 @@ def test_best(files, tmp_path):
         "save-every": "1",
         "keep": "9",
         "warmup": "0",
+        "lr": "0.1",
     }
     last, run = do_train(files, tmp_path / "last", **flags), do_train(files, tmp_path / "run", best="", **flags)
     losses = {step: loss for step, loss in run.evals if step}
