@@ -109,8 +109,10 @@ def test_the_file_after_the_end_holds_live_triplets_and_the_same_function(tmp_pa
     train(model, optimizer, T, penalty=True)
     x = torch.randn(4, 20).double()
     y = model(x)
+    ll.save(model, tmp_path / "checkpoint", compact=False)
     ll.save(model, tmp_path / "x")
     assert hasattr(model[0], "lora_sensitivity_A") and nonzero(model) == 2 * TARGET  # saving changes nothing
+    assert (tmp_path / "checkpoint.safetensors").stat().st_size > 2 * (tmp_path / "x.safetensors").stat().st_size
     ranks = {str(i): int((model[i].lora_E != 0).sum()) for i in (0, 2)}
     ll.detach(model)
     loaded = ll.load(model, tmp_path / "x.safetensors", trainable=True)

@@ -113,7 +113,7 @@ class AdapterMixin(_Base):
         for handle in _trainable(self.model):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                ll.save(self.model, folder / adapter_file(handle.name), handle.name)
+                ll.save(self.model, folder / adapter_file(handle.name), handle.name, compact=not _internal_call)
             elif any(is_sharded(p) for p in handle.parameters()):
                 ll.adapter_state_dict(self.model, handle.name)  # takes its part in gathering the shards
 

@@ -43,7 +43,11 @@ BaseCheck = Literal["error", "warn", "ignore"]
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], name: str | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    compact: bool = True,
 ) -> Path:
     """Write one adapter to a safetensors file.
 
@@ -51,6 +55,7 @@ def save(
         path: the file; `.safetensors` is appended when it has no suffix.
         name: which adapter; None means the only one.
         dtype: storage of floating tensors in the file; None keeps theirs.
+        compact: after the end of a rank schedule, leave out what was pruned; False keeps it, for a checkpoint that is loaded into the same adapter.
 
     Returns:
         The path written. It is written beside its place, read back, compared, and renamed, so an old file survives a crash.
@@ -75,7 +80,7 @@ def save(
     if not path.suffix:
         path = path.with_suffix(".safetensors")
     tensors = adapter_state_dict(model, record.name)
-    if record.variant.compact is not None and 0 < record.total_steps <= record.steps:
+    if compact and record.variant.compact is not None and 0 < record.total_steps <= record.steps:
         record, tensors = compacted(model, record, tensors)
     if dtype is not None:
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
