@@ -270,12 +270,13 @@ def _tails(sites: list[Site]) -> list[str]:
 def _base_parameters(model: nn.Module) -> list[torch.Tensor]:
     sites = [m.__dict__[SITE] for m in model.modules() if SITE in m.__dict__]
     adapter = {k for site in sites for slot in site.slots.values() for k in slot.keys.values()}
-    return [
-        p
+    found = {  # a tied parameter counts once
+        id(p): p
         for m in model.modules()
         for k, p in m._parameters.items()
         if p is not None and not (SITE in m.__dict__ and k in adapter)
-    ]
+    }
+    return list(found.values())
 
 
 def _numel(p: torch.Tensor) -> int:

@@ -11,12 +11,14 @@ from torch import nn
 from . import weights
 
 # A square layer says nothing by its shape. Common names decide; unknown ones are "inner".
+# Low-rank queries and keys, and the steps of state-space mixers, lie inside a block whatever their shape.
+INNER = re.compile(r"(^|[._])(q_b_proj|kv_b_proj|k_b_proj|v_b_proj|dt_proj|x_proj)$")
 READS = re.compile(
     r"(^|[._])(q|k|v|query|key|value|qkv|q_proj|k_proj|v_proj|qkv_proj|in_proj|c_attn|c_fc|query_key_value|fc1|wi|wi_0|wi_1|gate|up|gate_proj|up_proj|"
-    r"gate_up_proj|to_q|to_k|to_v|w1|w3|intermediate\.dense|dense_h_to_4h|lin1)$"
+    r"gate_up_proj|to_q|to_k|to_v|w1|w3|intermediate\.dense|dense_h_to_4h|lin1|q_lin|k_lin|v_lin|linear1|fc_in|query_proj|key_proj|value_proj)$"
 )
 WRITES = re.compile(
-    r"(^|[._])(o|o_proj|out_proj|c_proj|fc2|wo|down|down_proj|to_out\.0|out_lin|lin2|w2|output\.dense|dense_4h_to_h|attention\.dense|self_attention\.dense|proj)$"
+    r"(^|[._])(o|o_proj|out_proj|c_proj|fc2|wo|down|down_proj|to_out\.0|out_lin|lin2|w2|output\.dense|dense_4h_to_h|attention\.dense|self_attention\.dense|proj|linear2|fc_out)$"
 )
 HEADS = re.compile(
     r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|lm_head\.decoder|head|cls\.predictions\.decoder|output_projection)$"
@@ -69,6 +71,7 @@ def describe(model: nn.Module) -> Structure:
         if (size := weights.dims(module)) and _is_leaf(module)
     ]
     d_model = _width(model, [(size, _block_index(path, stacks)) for path, _, size in found])
+    widths = _stack_widths(stacks, [(path, size) for path, _, size in found], d_model)
     head = _output_head(model)
     uncalled = {
         f"{path}.out_proj" if path else "out_proj": "nn.MultiheadAttention passes its weight to a function"
@@ -81,7 +84,7 @@ def describe(model: nn.Module) -> Structure:
             module,
             *size,
             layer=_block_index(path, stacks),
-            role=role_of(path, *size, d_model),
+            role=role_of(path, *size, next((w for p, w in widths.items() if path.startswith(p)), d_model)),
             is_head=module is head or (_block_index(path, stacks) is None and HEADS.search(path) is not None),
             uncalled=uncalled.get(path, ""),
         )
@@ -104,10 +107,12 @@ def describe(model: nn.Module) -> Structure:
 
 def role_of(path: str, d_in: int, d_out: int, d_model: int | None) -> str:
     """reader: takes the residual stream; writer: adds to it; inner: neither, or a square layer whose name says nothing."""
-    if d_model is None or (d_in != d_model and d_out != d_model):
+    if d_model is None or (d_in != d_model and d_out != d_model) or INNER.search(path):
         return "inner"
     if d_in != d_out:
-        return "reader" if d_in == d_model else "writer"
+        if d_in == d_model:
+            return "reader"
+        return "inner" if READS.search(path) else "writer"  # keys of another width, as in cross-attention
     if READS.search(path):
         return "reader"
     return "writer" if WRITES.search(path) else "inner"
@@ -151,8 +156,29 @@ def _block_index(path: str, stacks: list[tuple[str, nn.ModuleList | nn.Sequentia
     return None
 
 
+def _stack_widths(
+    stacks: list[tuple[str, nn.ModuleList | nn.Sequential]],
+    found: list[tuple[str, tuple[int, int]]],
+    d_model: int | None,
+) -> dict[str, int | None]:
+    """Prefix -> width, for stacks whose stream is not of the model's width (the towers of a multimodal model)."""
+    widths: dict[str, int | None] = {}
+    for stack, _ in stacks:
+        prefix = f"{stack}." if stack else ""
+        sizes = [size for path, size in found if path.startswith(prefix)]
+        if not any(d_model in size for size in sizes):
+            widths[prefix] = _commonest(sizes)
+    return widths
+
+
+def _commonest(sizes: list[tuple[int, int]]) -> int | None:
+    """The width that most layers read or write; the smallest of several, never simply the largest."""
+    count = Counter(side for size in sizes for side in size)
+    return min((width for width, n in count.items() if n == max(count.values())), default=None)
+
+
 def _width(model: nn.Module, found: list[tuple[tuple[int, int], int | None]]) -> int | None:
-    """d_model: from the config, else the size most layers of the blocks read or write; never simply the largest."""
+    """d_model: from the config, else the size most layers of the blocks read or write."""
     config = getattr(model, "config", None)
     for holder in (
         config,
@@ -165,11 +191,7 @@ def _width(model: nn.Module, found: list[tuple[tuple[int, int], int | None]]) ->
             if isinstance(value, int) and value > 0:
                 return value
     inside = [size for size, layer in found if layer is not None] or [size for size, _ in found]
-    if not inside:
-        return None
-    count = Counter(side for size in inside for side in size)
-    best = max(count.values())
-    return min(width for width, n in count.items() if n == best)
+    return _commonest(inside)
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
