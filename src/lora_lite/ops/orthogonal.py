@@ -50,6 +50,161 @@ def neumann_minus_identity(Q: Tensor, terms: int) -> Tensor:
 
 def add_blocks(x: Tensor, D: Tensor) -> Tensor:
     """x (I + blockdiag(D_1 … D_n)) for x (..., n b) and D (n, b, b)."""
+    D = pack(D)
     n, b, _ = D.shape
     blocks = x.reshape(-1, n, b).transpose(0, 1)
     return torch.baddbmm(blocks, blocks, D).transpose(0, 1).reshape(x.shape)
+
+
+def pack(D: Tensor, width: int = 32) -> Tensor:
+    """(n, b, b) as (n/k, kb, kb) block-diagonal matrices of a width up to `width`: a few zeros cost less than many tiny products."""
+    n, b, _ = D.shape
+    k = max(1, width // b)
+    while n % k:
+        k -= 1
+    if k == 1:
+        return D
+    eye = torch.eye(k, dtype=D.dtype, device=D.device)[:, None, :, None]
+    return (D.reshape(n // k, k, b, 1, b) * eye).reshape(n // k, k * b, k * b)
+
+
+def add_butterfly(x: Tensor, D: Tensor, level: int) -> Tensor:
+    """The factor of a block butterfly whose b-blocks join half-blocks that lie 2^level half-blocks apart. x (..., n b), D (n, b, b), n a multiple of 2^level.
+
+    A segment of 2^level blocks holds 2·2^level half-blocks; block c of the segment acts on half-blocks c and c + 2^level.
+    """
+    n, b, _ = D.shape
+    halves = (-1, n >> level, 2, 1 << level, b // 2)
+    joined = x.reshape(halves).transpose(2, 3).reshape(-1, n * b)
+    turned = add_blocks(joined, D).view(-1, n >> level, 1 << level, 2, b // 2)
+    return turned.transpose(2, 3).reshape(x.shape)
+
+
+def _halves(t: Tensor, group: int) -> list[tuple[Tensor, Tensor]]:
+    """Views (first, second) of the partners along the last dimension: halves of groups of that size, and of the smaller group that is left."""
+    d = t.shape[-1]
+    rest = d % group
+    pairs = []
+    if d - rest:
+        whole = t[..., : d - rest].unflatten(-1, (-1, 2, group // 2))
+        pairs.append((whole[..., 0, :], whole[..., 1, :]))
+    if rest > 1:
+        tail = t[..., d - rest :]
+        pairs.append((tail[..., : rest // 2], tail[..., (rest + 1) // 2 :]))
+    return pairs
+
+
+def _join(pairs: list[tuple[Tensor, Tensor]], like: Tensor, group: int) -> Tensor:
+    """The vector with these halves, the inverse of `_halves`; a coordinate without a partner gets 0."""
+    d = like.shape[-1]
+    parts = [torch.stack(pairs[0], 1).flatten()] if d >= group else []
+    if d % group > 1:
+        parts += [pairs[-1][0], like.new_zeros(d % 2), pairs[-1][1]]
+    elif d % group:
+        parts.append(like.new_zeros(1))
+    return torch.cat(parts)
+
+
+def _mix(y: Tensor, c: Tensor, s: Tensor, group: int) -> Tensor:
+    """y + c y + s·partner(y)."""
+    out = torch.addcmul(y, y, c)
+    for (o1, o2), (y1, y2), (s1, s2) in zip(_halves(out, group), _halves(y, group), _halves(s, group), strict=True):
+        o1.addcmul_(y2, s1)
+        o2.addcmul_(y1, s2)
+    return out
+
+
+class _MixPairs(torch.autograd.Function):
+    """Saves y once and no swapped copy of it."""
+
+    @staticmethod
+    def forward(y: Tensor, c: Tensor, s: Tensor, group: int) -> Tensor:
+        return _mix(y, c, s, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.group = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, c, s = ctx.saved_tensors
+        group = ctx.group
+        gy = _mix(g, c, _join([(s2, s1) for s1, s2 in _halves(s, group)], s, group), group)
+        if not ctx.needs_input_grad[1]:
+            return gy, None, None, None
+        dims = tuple(range(y.dim() - 1))
+        pairs = zip(_halves(g, group), _halves(y, group), strict=True)
+        gs = _join([((g1 * y2).sum(dims), (g2 * y1).sum(dims)) for (g1, g2), (y1, y2) in pairs], s, group)
+        return gy, (g * y).sum(dims), gs, None
+
+
+def mix_pairs(y: Tensor, c: Tensor, s: Tensor, group: int) -> Tensor:
+    """y + c∘y + s∘partner(y), c and s (d,): a 2x2 map of each pair, as its difference from the identity.
+
+    Coordinates of a group (first half, second half) are partners at distance group/2; what is left at the end is a smaller group. Its odd
+    middle coordinate has the partner 0.
+    """
+    return _MixPairs.apply(y, c, s, group)  # pyright: ignore[reportReturnType]
+
+
+def pair_layout(first: Tensor, second: Tensor, d: int, group: int) -> Tensor:
+    """The (d,) vector whose pairs, in the order of the pairs, hold (first, second), each (⌈d/2⌉,). An odd coordinate takes the last of `first`."""
+    rest = d % group
+    n = (d - rest) // 2
+    whole = torch.stack((first[:n].view(-1, group // 2), second[:n].view(-1, group // 2)), 1).flatten()
+    return torch.cat((whole, first[n:], second[n : d // 2])) if rest else whole
+
+
+def full_precision(t: Tensor) -> torch.autocast:
+    """A context in which small products keep t's dtype under autocast."""
+    return torch.autocast(t.device.type, enabled=False)
+
+
+def unit_pair(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """û = u/‖u‖ and e = (u+δ)/‖u+δ‖ − û along the last dimension, without cancellation: δ = 0 gives e = 0 bit for bit."""
+    norm, square = (
+        torch.linalg.vector_norm(u, dim=-1, keepdim=True),
+        torch.linalg.vector_norm(delta, dim=-1, keepdim=True) ** 2,
+    )
+    change = 2 * (u * delta).sum(-1, keepdim=True) + square
+    moved = (norm * norm + change).sqrt()
+    unit = u / norm
+    return unit, (delta - unit * (change / (norm + moved))) / moved
+
+
+def householder_wy(V: Tensor) -> tuple[Tensor, Tensor]:
+    """(V̂, M), both (r, d), with x H_r⋯H_1 = x − (x V̂ᵀ) M for the reflections H_i = I − 2 v̂_i v̂_iᵀ along the rows of V.
+
+    M = T⁻¹V̂ with the triangular T = ½I + strict_lower(V̂V̂ᵀ): the compact WY form.
+    """
+    V = V / torch.linalg.vector_norm(V, dim=-1, keepdim=True)
+    with full_precision(V):
+        T = torch.tril(V @ V.mT, -1) + 0.5 * torch.eye(V.shape[0], dtype=V.dtype, device=V.device)
+        return V, torch.linalg.solve_triangular(T, V, upper=False)
+
+
+def householder_pairs(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """(Z, M), both (2p, d), with x H'_p H_p ⋯ H'_1 H_1 = x + (x Zᵀ) M, H_i along u_i and H'_i along u_i + δ_i; u, δ (p, d).
+
+    With the unit vectors û and û + e, a pair is the rotation H H' = I + zᵀ K z for z = (û; e), K = [[−2s, 2−2s], [−2, −2]], s = ‖e‖².
+    The product of the pairs is I + Zᵀ T Z, T = (I − K·strict_upper(Z Zᵀ))⁻¹K by blocks, and M = Tᵀ Z. Where δ = 0, e and the rows of M
+    that belong to û are exact zeros: a fresh product is the identity bit for bit.
+    """
+    p, d = u.shape
+    unit, e = unit_pair(u, delta)
+    s = (e * e).sum(-1, keepdim=True)
+    Z = torch.stack((unit, e), 1)
+    with full_precision(Z):
+        G = (Z.view(2 * p, d) @ Z.view(2 * p, d).mT).view(p, 2, p, 2)
+        lower = G * torch.ones(p, p, dtype=G.dtype, device=G.device).tril(-1)[:, None, :, None]
+        both = torch.cat((lower.view(p, 2, 2 * p), Z), -1)  # Kᵀ acts on both: Kᵀ (û; e) = −2 (sû + e; (s−1)û + e)
+        first = both[:, 0] * s
+        KT = -2 * torch.stack((first + both[:, 1], first - both[:, 0] + both[:, 1]), 1).view(2 * p, 2 * p + d)
+        T = torch.eye(2 * p, dtype=G.dtype, device=G.device) - KT[:, : 2 * p]
+        return Z.view(2 * p, d), torch.linalg.solve_triangular(T, KT[:, 2 * p :], upper=False, unitriangular=True)
+
+
+def shorten(v: Tensor, bound: float) -> Tensor:
+    """v / max(1, ‖v‖/bound) along the last dimension: the nearest vector of a length up to bound, smooth in v also at 0."""
+    return v * (bound / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(bound))

@@ -1,0 +1,83 @@
+"""HRA: a chain of Householder reflections, in pairs that start as the identity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError
+from ..core.registry import register
+from ..core.spec import ParamSpec
+from ..core.variant import Variant
+from ..ops.lowrank import add_lowrank
+from ..ops.orthogonal import householder_pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRAConfig(AdapterConfig):
+    variant: str = "hra"
+    side: Literal["input", "output"] = "input"
+    """Reflect the layer's input, as in the paper, or its output, bias included."""
+    orthogonality: float = 0.0
+    """λ of the penalty λ ‖I − ÛÛᵀ‖², Û the normalised vectors; the paper tries 0 and 1e-4. Pairs start parallel, so it is not 0 at the start."""
+
+    def validate(self) -> None:
+        super().validate()
+        if not (math.isfinite(self.orthogonality) and self.orthogonality >= 0):
+            raise ConfigError(f"HRAConfig.orthogonality must be finite and not negative, got {self.orthogonality}.")
+
+
+@register
+class HRA(Variant):
+    """Orthogonal adaptation by r Householder reflections.
+
+    W' = W H_1 H_2 ⋯ H_r with H_i = I − 2 û_i û_iᵀ, so x' = x H_r ⋯ H_1; or W' = H_1 ⋯ H_r W with `side="output"`. U (r, d), d = d_in or d_out.
+    Vectors start equal in pairs, and two equal reflections cancel. U = U0 + ΔU, U0 ~ U(±1/√d) frozen once per pair and saved, ΔU = 0
+    trained; all pairs together are x + (x Zᵀ) M with two (r, d) matrices, exactly zero at the start: see `ops.orthogonal`. 2rd.
+    With odd r the last vector moves against its frozen start, so every r starts at the identity; PEFT starts far from it then.
+    PEFT multiplies r dense d x d matrices per forward. Its Gram-Schmidt mode (λ = ∞: I − 2QQᵀ) is never near the identity and is left out.
+    Yuan et al. 2024, Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, arXiv 2405.17484.
+    """
+
+    name = "hra"
+    config = HRAConfig
+    paper = "2405.17484"
+    lr = 1e-3
+    cost = "2r d"
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: HRAConfig) -> dict[str, ParamSpec]:
+        d = d_in if cfg.side == "input" else d_out
+        return {
+            "lora_U": ParamSpec((cfg.r, d), decay=False),
+            "lora_U0": ParamSpec(((cfg.r + 1) // 2, d), init="kaiming", as_buffer=True),
+        }
+
+    @staticmethod
+    def forward_input(layer, x):
+        return rotate(layer, x) if layer.cfg.side == "input" else x
+
+    @staticmethod
+    def forward(layer, x, y):
+        return rotate(layer, y) if layer.cfg.side == "output" else y
+
+    @staticmethod
+    def penalty(layer):
+        U0, dU = layer.tiny("lora_U0"), layer.tiny("lora_U")
+        V = torch.nn.functional.normalize(U0.repeat_interleave(2, 0)[: len(dU)] + dU, dim=-1)
+        return layer.cfg.orthogonality * (torch.eye(len(V), dtype=V.dtype, device=V.device) - V @ V.mT).square().sum()
+
+
+def rotate(layer, v):
+    """v H_r ⋯ H_1. An odd r is made even by the start of its last vector."""
+    first, U = layer.tiny("lora_U0"), layer.tiny("lora_U")
+    if len(U) % 2:
+        U = torch.cat((U[:-1], torch.zeros_like(U[:1]), U[-1:]))
+    a, b = U.view(len(first), 2, -1).unbind(1)
+    Z, M = householder_pairs(first + a, b - a)
+    Z, M = Z.to(v.dtype), M.to(v.dtype)
+    return add_lowrank(v, v @ Z.mT, M.mT)

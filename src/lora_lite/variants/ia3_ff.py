@@ -1,0 +1,40 @@
+"""IA3 on the input side: one trained gain per input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..core.config import AdapterConfig
+from ..core.registry import register
+from ..core.spec import ParamSpec
+from ..core.variant import Variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3FFConfig(AdapterConfig):
+    variant: str = "ia3_ff"
+
+
+@register
+class IA3FF(Variant):
+    """A gain per input feature, what IA3 does before the last layer of the feed-forward: x' = x + δ ∘ x, the published gain being 1 + δ.
+
+    δ (d_in) = 0, so a fresh adapter adds an exact zero; the bias stays as it is. d_in parameters.
+    Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638.
+    """
+
+    name = "ia3_ff"
+    config = IA3FFConfig
+    paper = "2205.05638"
+    lr = 5e-3
+    cost = "d_in"
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: IA3FFConfig) -> dict[str, ParamSpec]:
+        return {"lora_g": ParamSpec((d_in,), decay=False)}
+
+    @staticmethod
+    def forward_input(layer, x):
+        return torch.addcmul(x, x, layer.lora_g)
