@@ -153,7 +153,11 @@ def merged_weight(
     b = None if b is None else b.detach().to(dtype)
     d_out, d_in = w.shape
     slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
-    views = [(slot, weight, DenseView(layer, slot, w, b)) for slot, weight in slots]
+    views = []
+    for slot, weight in slots:
+        view = DenseView(layer, slot, w, b)
+        view.strength = weight
+        views.append((slot, 1.0 if slot.own_weight else weight, view))
 
     def f(x: Any) -> Tensor:
         for slot, weight, view in views:

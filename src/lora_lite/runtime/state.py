@@ -68,13 +68,25 @@ class Record:
 class Slot:
     """One adapter as a layer's hook finds it."""
 
-    __slots__ = ("cfg", "d_in", "d_out", "factors", "forward", "forward_input", "keys", "name", "owners", "path")
+    __slots__ = (
+        "cfg",
+        "d_in",
+        "d_out",
+        "factors",
+        "forward",
+        "forward_input",
+        "keys",
+        "name",
+        "own_weight",
+        "owners",
+        "path",
+    )
 
     def __init__(self, record: Record, target: Target, owners: dict[str, nn.Module]) -> None:
         self.name, self.path, self.cfg = record.name, target.path, target.cfg
         self.d_in, self.d_out = target.d_in, target.d_out
         self.forward, self.forward_input = record.variant.forward, record.variant.forward_input
-        self.factors = record.variant.factors
+        self.factors, self.own_weight = record.variant.factors, record.variant.own_weight
         self.keys = {short: stored_name(short, record.name) for short in (*target.specs, *target.shared)}
         self.owners = owners
         """Short name -> the layer that owns it, for shared tensors only."""
@@ -121,7 +133,11 @@ class ModelState:
         self.cut_by_checkpoint = False
         """A reentrant checkpoint ran in the present root call."""
         self.prompt: Any = None
-        """Prompt geometry for block sites, see `positions`."""
+        """What `ll.prompt` says, see `positions`."""
+        self.call: Any = None
+        """Token positions in the running root call, for the adapters that ask for some."""
+        self.previous: Any = None
+        """Tokens of the last call, where the next one may show that they were a prompt growing without a cache."""
         self.pending: list[Any] = []
         """Selections under which checkpointed forwards ran and wait for their recomputation."""
         self.pending_done = False

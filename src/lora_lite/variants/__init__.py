@@ -1,6 +1,7 @@
 """One file per method; importing one registers it. A new method adds its line here, and nothing else anywhere."""
 
 from .adalora import AdaLoRAConfig as AdaLoRAConfig
+from .antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from .bitfit import BitFitConfig as BitFitConfig
 from .boft import BOFTConfig as BOFTConfig
 from .corda import CorDAConfig as CorDAConfig
@@ -15,8 +16,12 @@ from .lora import LoRAConfig as LoRAConfig
 from .lora_fa import LoRAFAConfig as LoRAFAConfig
 from .lora_ga import LoRAGAConfig as LoRAGAConfig
 from .lora_one import LoRAOneConfig as LoRAOneConfig
+from .lora_xs import LoRAXSConfig as LoRAXSConfig
 from .milora import MiLoRAConfig as MiLoRAConfig
 from .oft import OFTConfig as OFTConfig
 from .olora import OLoRAConfig as OLoRAConfig
 from .pissa import PiSSAConfig as PiSSAConfig
+from .psoft import PSOFTConfig as PSOFTConfig
 from .road import RoadConfig as RoadConfig
+from .ssvd import SSVDConfig as SSVDConfig
+from .svft import SVFTConfig as SVFTConfig

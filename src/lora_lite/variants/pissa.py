@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
-
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
 from ..core.registry import register
-from ..ops.spectrum import top_svd
-from ..ops.svd import balanced_factors, randomised_svd
+from ..ops.svd import balanced_factors
 from ._deviation import Deviation
+from ._svd import SVDConfig, leading_triplets
 
 
 @dataclass(frozen=True, kw_only=True)
-class PiSSAConfig(AdapterConfig):
+class PiSSAConfig(SVDConfig):
     variant: str = "pissa"
-    svd: Literal["exact", "randomised"] = "exact"
-    """"randomised" takes a fraction of the time on large weights; its factors are as good as stored, whatever their error."""
-    niter: int = 4
-    """Rounds of subspace iteration of the randomised decomposition."""
-
-    def validate(self) -> None:
-        super().validate()
-        if self.niter < 0:
-            raise ConfigError(f"PiSSAConfig.niter must not be negative, got {self.niter}.")
 
 
 @register
@@ -48,10 +34,4 @@ class PiSSA(Deviation):
 
     @staticmethod
     def init(layer, cfg):
-        W = layer.weight
-        W = W.to(torch.promote_types(torch.float32, W.dtype))
-        if cfg.svd == "exact":
-            U, S, V = top_svd(W, cfg.r)
-        else:
-            U, S, V = randomised_svd(W, cfg.r, cfg.niter, layer.generator("svd"))
-        layer.lora_A0, layer.lora_B0 = balanced_factors(U, S, V, cfg.scale)
+        layer.lora_A0, layer.lora_B0 = balanced_factors(*leading_triplets(layer, cfg.r), cfg.scale)
