@@ -23,7 +23,6 @@ from .state import (
     DEFAULT,
     SITE,
     STATE,
-    ModelState,
     Record,
     Site,
     Slot,
@@ -148,7 +147,7 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
                     f"{view.target.path} has an attribute {attribute!r} of its own; choose another adapter name."
                 )
     owners = {view.target.path: view.module for view in staged}
-    frozen = [n for n, p in model.named_parameters() if p.requires_grad and not _is_adapter_parameter(state, n)]
+    frozen = _base_trainable(model)
 
     for n in frozen:
         model.get_parameter(n).requires_grad_(False)
@@ -243,12 +242,16 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     reset_compiled()
 
 
-def _is_adapter_parameter(state: ModelState, name: str) -> bool:
-    path, _, attribute = name.rpartition(".")
-    return any(
-        path in r.targets and attribute in {stored_name(s, r.name) for s in r.targets[path].specs}
-        for r in state.records.values()
-    )
+def _base_trainable(model: nn.Module) -> list[str]:
+    """Paths of the parameters that require a gradient and belong to no adapter."""
+    found = []
+    for path, module in model.named_modules():
+        site: Site | None = module.__dict__.get(SITE)
+        adapters = {a for slot in site.slots.values() for a in slot.keys.values()} if site is not None else ()
+        for attribute, p in module._parameters.items():
+            if p is not None and p.requires_grad and attribute not in adapters:
+                found.append(f"{path}.{attribute}" if path else attribute)
+    return found
 
 
 def _remove_hooks(module: nn.Module, hooks: dict[str, Callable[..., Any]]) -> None:
