@@ -26,11 +26,11 @@ from .state import (
     Record,
     Site,
     Slot,
+    outside_scope,
     record_of,
     reset_compiled,
     state_of,
     stored_name,
-    tensor_on,
     unwrap,
 )
 from .virtual import PLACES, try_page
@@ -104,9 +104,18 @@ def check_attachable(model: nn.Module, name: str) -> None:
             f"the model is already {'wrapped in ' + wrapper if not sharded else 'sharded (' + sharded[0] + ')'}; adapters added now would not be synchronised between ranks. "
             "Attach first, then call fully_shard / DistributedDataParallel / deepspeed.initialize."
         )
-    state = unwrap(model).__dict__.get(STATE)
+    model = unwrap(model)
+    state = model.__dict__.get(STATE)
+    for path, module in model.named_modules():
+        if SITE in module.__dict__ and module.__dict__[SITE].state is not state:
+            root = next((p for p, m in model.named_modules() if m is not model and STATE in m.__dict__), None)
+            raise StateError(
+                f"{path or 'the layer'!r} belongs to an adapter of {'a larger model' if root is None else repr(root)}, which chooses its adapters on its own. "
+                "Attach to the whole model (target_names says where), or ll.detach the other adapter first."
+            )
     if state is None:
         return
+    outside_scope(state, "adding or renaming an adapter")
     if state.merged is not None:
         raise StateError("the model is merged; call ll.unmerge(model) before attaching or loading.")
     if name in state.records:
@@ -142,7 +151,7 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
         view.target.base = weights.fingerprint(view.module) if view.target.kind != "block" else {}
         for short in view.tensors:
             attribute = stored_name(short, record.name)
-            if tensor_on(view.module, attribute) is not None or hasattr(type(view.module), attribute):
+            if hasattr(view.module, attribute):
                 raise StateError(
                     f"{view.target.path} has an attribute {attribute!r} of its own; choose another adapter name."
                 )
@@ -189,15 +198,19 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     state = state_of(model)
     if state.merged is not None:
         raise StateError("the model is merged; call ll.unmerge(model) before ll.detach(model).")
+    outside_scope(state, "ll.detach")
     if any(weights.is_sharded(p) for p in model.parameters()):
         raise StateError(
             "the model is sharded, and the sharding owns the adapter's tensors. Save the adapter, and load it into a fresh model instead."
         )
     names = list(state.records) if name is None else [record_of(model, name).name]
+    modules = dict(model.named_modules())
     for record in (state.records.pop(n) for n in names):
         for target in record.targets.values():
-            layer = model.get_submodule(target.path)
-            site = layer.__dict__[SITE]
+            layer = modules.get(target.path)
+            site = layer.__dict__.get(SITE) if layer is not None else None
+            if layer is None or site is None:  # something replaced the layer
+                continue
             for short in target.specs:
                 attribute = stored_name(short, record.name)
                 layer._parameters.pop(attribute, None)
@@ -210,8 +223,10 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     state.active = tuple((n, w) for n, w in state.active if n in state.records)
     state.row_epoch += 1
     if not state.records:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         for n in state.base_trainable:
-            model.get_parameter(n).requires_grad_(True)
+            if n in parameters:
+                parameters[n].requires_grad_(True)
         del model.__dict__[STATE]
         _remove_hooks(model, ROOT_HOOKS)
     reset_compiled()

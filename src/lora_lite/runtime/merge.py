@@ -14,7 +14,7 @@ from .layer import DenseView
 from .progress import track
 from .rows import blend
 from .select import active as active_scope
-from .state import SITE, ModelState, Site, record_of, reset_compiled, state_of, unwrap
+from .state import SITE, ModelState, Site, outside_scope, owned_tensors, record_of, reset_compiled, state_of, unwrap
 from .virtual import Lookup
 
 COLUMNS = 1024  # of the identity, pushed through the pages at a time
@@ -101,6 +101,7 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
         if state.merged.active == chosen:
             return MergeReport([n for n, _ in chosen], 0, {}, {}, [])
         raise StateError(f"adapters {[n for n, _ in state.merged.active]} are merged; call ll.unmerge(model) first.")
+    outside_scope(state, "ll.merge")
     if not chosen:
         raise StateError("no adapter is active; activate one, or name it: ll.merge(model, name=...).")
     sites = _mergeable(model, state, chosen, dequantize)
@@ -137,6 +138,7 @@ def unmerge(model: nn.Module) -> None:
     state = state_of(model)
     if state.merged is None:
         return
+    outside_scope(state, "ll.unmerge")
     merged: Merged = state.merged
     _restore(model, merged)
     state.merged, state.active = None, merged.active
@@ -268,6 +270,8 @@ def _mergeable(
                 f"{' (it edits chosen positions of the residual stream)' if record.variant.site == 'block' else ''}, so no weight can stand for it. Keep it attached."
             )
     paths = [p for p in dict.fromkeys(p for n, _ in chosen for p in state.records[n].targets)]
+    for n, _ in chosen:
+        list(owned_tensors(model, state.records[n]))  # raises where a layer was replaced
     sites = [(p, model.get_submodule(p), model.get_submodule(p).__dict__[SITE]) for p in paths]
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..core.errors import SelectionError, StateError, did_you_mean
-from .state import ModelState, state_of
+from .state import ModelState, outside_scope, state_of
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
 
@@ -24,10 +24,7 @@ def activate(model: nn.Module, choice: Choice) -> None:
         StateError: an unknown name or a merged model. SelectionError: inside a scope, or from a second thread.
     """
     state = state_of(model)
-    if state.scope_depth:
-        raise SelectionError(
-            "ll.activate inside a `with ll.active(...)` or `with ll.rows(...)` block would be undone at its end; leave the block first."
-        )
+    outside_scope(state, "ll.activate")
     state.active = _resolve(state, choice)
 
 

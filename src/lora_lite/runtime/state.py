@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
-from ..core.errors import StateError, did_you_mean
+from ..core.errors import SelectionError, StateError, did_you_mean
 from ..core.registry import get_variant
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
@@ -168,6 +168,14 @@ def state_of(model: nn.Module, create: bool = False) -> ModelState:
             raise StateError("the model has no adapter. Attach one with ll.attach(model, cfg) or ll.load(model, path).")
         return ModelState()
     return state
+
+
+def outside_scope(state: ModelState, what: str) -> None:
+    """Raise inside a `with ll.active(...)` or `with ll.rows(...)` block, whose end would undo or contradict the change."""
+    if state.scope_depth:
+        raise SelectionError(
+            f"{what} inside a `with ll.active(...)` or `with ll.rows(...)` block would be undone at its end; leave the block first."
+        )
 
 
 def record_of(model: nn.Module, name: str | None = None) -> Record:
