@@ -11,6 +11,7 @@ from .core.errors import SelectionError as SelectionError
 from .core.errors import StateError as StateError
 from .core.errors import TargetError as TargetError
 from .core.errors import WeightError as WeightError
+from .core.positions import BlockConfig as BlockConfig
 from .core.registry import get_variant as get_variant
 from .core.registry import register as register
 from .core.registry import variants as _registered
@@ -33,6 +34,7 @@ from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
 from .runtime.plan import Plan as Plan
 from .runtime.plan import plan as plan
+from .runtime.positions import prompt as prompt
 from .runtime.precondition import precondition as precondition
 from .runtime.schedule import penalty as penalty
 from .runtime.schedule import schedule as schedule

@@ -30,6 +30,8 @@ class Variant:
     """Reads `layer.weight`: a quantised target then asks for `dequantize=True`."""
     needs_data: ClassVar[bool] = False
     """`attach` without `calibration_data` raises."""
+    needs_pairs: ClassVar[bool] = False
+    """Its calibration data is a list of contrast pairs (positive batch, negative batch)."""
     trains: ClassVar[bool] = True
     """False for a method that is fitted from data and has no trained tensor (steering vectors)."""
     affine: ClassVar[bool] = True

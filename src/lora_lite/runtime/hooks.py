@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import LoraLiteWarning, SelectionError, StateError, WeightError
 from .grouped import grouped
 from .layer import LayerView
+from .positions import Call, locate
 from .recompute import selection_of
 from .rows import blend, row_groups
 from .state import SITE, STATE, ModelState, Site, Slot, stored_name, tensor_on
@@ -25,12 +26,12 @@ def pre_hook(
     site: Site = layer.__dict__[SITE]
     if not site.has_input:
         return None
-    active, rows = selection_of(site.state)
+    active, rows, call = selection_of(site.state)
     if not active and rows is None:
         return None
     key = None if args else _first_name(layer, kwargs)
     x = args[0] if key is None else kwargs[key]
-    new = run(layer, site, x, None, active, rows)
+    new = run(layer, site, x, None, active, rows, call)
     if new is x:
         return None
     return ((new, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: new})
@@ -39,19 +40,23 @@ def pre_hook(
 def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """y -> every active `forward`, in attach order, each seeing the rewritten x and the previous y."""
     site: Site = layer.__dict__[SITE]
-    active, rows = selection_of(site.state)
+    active, rows, call = selection_of(site.state)
     if not active and rows is None:
         return None
     x = args[0] if args else kwargs[_first_name(layer, kwargs)]
     y = output[0] if isinstance(output, tuple) else output
+    if not isinstance(y, Tensor):
+        raise SelectionError(
+            f"{site.path}: {type(layer).__name__} returns {type(y).__name__}, neither a tensor nor a tuple that begins with one."
+        )
     if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
         raise WeightError(
             f"{site.path}: {type(layer).__name__} returns an output that is cut from its input's gradient, so layers before it would train "
             "on wrong gradients. Use a weight-only quantisation that is differentiable (bitsandbytes, torchao int8 weight-only, quanto)."
         )
     if site.kind in PLACES:
-        return unwrap_output(site.kind, run(layer, site, *wrap(layer, site.kind, x, y), active, rows))
-    new = run(layer, site, x, y, active, rows)
+        return unwrap_output(site.kind, run(layer, site, *wrap(layer, site.kind, x, y), active, rows, call))
+    new = run(layer, site, x, y, active, rows, call)
     if new is y:
         return None
     return (new, *output[1:]) if isinstance(output, tuple) else new
@@ -64,6 +69,7 @@ def run(
     y: Tensor | None,
     active: tuple[tuple[str, float], ...],
     rows: tuple[str | None, ...] | None,
+    call: Call | None,
 ) -> Tensor:
     """The page of every selected adapter on this layer. y None: the input side."""
     value = x if y is None else y
@@ -73,11 +79,9 @@ def run(
         for name, weight in active:
             slot = site.slots.get(name)
             if slot is not None:
-                value = blend(
-                    value,
-                    apply_page(layer, slot, x if y is not None else value, value if y is not None else None),
-                    weight,
-                )
+                pair = (value, None) if y is None else (x, value)
+                new = apply_page(layer, slot, *pair, weight, call)
+                value = new if slot.own_weight else blend(value, new, weight)
         return value
     groups = row_groups(site, rows, x)
     fast = grouped(layer, site, groups, x, y) if y is not None and site.kind == "linear" else None
@@ -88,25 +92,35 @@ def run(
         if (slot.forward_input if y is None else slot.forward) is None:
             continue
         part = value.index_select(0, group.index)
-        new = apply_page(
-            layer, slot, part if y is None else x.index_select(0, group.index), None if y is None else part
-        )
-        value = value.index_copy(0, group.index, new)
+        pair = (part, None) if y is None else (x.index_select(0, group.index), part)
+        new = apply_page(layer, slot, *pair, 1.0, call, group.index)
+        if new is not part:
+            value = value.index_copy(0, group.index, new)
     return value
 
 
-def apply_page(layer: nn.Module, slot: Slot, x: Tensor, y: Tensor | None) -> Tensor:
-    """One call of a variant's page; its output has the dtype of what it rewrites."""
+def apply_page(
+    layer: nn.Module,
+    slot: Slot,
+    x: Tensor,
+    y: Tensor | None,
+    strength: float = 1.0,
+    call: Call | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """One call of a variant's page; its output has the dtype of what it rewrites. `strength` is what the page may read of its weight."""
     page = slot.forward_input if y is None else slot.forward
     if page is None:
         return x if y is None else y
     old = x if y is None else y
-    new = page(LayerView(layer, slot, old.dtype), x) if y is None else page(LayerView(layer, slot, old.dtype), x, y)
+    view = LayerView(layer, slot, old.dtype, call, rows)
+    view.strength = strength
+    new = page(view, x) if y is None else page(view, x, y)
     return new if new.dtype == old.dtype else new.to(old.dtype)
 
 
 def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Note the batch size and the gradient mode of a call of the whole model."""
+    """Note the batch size, the gradient mode and, where an adapter asks, the token positions of a call of the whole model."""
     state: ModelState = model.__dict__[STATE]
     if not torch.compiler.is_compiling():
         state.call_grad = torch.is_grad_enabled()
@@ -114,6 +128,7 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if state.call_grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)
+    state.call = locate(state, model, args, kwargs)
     if state.rows is None:  # reading the size would make a compiled model depend on it
         return
     state.batch = None
@@ -126,6 +141,7 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Raise when a reentrant checkpoint left the whole training call without a gradient."""
     state: ModelState = model.__dict__[STATE]
+    state.call = None
     if torch.compiler.is_compiling():
         return
     state.batch = None

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.errors import StateError, WeightError
 from . import weights
+from .positions import Call, Span, spans
 from .state import Slot, tensor_on
 
 PROBE = 256.0
@@ -30,17 +31,27 @@ class LayerView:
     `view.lora_A` is this adapter's tensor cast to the dtype in which the page computes; `view.master("lora_A")` is the stored one.
     """
 
-    def __init__(self, module: nn.Module, slot: Slot, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        slot: Slot,
+        dtype: torch.dtype | None,
+        call: Call | None = None,
+        rows: Tensor | None = None,
+    ) -> None:
         self._module = module
         self._slot = slot
         self._dtype = dtype
+        self._call, self._rows = call, rows
         self.cfg: AdapterConfig = slot.cfg
+        self.strength = 1.0
+        """The adapter's weight in `ll.activate`, for methods that declare `own_weight`."""
 
     def __getattr__(self, name: str) -> Tensor:
         # reached only for names that are not the view's own
         if not name.startswith("lora_"):
             raise AttributeError(
-                f"a layer view has no {name!r}; it offers lora_*, weight, row_norms(), column_norms(), bias, cfg, in_features, out_features, base(v), project(v), dropout(x), master(name), tiny(name)"
+                f"a layer view has no {name!r}; it offers lora_*, weight, row_norms(), column_norms(), bias, cfg, in_features, out_features, base(v), project(v), spans(h), dropout(x), master(name), tiny(name)"
             )
         tensor = self.master(name)
         if self._dtype is None or tensor.dtype == self._dtype or not tensor.is_floating_point():
@@ -125,6 +136,14 @@ class LayerView:
             return self._module.forward(v)
         out = self._module.forward(v * PROBE)
         return (out - b.to(out.dtype)) / PROBE  # a large bias must not cost W v its digits
+
+    def spans(self, h: Tensor, split: bool = False) -> list[Span]:
+        """Where the config's `positions` lie in the hidden state h (B, T, d): `span.take(h)` and `span.add(h, change)` for each.
+
+        No span: none of them is in this call. `split` gives first and last prompt tokens a span of their own, in this order.
+        """
+        text = getattr(self.cfg, "positions", "all")
+        return spans(self._call, text, h.shape, self._rows, split, self.path)
 
     def row_norms(self) -> Tensor:
         """Norms of the weight's rows (d_out,), in fp32 or better. Never builds a dense weight, so a quantised layer will do."""

@@ -9,16 +9,16 @@ import torch
 from ..core.errors import SelectionError
 from .state import ModelState
 
-Selection = tuple[tuple[tuple[str, float], ...], "tuple[str | None, ...] | None"]
+Selection = tuple[tuple[tuple[str, float], ...], "tuple[str | None, ...] | None", Any]
 
 
 def selection_of(state: ModelState) -> Selection:
-    """(active adapters with weights, one adapter per row or None) for the running forward.
+    """(active adapters with weights, one adapter per row or None, token positions or None) for the running forward.
 
     A recomputation in backward may run after the `with` block of its forward and on another thread: it gets the selection of
     the checkpointed forward that waits for it. Two such forwards under different selections cannot be told apart, so they raise.
     """
-    chosen: Selection = (state.active, state.rows)
+    chosen: Selection = (state.active, state.rows, state.call)
     if torch.compiler.is_compiling():
         return chosen
     if torch._C._current_graph_task_id() == -1:
@@ -30,7 +30,7 @@ def selection_of(state: ModelState) -> Selection:
         return chosen
     if len(state.pending) > 1:
         raise SelectionError(
-            "gradient checkpointing recomputes a forward in backward, but checkpointed forwards ran under several adapter selections "
+            "gradient checkpointing recomputes a forward in backward, but checkpointed forwards ran under several adapter selections or prompts "
             f"({', '.join(_show(s) for s in state.pending)}) and it cannot be told which one this is. "
             "Call backward before the next forward, run reference passes under torch.no_grad(), or switch gradient checkpointing off."
         )
@@ -54,5 +54,5 @@ def in_checkpoint(state: ModelState) -> bool:
 
 
 def _show(selection: Any) -> str:
-    active, rows = selection
+    active, rows, _ = selection
     return f"rows {list(rows)}" if rows is not None else str([n for n, _ in active] or None)

@@ -18,7 +18,7 @@ from ..runtime.handle import Adapter
 from ..runtime.plan import plan
 from ..runtime.schedule import schedule
 from ..runtime.state import owned_tensors, record_of
-from .toy import WIDTH, Toy, batches, toy
+from .toy import WIDTH, Toy, batches, pairs, toy
 
 SIZES = ((3, 7.0), (4, 6.0), (2, 5.0), (12, 5.0), (1, 3.0))
 """(r, alpha) to try: alpha differs from r, so that a forgotten scale shows."""
@@ -40,6 +40,14 @@ class Case:
     bias: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     data: Callable[[torch.dtype], Any] = batches
+
+    def __post_init__(self) -> None:
+        if self.variant.needs_pairs and self.data is batches:
+            self.data = pairs
+        if "positions" in self.variant.config.__dataclass_fields__:  # the toy's tokens do not mix, and its calls hold no prompt
+            self.options = {"positions": "all", **self.options}
+        if self.linear and self.variant.config().target_roles is not None:  # the checks count four layers
+            self.options = {"target_roles": None, **self.options}
 
     def expect(self, condition: Any, sentence: str) -> None:
         """Raise AssertionError with the method's name and the sentence unless the condition holds."""

@@ -120,6 +120,12 @@ def batches(dtype: torch.dtype = torch.float32, n: int = 4) -> list[dict[str, Te
     return found
 
 
+def pairs(dtype: torch.dtype = torch.float32, n: int = 4) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Calibration data of methods that are fitted from contrast pairs: (positive batch, negative batch)."""
+    found = batches(dtype, 2 * n)
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
 class Snapshot:
     """Everything of a model that an adapter could leave behind: tensors, identities, flags, modes, hooks, attributes, the random state, its output."""
 

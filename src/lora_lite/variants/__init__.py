@@ -1,11 +1,14 @@
 """One file per method; importing one registers it. A new method adds its line here, and nothing else anywhere."""
 
+from .ablation import AblationConfig as AblationConfig
 from .adalora import AdaLoRAConfig as AdaLoRAConfig
 from .antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from .bitfit import BitFitConfig as BitFitConfig
 from .boft import BOFTConfig as BOFTConfig
+from .caa import CAAConfig as CAAConfig
 from .corda import CorDAConfig as CorDAConfig
 from .delora import DeLoRAConfig as DeLoRAConfig
+from .direft import DiReFTConfig as DiReFTConfig
 from .dora import DoRAConfig as DoRAConfig
 from .dylora import DyLoRAConfig as DyLoRAConfig
 from .eva import EVAConfig as EVAConfig
@@ -17,11 +20,15 @@ from .lora_fa import LoRAFAConfig as LoRAFAConfig
 from .lora_ga import LoRAGAConfig as LoRAGAConfig
 from .lora_one import LoRAOneConfig as LoRAOneConfig
 from .lora_xs import LoRAXSConfig as LoRAXSConfig
+from .loreft import LoReFTConfig as LoReFTConfig
 from .milora import MiLoRAConfig as MiLoRAConfig
+from .noreft import NoReFTConfig as NoReFTConfig
 from .oft import OFTConfig as OFTConfig
 from .olora import OLoRAConfig as OLoRAConfig
+from .pca_steering import PCASteeringConfig as PCASteeringConfig
 from .pissa import PiSSAConfig as PiSSAConfig
 from .psoft import PSOFTConfig as PSOFTConfig
 from .road import RoadConfig as RoadConfig
+from .s_steer import SSteerConfig as SSteerConfig
 from .ssvd import SSVDConfig as SSVDConfig
 from .svft import SVFTConfig as SVFTConfig

@@ -1,0 +1,55 @@
+"""LoReFT: rewrite what prompt tokens hold in r orthonormal directions of the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.registry import register
+from ..core.spec import ParamSpec
+from ..core.variant import Variant
+from ..ops.stiefel import fill_orthonormal_rows, orthonormal_rows
+from ._reft import ReFTConfig, check_rank, edit
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoReFTConfig(ReFTConfig):
+    variant: str = "loreft"
+
+
+@register
+class LoReFT(Variant):
+    """Low-rank linear subspace edit of the residual stream at prompt tokens.
+
+    h' = h + s Rᵀ(W h + b − R h) after a block, R (r, d) with orthonormal rows, W (r, d), b (r), s = alpha/r (1 by default, as in the paper).
+    Trained are T, D = W − R and b: h' = h + s Rᵀ(D h + b), where R is T with its rows orthonormalised in every forward (QR with fixed signs),
+    so R Rᵀ = I whatever the optimiser does. D = b = 0 at the start, an exact identity from which D and b learn at once;
+    pyreft draws W apart from R, so that its fresh adapter changes the model, and applies its dropout to the whole of h', here to h inside the bracket.
+    Edits the first and last tokens of the prompt only (`positions`), never generated ones: no cost while decoding, nothing to merge.
+    Wu et al. 2024, ReFT: Representation Finetuning for Language Models, arXiv 2404.03592. lr 9e-4, no weight decay.
+    """
+
+    name = "loreft"
+    config = LoReFTConfig
+    paper = "2404.03592"
+    site = "block"
+    affine = False
+    lr = 9e-4
+    cost = "2rd at the chosen prompt tokens, and a QR of (d, r) per call"
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: LoReFTConfig) -> dict[str, ParamSpec]:
+        check_rank(cfg.r, d_out)
+        shape = (cfg.edits, cfg.r, d_out)
+        return {
+            "lora_R": ParamSpec(shape, init=fill_orthonormal_rows, decay=False),
+            "lora_D": ParamSpec(shape, decay=False),
+            "lora_b": ParamSpec(shape[:2], decay=False),
+        }
+
+    @staticmethod
+    def forward(layer, x, y):
+        def change(h, i):
+            R = orthonormal_rows(layer.tiny("lora_R")[i]).to(h.dtype)
+            return (h @ layer.lora_D[i].mT + layer.lora_b[i]) @ R
+
+        return edit(layer, y, change)

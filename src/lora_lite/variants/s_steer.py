@@ -1,0 +1,71 @@
+"""S-steer: amplify the singular coordinates in which contrast pairs differ."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..core.config import Role
+from ..core.errors import ConfigError
+from ..core.registry import register
+from ..core.spec import ParamSpec
+from ..core.variant import Variant
+from ..ops.lowrank import add_lowrank
+from ._steering import FittedConfig, contrast
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSteerConfig(FittedConfig):
+    variant: str = "s_steer"
+    target_roles: tuple[Role, ...] | None = ("writer",)
+    """Layers that write to the residual stream, whose outputs' coordinates mean something to the blocks after them."""
+
+
+@register
+class SSteer(Variant):
+    """Steering in the singular coordinates of a weight, fitted from contrast pairs.
+
+    With the top r triplets of W = U S Vᵀ an output has the coordinates x_S = Uᵀ(y − b)/√S (they equal (V√S)ᵀ x), and
+    y' = y + α (U√S)(δ_S ∘ x_S), δ_S = mean(x_S⁺) − mean(x_S⁻) over the rows of (positive batch, negative batch) pairs at their last token.
+    √S cancels: y' = y + α U(δ_S ∘ Uᵀ(y − b)), so U (d_out, r) and δ_S (r) are all that is kept, and small r keeps the noise of 1/√S out of δ_S.
+    α is `strength` times the weight in `ll.active(model, {name: w})`. Acts on every token, is affine, so it can be merged.
+    After wassname's ssteer (2025), without gates.
+    """
+
+    name = "s_steer"
+    config = SSteerConfig
+    paper = "wassname 2025, ssteer"
+    needs_weight = True
+    needs_data = True
+    needs_pairs = True
+    trains = False
+    exact_identity = False
+    identity_bound = math.inf
+    cost = "2r d_out"
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: SSteerConfig) -> dict[str, ParamSpec]:
+        if cfg.r > min(d_in, d_out):
+            raise ConfigError(f"r = {cfg.r} is more than the {min(d_in, d_out)} singular values.")
+        return {
+            "lora_U": ParamSpec((d_out, cfg.r), init="empty", as_buffer=True),
+            "lora_delta": ParamSpec((cfg.r,), init="empty", as_buffer=True),
+        }
+
+    @staticmethod
+    def group_init(model, targets, cfg, calibration_data):
+        for view, positive, negative in contrast(targets, calibration_data, cfg.token):
+            W = view.weight
+            U, S, _ = torch.linalg.svd(W.to(torch.promote_types(torch.float32, W.dtype)), full_matrices=False)
+            U, S = U[:, : view.cfg.r], S[: view.cfg.r]
+            if not bool(S[-1] > S[0] * torch.finfo(S.dtype).eps):
+                raise ConfigError(f"{view.path}: its weight has a rank below r = {view.cfg.r}; lower r.")
+            # the bias cancels in the difference of means
+            view.lora_U, view.lora_delta = U, (positive.mean(0) - negative.mean(0)).to(U) @ U / S.sqrt()
+
+    @staticmethod
+    def forward(layer, x, y):
+        Wx = y if layer.bias is None else y - layer.bias
+        return add_lowrank(y, layer.cfg.strength * layer.lora_delta * (Wx @ layer.lora_U), layer.lora_U)
