@@ -239,6 +239,7 @@ def _merge_layer(
     if old_bias is not None:
         old_bias.copy_(bias.to(old_bias.dtype))
     elif needs_bias:
+        layer.__dict__.pop("bias", None)  # a layer may say `self.bias = None` before it knows of parameters
         layer.register_parameter("bias", nn.Parameter(bias.to(dtype), requires_grad=False))
 
 
