@@ -178,7 +178,7 @@ def householder_wy(V: Tensor) -> tuple[Tensor, Tensor]:
 
     M = T⁻¹V̂ with the triangular T = ½I + strict_lower(V̂V̂ᵀ): the compact WY form.
     """
-    V = V / torch.linalg.vector_norm(V, dim=-1, keepdim=True)
+    V = unit_rows(V)
     with full_precision(V):
         T = torch.tril(V @ V.mT, -1) + 0.5 * torch.eye(V.shape[0], dtype=V.dtype, device=V.device)
         return V, torch.linalg.solve_triangular(T, V, upper=False)
@@ -208,3 +208,28 @@ def householder_pairs(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 def shorten(v: Tensor, bound: float) -> Tensor:
     """v / max(1, ‖v‖/bound) along the last dimension: the nearest vector of a length up to bound, smooth in v also at 0."""
     return v * (bound / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(bound))
+
+
+def unit_rows(u: Tensor) -> Tensor:
+    """Every row divided by its length."""
+    return u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+
+
+def block_rows(u: Tensor) -> Tensor:
+    """u (n, f) as the n rows of an (n, n f) matrix, row i on the columns of block i and zero elsewhere."""
+    n = u.shape[0]
+    return u if n == 1 else (u[:, None] * torch.eye(n, dtype=u.dtype, device=u.device)[..., None]).flatten(1)
+
+
+def givens_tree(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """x times d − 1 rotations in levels: neighbours first, then the even coordinates in the same way. c = cosθ − 1 and s = sinθ, (d − 1,)."""
+    n = x.shape[-1] // 2
+    if n == 0:
+        return x
+    a, b, c1, s1 = x[..., : 2 * n : 2], x[..., 1 : 2 * n : 2], c[:n], s[:n]
+    even, odd = a + (a * c1 - b * s1), b + (a * s1 + b * c1)
+    if x.shape[-1] % 2:
+        even = torch.cat((even, x[..., -1:]), -1)
+    even = givens_tree(even, c[n:], s[n:])
+    mixed = torch.stack((even[..., :n], odd), -1).flatten(-2)
+    return torch.cat((mixed, even[..., n:]), -1) if x.shape[-1] % 2 else mixed

@@ -1,0 +1,80 @@
+"""ETHER+: a relaxed reflection on both sides of the weight, at most 2 from the identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError
+from ..core.registry import register
+from ..core.spec import ParamSpec
+from ..core.variant import Variant
+from ..ops.lowrank import add_lowrank
+from ..ops.orthogonal import block_rows, unit_pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class ETHERPlusConfig(AdapterConfig):
+    variant: str = "ether_plus"
+    n_blocks: int = 1
+    """Number of diagonal blocks; must divide d_in, and d_out where the output is transformed."""
+    sides: Literal["both", "input"] = "both"
+    """Transform inputs and outputs, as in the paper, or inputs only."""
+
+    def validate(self) -> None:
+        super().validate()
+        if self.n_blocks < 1:
+            raise ConfigError(f"ETHERPlusConfig.n_blocks must be at least 1, got {self.n_blocks}.")
+
+
+@register
+class ETHERPlus(Variant):
+    """W' = H' W H with blocks I − û ûᵀ + v̂ v̂ᵀ in H (d_in) and H' (d_out); the bias stays as it is.
+
+    û and v̂ start equal, so the two terms cancel: u = u0 + Δu, v = u0 + Δv, u0 (n, d/n) ~ N(0, 1) frozen and saved, Δu = Δv = 0 trained. With
+    e = v̂ − û, −ûûᵀ + v̂v̂ᵀ = û eᵀ + e v̂ᵀ: an exact zero is added at the start, and the gradient of e is not zero. A block moves by at most 2 in
+    the Frobenius norm, however long training goes. 2 (d_in + d_out) parameters.
+    The published code mixes rows where n > 1; this is the block-diagonal H of the paper.
+    Bini et al. 2024, ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections, arXiv 2405.20271.
+    """
+
+    name = "ether_plus"
+    config = ETHERPlusConfig
+    paper = "2405.20271"
+    lr = 3e-3
+    cost = "4n (d_in + d_out)"
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: ETHERPlusConfig) -> dict[str, ParamSpec]:
+        specs = {}
+        for side, d in (("in", d_in), ("out", d_out))[: 2 if cfg.sides == "both" else 1]:
+            if d % cfg.n_blocks:
+                raise ConfigError(f"n_blocks={cfg.n_blocks} does not divide the {d} {side}puts.")
+            shape = (cfg.n_blocks, d // cfg.n_blocks)
+            specs[f"lora_{side}_u"] = specs[f"lora_{side}_v"] = ParamSpec(shape, decay=False)
+            specs[f"lora_{side}_u0"] = ParamSpec(shape, init="normal", as_buffer=True)
+        return specs
+
+    @staticmethod
+    def forward_input(layer, x):
+        Z, M = change(layer, "in", x.dtype)
+        return add_lowrank(x, x @ Z.mT, M)
+
+    @staticmethod
+    def forward(layer, x, y):
+        if layer.cfg.sides == "input":
+            return y
+        Z, M = change(layer, "out", y.dtype)
+        return add_lowrank(y, (y if layer.bias is None else y - layer.bias) @ Z.mT, M)
+
+
+def change(layer, side, dtype):
+    """Z (2n, d) and M (d, 2n) with H − I = Zᵀ Mᵀ."""
+    u, v = layer.tiny(f"lora_{side}_u"), layer.tiny(f"lora_{side}_v")
+    unit, e = unit_pair(layer.tiny(f"lora_{side}_u0") + u, v - u)
+    Z = torch.cat((block_rows(unit), block_rows(e)))
+    M = torch.cat((block_rows(e), block_rows(unit + e)))
+    return Z.to(dtype), M.to(dtype).mT
