@@ -11,7 +11,10 @@ from .delora import DeLoRAConfig as DeLoRAConfig
 from .direft import DiReFTConfig as DiReFTConfig
 from .dora import DoRAConfig as DoRAConfig
 from .dylora import DyLoRAConfig as DyLoRAConfig
+from .ether import ETHERConfig as ETHERConfig
+from .ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from .eva import EVAConfig as EVAConfig
+from .goft import GOFTConfig as GOFTConfig
 from .hra import HRAConfig as HRAConfig
 from .ia3 import IA3Config as IA3Config
 from .ia3_ff import IA3FFConfig as IA3FFConfig
