@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import lora_lite as ll
 
-from ..demo.data import Example, batches, encode, load_examples, load_model
+from ..demo.data import IGNORED, Example, batches, encode, load_examples, load_model
 
 BaseDtype = Literal["float32", "bfloat16", "float16"]
 ADAPTER, RUN = "adapter.safetensors", "run.json"
@@ -111,11 +111,35 @@ def calibration(
 
 
 def attach(
-    model: Any, cfg: ll.AdapterConfig, wanted: int | None, rows: list[dict[str, list[int]]], size: int, tokenizer: Any
+    model: Any,
+    cfg: ll.AdapterConfig,
+    wanted: int | None,
+    rows: list[dict[str, list[int]]],
+    size: int,
+    tokenizer: Any,
+    pairs: bool = False,
 ) -> ll.Adapter:
-    """`ll.attach` with the calibration data that the method asks for."""
-    data = calibration(ll.get_variant(cfg.variant), wanted, rows, size, tokenizer)
-    return ll.attach(model, cfg, calibration_data=data) if data is not None else ll.attach(model, cfg)
+    """`ll.attach` with the calibration data that the method asks for; contrast pairs are made of the rows only if `pairs`."""
+    variant = ll.get_variant(cfg.variant)
+    if not variant.needs_pairs:
+        data = calibration(variant, wanted, rows, size, tokenizer)
+        return ll.attach(model, cfg, calibration_data=data) if data is not None else ll.attach(model, cfg)
+    if not pairs:
+        raise ll.ConfigError(
+            f"method {variant.name!r} is fitted from contrast pairs, which a file of examples does not hold. "
+            "In Python: ll.attach(model, cfg, calibration_data=[(positive batch, negative batch), ...])."
+        )
+    right, wrong = rows[: 4 * size], [swapped(a, b) for a, b in zip(rows[: 4 * size], rows[1:], strict=False)]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    both = zip(batches(right[: len(wrong)], size, pad), batches(wrong, size, pad), strict=True)
+    return ll.attach(model, cfg, calibration_data=list(both))
+
+
+def swapped(row: dict[str, list[int]], other: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The prompt of one row with the completion of another: the negative half of a contrast pair."""
+    prompt = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
+    completion = [label for label in other["labels"] if label != IGNORED]
+    return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
 
 
 def open_folder(out: Path, overwrite: bool) -> None:

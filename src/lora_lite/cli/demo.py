@@ -72,11 +72,13 @@ def run(args: Demo) -> int:
     answering = time.monotonic() - mark
     say(f"accuracy before: {before.accuracy:.1%}")
 
-    adapter = session.attach(model, cfg, None, train, BATCH, tokenizer)
+    adapter = session.attach(model, cfg, None, train, BATCH, tokenizer, pairs=True)
     trained = adapter.num_parameters()
     lr = variant.lr if args.lr is None else args.lr
     log = RunLog(out, f"{variant.name} on wordmath, seed {args.seed}")
     steps = 0
+    if variant.needs_pairs:
+        say(f"{variant.name} is not trained: fitted on right completions against those of other problems")
     if variant.trains:
         left = args.seconds - (time.monotonic() - start) - 1.2 * answering - 3
         steps = affordable(args.steps, left, model, tokenizer, train)

@@ -1,0 +1,87 @@
+"""Write the generated tables of README.md: methods from the registry, the demo's figures from its runs.
+
+python scripts/readme_tables.py                      # rewrite what stands between the markers
+python scripts/readme_tables.py --check              # exit 1 if that would change anything
+python scripts/readme_tables.py --demo runs/demo-*/run.json    # keep these runs as docs/demo.json, then rewrite
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from lora_lite import variants
+from lora_lite.cli._console import markdown
+from lora_lite.cli.variants import COLUMNS, cells, facts
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "docs" / "demo.json"
+KEEP = ("method", "seed", "steps", "lr", "trained", "problems", "accuracy_before", "accuracy_after", "seconds")
+
+
+def methods() -> str:
+    """The table of all methods."""
+    return markdown(COLUMNS, [cells(facts(v), link=True) for v in variants() if v.__module__.startswith("lora_lite.")])
+
+
+def demo() -> str:
+    """The demo's runs, one line per method: every seed's accuracy, their mean and spread."""
+    if not RUNS.is_file():
+        return "Not measured yet."
+    runs = json.loads(RUNS.read_text())
+    rows = []
+    for name in dict.fromkeys(r["method"] for r in runs):
+        mine = sorted((r for r in runs if r["method"] == name), key=lambda r: r["seed"])
+        after = [r["accuracy_after"] for r in mine]
+        spread = f" ± {statistics.stdev(after):.1%}" if len(after) > 1 else ""
+        rows.append(
+            (
+                f"`{name}`",
+                f"{mine[0]['trained']:,}",
+                f"{mine[0]['accuracy_before']:.1%}",
+                ", ".join(f"{a:.1%}" for a in after),
+                f"{statistics.mean(after):.1%}{spread}",
+                f"{max(r['seconds'] for r in mine):.0f} s",
+            )
+        )
+    n, steps = runs[0]["problems"], runs[0]["steps"]
+    note = (
+        f"Accuracy on {n} test problems, whose numbers and sentences are not in the training data, after {steps} steps; "
+        "one figure per seed, then mean and standard deviation. Time of the slowest run, evaluation included, on two CPU cores."
+    )
+    columns = ("method", "trained", "base", "adapted, per seed", "mean", "time")
+    return f"{note}\n\n{markdown(columns, rows)}"
+
+
+def filled(text: str, name: str, body: str) -> str:
+    """`text` with `body` between the markers `<!-- name:begin -->` and `<!-- name:end -->`."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"the markers {begin} and {end} must stand in the file once each.")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--demo", nargs="+", type=Path, metavar="RUN_JSON")
+    args = parser.parse_args()
+    if args.demo:
+        kept = [{k: json.loads(path.read_text())[k] for k in KEEP} for path in args.demo]
+        RUNS.write_text(json.dumps(kept, indent=1) + "\n")
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = filled(filled(old, "methods", methods()), "demo", demo())
+    if args.check:
+        if new != old:
+            print("README.md is out of date: python scripts/readme_tables.py")
+        return int(new != old)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,108 @@
+"""The README and the guides: their code runs, their tables are current, their links lead somewhere, their commands exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import lora_lite as ll
+import tiny_llm
+from lora_lite import cli
+from lora_lite.cli import demo, eval, plan, train, variants
+from lora_lite.cli._method import chosen_method, with_method
+
+pytest.importorskip("transformers")
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+VERBS = {"demo": demo.Demo, "train": train.Train, "eval": eval.Eval, "plan": plan.Plan, "variants": variants.Variants}
+
+
+def blocks(page: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@pytest.fixture(autouse=True)
+def registry_as_it_was():
+    from lora_lite.core import registry
+
+    before = dict(registry._TABLE)
+    yield
+    registry._TABLE.clear()
+    registry._TABLE.update(before)
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """The bundled base, or a random stand-in in a checkout without it; the working directory is empty."""
+    from lora_lite.demo import data
+
+    if not (data.BASE / "config.json").is_file():
+        monkeypatch.setattr(data, "BASE", tiny_llm.save(tmp_path / "base"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_the_code_of_a_page_runs(page, base, tmp_path, monkeypatch):
+    code = blocks(page)
+    if not code:
+        pytest.skip("no python on this page")
+    script = tmp_path / f"{page.stem.replace('-', '_')}.py"
+    script.write_text("\n\n".join(code))
+    module = types.ModuleType(script.stem)
+    monkeypatch.setitem(sys.modules, script.stem, module)  # where dataclasses look names up
+    exec(compile(script.read_text(), str(script), "exec"), vars(module))
+
+
+def test_the_readme_has_code_and_so_has_the_guide_to_methods():
+    assert len(blocks(ROOT / "README.md")) == 1
+    assert len(blocks(ROOT / "docs" / "adding-a-method.md")) >= 6
+
+
+def test_the_tables_are_current():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "readme_tables.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_commands_on_a_page_exist(page):
+    for line in re.findall(r"^lora-lite .*|`(lora-lite [^`]*)`", page.read_text(), re.M):
+        words = shlex.split(line, comments=True)[1:]
+        if not words or "NAME" in words or "FILE" in words:
+            continue
+        assert words[0] in VERBS, line
+        command = VERBS[words[0]]
+        if hasattr(command, "method"):
+            command = with_method(command, chosen_method(words))
+        flags = {f.name for f in dataclasses.fields(command)}
+        if "method" in flags:
+            flags |= {f.name for f in dataclasses.fields(chosen_method(words).config)}
+        for word in words[1:]:
+            if word.startswith("--") and word != "--help":
+                assert word[2:].partition("=")[0].replace("-", "_") in flags, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_names_on_a_page_exist(page):
+    for name in set(re.findall(r"\bll\.([A-Za-z_]+)", page.read_text())):
+        assert hasattr(ll, name), f"ll.{name}"
+
+
+def test_main_is_what_the_pages_describe():
+    assert set(cli.VERBS) == set(VERBS)
