@@ -15,203 +15,18 @@ resumed is the same run. `scripts/README.md` has the recipe and the figures.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import random
-import sysconfig
 import time
 from pathlib import Path
 
 import torch
+from pretrain_demo_text import equation, prose, statement
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEED, VOCAB, LENGTH = 17, 1024, 256
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-NAMES = (
-    "box cup jar bag tin pot row shelf tray top left right red blue green a b c d x y z k m n p q "
-    "apples books pens coins cards cookies stamps shells marbles stickers eggs oranges flowers candles buttons balloons pencils toys "
-    "cakes stones plums beads Tom Mia Ann Ben Sam Lily Max Eva Leo Nina Omar Zoe Ravi Kim Jack Rosa"
-).split()
-
-
-def prose() -> list[str]:
-    """Paragraphs of the documentation that ships with Python, in a fixed order."""
-    from pydoc_data import topics
-
-    texts = [topics.topics[key] for key in sorted(topics.topics)]
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
-        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError, ValueError):
-            continue
-        nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-        texts += [doc for n in nodes if (doc := ast.get_docstring(n)) and len(doc) > 60]
-    return [t for t in texts if t.isascii()]
-
-
-def equation(rng: random.Random) -> tuple[str, int]:
-    """One statement such as `14 + 8 = 22`, and its value. Values stay between 0 and 199."""
-    kind = rng.choices("+-*/", (4, 4, 3, 2))[0]
-    if kind == "+":
-        b = rng.randint(0, 99)
-        a = rng.randint(0, 199 - b) if rng.random() < 0.4 else rng.randint(0, 99)
-        return f"{a} + {b} = {a + b}", a + b
-    if kind == "-":
-        a = rng.randint(0, 199) if rng.random() < 0.5 else rng.randint(0, 99)
-        b = rng.randint(0, a)
-        return f"{a} - {b} = {a - b}", a - b
-    a, b = rng.randint(1, 12), rng.randint(1, 15)
-    if rng.random() < 0.5:
-        a, b = b, a
-    return (f"{a} * {b} = {a * b}", a * b) if kind == "*" else (f"{a * b} / {a} = {b}", b)
-
-
-def small(rng: random.Random) -> int:
-    return rng.randint(2, 60) if rng.random() < 0.5 else rng.randint(2, 15)
-
-
-def combine(a: int, b: int, rng: random.Random) -> tuple[str, int] | None:
-    """`a op b = c` for a random operation that stays within 0..199, or None."""
-    kind = rng.choice("++--*/")
-    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b and a % b == 0 else -1}[kind]
-    return (f"{a} {kind} {b} = {value}", value) if 0 <= value <= 199 else None
-
-
-GAIN = "gets finds buys receives picks collects makes wins adds".split()
-LOSE = "loses gives sells eats uses drops spends takes".split()
-GROUP = "bag box jar tin tray pot row shelf pack basket".split()
-
-
-def phrase(rng: random.Random) -> str:
-    """One operation said in words, then as an equation: `Mia gets 5 more: 9 + 5 = 14.`"""
-    who, other = rng.sample(NAMES[-16:], 2)
-    thing, group = rng.choice(NAMES[26:-16]), rng.choice(GROUP)
-    form = rng.randrange(9)
-    if form == 0:
-        a, b = rng.randint(2, 90), rng.randint(2, 90)
-        more = rng.choice([f"{b} more", f"{b} {thing}", f"{b} more {thing}", f"{b} from {other}"])
-        return f"{who} with {a} {thing} {rng.choice(GAIN)} {more}: {a} + {b} = {a + b}."
-    if form == 1:
-        a = rng.randint(5, 150)
-        b = rng.randint(1, a)
-        less = rng.choice([f"{b}", f"{b} of them", f"{b} {thing}", f"{b} to {other}", f"away {b}", f"out {b}"])
-        return f"{who} with {a} {thing} {rng.choice(LOSE)} {less}: {a} - {b} = {a - b}" + rng.choice([".", " left."])
-    a, b = rng.randint(2, 12), rng.randint(2, 15)
-    if form == 2:
-        return (
-            rng.choice(
-                [
-                    f"{a} {group}s with {b} {thing} each: {a} * {b} = {a * b}.",
-                    f"{a} {group}s, {b} {thing} in each {group}: {a} * {b} = {a * b} {thing}.",
-                    f"{b} {thing} in each of {a} {group}s: {a} * {b} = {a * b}.",
-                    f"each {group} holds {b}, {a} {group}s hold {a} * {b} = {a * b}.",
-                ]
-            )
-            .replace("boxs", "boxes")
-            .replace("shelfs", "shelves")
-        )
-    if form == 3:
-        return (
-            rng.choice(
-                [
-                    f"{a * b} {thing} shared equally by {a}: {a * b} / {a} = {b} each.",
-                    f"{a * b} {thing} split equally into {a} {group}s: {a * b} / {a} = {b}.",
-                    f"{a} friends share {a * b} {thing}: {a * b} / {a} = {b} each.",
-                ]
-            )
-            .replace("boxs", "boxes")
-            .replace("shelfs", "shelves")
-        )
-    if form == 4:
-        a, b = rng.randint(2, 60), rng.randint(2, 60)
-        return rng.choice(
-            [
-                f"{a} {thing} and {b} {thing} together: {a} + {b} = {a + b}.",
-                f"{who} has {a} and {other} has {b}, in all {a} + {b} = {a + b}.",
-                f"{b} more than {a}: {a} + {b} = {a + b}.",
-                f"the sum of {a} and {b}: {a} + {b} = {a + b}.",
-            ]
-        )
-    if form == 5:
-        a = rng.randint(3, 99)
-        b = rng.randint(1, a)
-        return rng.choice(
-            [
-                f"{b} less than {a}: {a} - {b} = {a - b}.",
-                f"{who} has {a}, {other} has {b}: {who} has {a} - {b} = {a - b} more.",
-                f"from {b} to {a}: {a} - {b} = {a - b}.",
-                f"{a} less {b}: {a} - {b} = {a - b}.",
-            ]
-        )
-    if form == 6:
-        return rng.choice(
-            [
-                f"twice {b}: 2 * {b} = {2 * b}.",
-                f"half of {2 * b}: {2 * b} / 2 = {b}.",
-                f"{a} times {b}: {a} * {b} = {a * b}.",
-            ]
-        )
-    if form == 7:
-        a, b, c = rng.randint(2, 60), rng.randint(2, 60), rng.randint(2, 60)
-        return f"{a}, {b} and {c} add up: {a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}."
-    return f"{who} {rng.choice(['has', 'holds', 'keeps', 'counts'])} {a} {thing} and {b} {group}s. {thing}: {a}. {group}s: {b}.".replace(
-        "boxs", "boxes"
-    ).replace("shelfs", "shelves")
-
-
-def statement(rng: random.Random) -> str:
-    """One line of arithmetic: plain, in words, chained, or about named quantities that are looked up again."""
-    form = rng.random()
-    if rng.random() < 0.35:
-        return phrase(rng)
-    if form < 0.35:
-        return ". ".join(equation(rng)[0] for _ in range(rng.randint(1, 3))) + "."
-    if form < 0.5:
-        text, value = equation(rng)
-        parts = [text]
-        for _ in range(rng.randint(1, 2)):
-            n = small(rng)
-            left, right = (value, n) if rng.random() < 0.7 else (n, value)
-            if (step := combine(left, right, rng)) is None:
-                break
-            parts.append(step[0])
-            value = step[1]
-        return ". ".join(parts) + f". So {value}."
-    names = rng.sample(NAMES, rng.randint(2, 4))
-    values = {n: small(rng) for n in names}
-    intro = rng.choice(["{} = {}", "{} is {}", "the {} has {}", "{}: {}", "there are {1} in the {0}", "{} holds {}"])
-    facts = (rng.choice([". ", ", ", "; "])).join(intro.format(n, v) for n, v in values.items()) + "."
-    if form < 0.62:
-        asked = rng.choice(names)
-        return f"{facts} {asked}? {values[asked]}."
-    for _ in range(20):
-        p, q = rng.sample(names, 2)
-        first = combine(values[p], values[q], rng)
-        if first is None:
-            continue
-        kind = first[0].split()[1]
-        word = {
-            "+": rng.choice(["plus", "and", "with"]),
-            "-": rng.choice(["minus", "less", "without"]),
-            "*": "times",
-            "/": "by",
-        }[kind]
-        text = f"{facts} {p} {word} {q}: {first[0]}."
-        rest = [n for n in names if n not in (p, q)]
-        if rest and rng.random() < 0.6:
-            n = rng.choice(rest)
-            left, right = (first[1], values[n]) if rng.random() < 0.7 else (values[n], first[1])
-            second = combine(left, right, rng)
-            if second is not None:
-                kind = second[0].split()[1]
-                word = {"+": "plus", "-": "minus", "*": "times", "/": "by"}[kind]
-                order = f"then {word} {n}" if left == first[1] else f"then {n} {word} that"
-                text = text[:-1] + f", {order}: {second[0]}."
-        return text
-    return facts
 
 
 def make_tokenizer(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
@@ -219,9 +34,8 @@ def make_tokenizer(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
     rng = random.Random(SEED)
     sample = texts + ["\n".join(statement(rng) for _ in range(200)) for _ in range(100)]
     tok = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(
-        Regex(" ?[0-9]"), "isolated"
-    )  # a digit is a token of its own, with the space before it
+    # with the space before it, if there is one
+    split = pre_tokenizers.Split(Regex(" ?[0-9]"), "isolated")
     tok.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -313,7 +127,7 @@ def arithmetic_accuracy(model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/base"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--share", type=float, default=0.8, help="share of arithmetic rows")
@@ -415,6 +229,15 @@ def export(model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, args: argparse
 
     model.to(torch.bfloat16).save_pretrained(args.export, max_shard_size="1900KB")
     tok.save_pretrained(args.export)
+    config = args.export / "tokenizer_config.json"
+    facts = json.loads(config.read_text())
+    for key in ("backend", "is_local", "local_files_only"):
+        facts.pop(key, None)
+    facts["model_input_names"] = ["input_ids", "attention_mask"]
+    facts["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and 5 both know
+    config.write_text(json.dumps(facts, indent=2) + "\n")
+    for file in args.export.iterdir():
+        file.chmod(0o644)
     log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
     (Path(__file__).parent / "pretrain_demo_log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4))

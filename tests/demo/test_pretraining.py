@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import operator
 import random
 import re
@@ -20,10 +20,9 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain_demo.py"
 def recipe():
     if not SCRIPT.is_file():
         pytest.skip("the scripts are not part of an installed package")
-    spec = importlib.util.spec_from_file_location("pretrain_demo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(SCRIPT.parent))
+    module = importlib.import_module("pretrain_demo")
+    sys.path.remove(str(SCRIPT.parent))
     return module
 
 
