@@ -44,7 +44,9 @@ class Case:
     def __post_init__(self) -> None:
         if self.variant.needs_pairs and self.data is batches:
             self.data = pairs
-        if "positions" in self.variant.config.__dataclass_fields__:  # the toy's tokens do not mix, and its calls hold no prompt
+        if (
+            "positions" in self.variant.config.__dataclass_fields__
+        ):  # the toy's tokens do not mix, and its calls hold no prompt
             self.options = {"positions": "all", **self.options}
         if self.linear and self.variant.config().target_roles is not None:  # the checks count four layers
             self.options = {"target_roles": None, **self.options}

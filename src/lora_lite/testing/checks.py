@@ -371,7 +371,11 @@ def _merged_and_not(case: Case, model: nn.Module, paths: list[str], **options: A
         width = layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.in_features
         g = torch.Generator().manual_seed(3)
         x = torch.randn(64, int(width), generator=g).to(case.dtype)
-        found.append((path, x, run(layer, x)))
+        y = run(layer, x)
+        with active(model, None):
+            effect = relative(y, run(layer, x))
+        case.expect(effect > 1e-3, f"{path}: the test adapter changes the output by only {effect:.1e}.")
+        found.append((path, x, y))
     before = [t.clone() for t in (*model.parameters(), *model.buffers())]
     report = merge(model, **options)
     case.expect(report.n_layers == len(paths), f"merge touched {report.n_layers} layers, the adapter has {len(paths)}.")
@@ -382,10 +386,6 @@ def _merged_and_not(case: Case, model: nn.Module, paths: list[str], **options: A
         case.expect(
             error <= tolerance,
             f"{path}: merged and adapted outputs differ by {error:.1e} of the largest output (allowed {tolerance:.1e}).",
-        )
-        case.expect(
-            report.change[path] > 1e-3,
-            f"{path}: merge reports a change of {report.change[path]:.1e}; the test adapter does too little.",
         )
     case.expect(merge(model).n_layers == 0, "merging again is not a no-op.")
     unmerge(model)
@@ -869,11 +869,11 @@ def weights_between_adapters_interpolate(case: Case) -> None:
     )
 
 
-@check("compiled", full_precision)
+@check("compiled", lambda case: full_precision(case) and case.bias)
 def traces_in_one_graph(case: Case) -> None:
     """torch.compile(fullgraph=True) follows the page, forward and backward, and sees the selection change."""
     torch.compiler.reset()
-    model, x = case.random(), case.x()
+    model, x = case.random(layers=(0,)), case.x()
     want = run(model, x)
     with active(model, None):
         base = run(model, x)
