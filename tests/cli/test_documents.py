@@ -84,7 +84,7 @@ def test_links_lead_somewhere(page):
 def test_commands_on_a_page_exist(page):
     for line in re.findall(r"^lora-lite .*|`(lora-lite [^`]*)`", page.read_text(), re.M):
         words = shlex.split(line, comments=True)[1:]
-        if not words or "NAME" in words or "FILE" in words:
+        if words in ([], ["--help"]) or "NAME" in words:
             continue
         assert words[0] in VERBS, line
         command = VERBS[words[0]]
@@ -102,6 +102,13 @@ def test_commands_on_a_page_exist(page):
 def test_names_on_a_page_exist(page):
     for name in set(re.findall(r"\bll\.([A-Za-z_]+)", page.read_text())):
         assert hasattr(ll, name), f"ll.{name}"
+
+
+def test_the_methods_that_choosing_names_exist():
+    rows = re.findall(r"^\| [^|]+ \| (`[^|]+`) \|", (ROOT / "docs" / "choosing.md").read_text(), re.M)
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert len(named) > 10
+    assert named <= {v.name for v in ll.variants()}
 
 
 def test_main_is_what_the_pages_describe():
