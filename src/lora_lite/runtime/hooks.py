@@ -55,7 +55,8 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
             "on wrong gradients. Use a weight-only quantisation that is differentiable (bitsandbytes, torchao int8 weight-only, quanto)."
         )
     if site.kind in PLACES:
-        return unwrap_output(site.kind, run(layer, site, *wrap(layer, site.kind, x, y), active, rows, call))
+        virtual, flat = wrap(layer, site.kind, x, y)
+        return unwrap_output(site.kind, run(layer, site, virtual, flat, active, rows, call))  # type: ignore[arg-type]
     new = run(layer, site, x, y, active, rows, call)
     if new is y:
         return None

@@ -122,7 +122,7 @@ def spans(
     index, keep, p = found
     if rows is not None:
         index, keep = (t if t is None else t.index_select(0, rows) for t in (index, keep))
-    if index is None or not split or p in (0, index.shape[1]):
+    if index is None or keep is None or not split or p in (0, index.shape[1]):
         return [Span(index, keep)]
     return [Span(index[:, :p], keep[:, :p]), Span(index[:, p:], keep[:, p:])]
 
@@ -167,7 +167,7 @@ def locate(state: ModelState, model: nn.Module, args: tuple[Any, ...], kwargs: d
         column = torch.arange(T, device=device) + past
         rank = column.expand(B, T) if count is None else count.index_select(1, column) - 1
         keep = (rank < n[:, None]) if spec == "prompt" else (rank >= n[:, None])
-        found[text] = (None, keep, 0)
+        found[text] = (None, keep if mask is None else keep & mask.to(device).index_select(1, column), 0)
     return Call((B, T), found)
 
 
@@ -214,7 +214,7 @@ def _lengths(
         if eager and isinstance(past, int) and past == 0:
             fits = bool((n <= total).all())
             given.ends = T if fits else None
-            if not fits and named.get("past_key_values") is None:
+            if not fits and named.get("past_key_values") is None and not named.get("use_cache"):
                 raise SelectionError(
                     f"ll.prompt names prompts of {given.lengths.tolist()} tokens, and the batch has rows of {total.tolist()} tokens."
                 )
@@ -229,7 +229,7 @@ def _lengths(
     if isinstance(labels, Tensor) and tuple(labels.shape[:2]) == (B, T) and isinstance(past, int) and past == 0:
         free = (labels != IGNORED).long().cumsum(1) == 0
         if count is not None:
-            free = free & (count.diff(dim=1, prepend=count.new_zeros(B, 1)) > 0)
+            free = free & (count.diff(dim=1, prepend=count.new_zeros(B, 1)) > 0)[:, :T]
         n = free.sum(1)
         if eager and bool((n == 0).any()):
             raise SelectionError(
@@ -271,8 +271,8 @@ def _watch_growth(state: ModelState, named: Mapping[str, Any], tokens: Tensor, w
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not args:
-        return kwargs
+    if len(args) < 2:  # the input itself: found by its shape
+        return {"": args[0], **kwargs} if args else kwargs
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 

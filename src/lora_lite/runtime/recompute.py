@@ -29,6 +29,7 @@ def selection_of(state: ModelState) -> Selection:
                 state.pending.append(chosen)
         return chosen
     if len(state.pending) > 1:
+        state.pending_done = True  # the next step starts anew
         raise SelectionError(
             "gradient checkpointing recomputes a forward in backward, but checkpointed forwards ran under several adapter selections or prompts "
             f"({', '.join(_show(s) for s in state.pending)}) and it cannot be told which one this is. "
