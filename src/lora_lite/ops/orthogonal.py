@@ -16,13 +16,17 @@ def skew(theta: Tensor, n: int) -> Tensor:
     return upper - upper.mT
 
 
+def _cayley(Q: Tensor) -> Tensor:
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    return torch.linalg.solve(eye - Q, 2 * Q)
+
+
 class _Cayley(torch.autograd.Function):
     """With D = 2(I−Q)⁻¹Q we have (I−Q)⁻¹ = I + D/2, so dD = ½ (2I+D) dQ (2I+D): the backward pass needs two products and no solve."""
 
     @staticmethod
     def forward(Q: Tensor) -> Tensor:
-        eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        return torch.linalg.solve(eye - Q, 2 * Q)
+        return _cayley(Q)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -37,6 +41,8 @@ class _Cayley(torch.autograd.Function):
 
 def cayley_minus_identity(Q: Tensor) -> Tensor:
     """R − I = 2(I−Q)⁻¹Q for the rotation R = (I+Q)(I−Q)⁻¹ of a skew-symmetric Q (..., n, n); orthogonal to rounding for any Q."""
+    if torch.compiler.is_compiling():  # a compiler writes its own backward pass
+        return _cayley(Q)
     return _Cayley.apply(Q)  # pyright: ignore[reportReturnType]
 
 
@@ -145,6 +151,8 @@ def mix_pairs(y: Tensor, c: Tensor, s: Tensor, group: int) -> Tensor:
     Coordinates of a group (first half, second half) are partners at distance group/2; what is left at the end is a smaller group. Its odd
     middle coordinate has the partner 0.
     """
+    if torch.compiler.is_compiling():
+        return _mix(y, c, s, group)
     return _MixPairs.apply(y, c, s, group)  # pyright: ignore[reportReturnType]
 
 
