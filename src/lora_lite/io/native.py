@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import struct
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,7 @@ from ..runtime.handle import Adapter
 from ..runtime.plan import add_shared, make_target
 from ..runtime.staging import StagedTarget, stage
 from ..runtime.state import DEFAULT, Record, Target, owned_tensors, record_of, state_of, unwrap
+from ..runtime.structure import describe
 from ..runtime.weights import extent, fingerprint, is_sharded
 from .gather import full_tensor
 
@@ -89,7 +92,7 @@ def save(
         raise StateError(
             f"adapter {record.name!r} has values that are not finite: {listing(bad)}. Training diverged; nothing was written."
         )
-    _write(path, tensors, {"lora_lite": json.dumps(header(record), sort_keys=True), "format": "pt"})
+    _write(path, tensors, {"lora_lite": json.dumps(header(record), sort_keys=True)})
     return path
 
 
@@ -120,8 +123,11 @@ def load(
         from .peft import load_peft
 
         return load_peft(model, path, name, trainable)
-    head, tensors = read(path)
+    head = read_header(path)
     record = record_from_header(model, head, name, str(path))
+    with safe_open(str(path), "pt") as f:  # nothing is read that would not be used
+        _check_names(_expected(record), f.keys(), str(path))
+    head, tensors = read(path)
     return _install(model, record, head, tensors, trainable, base_check, str(path))
 
 
@@ -203,7 +209,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         head = json.loads(meta["lora_lite"])
     except (json.JSONDecodeError, RecursionError) as e:
         raise FileError(f"{path}: the header is not JSON ({e}).") from None
-    if not isinstance(head, dict) or not isinstance(head.get("format"), int):
+    if not isinstance(head, dict) or not _count(head.get("format")) or head["format"] == 0:
         raise FileError(f"{path}: the header names no format number.")
     if head["format"] > FORMAT or head.get("requires"):
         raise FileError(
@@ -250,13 +256,24 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
     cfg = config_from_header(head, where)
     variant = get_variant(cfg.variant)
     modules = dict(model.named_modules())
+    widths: dict[str, tuple[str, int, int]] = {}
+    if variant.site == "block":
+        structure = describe(model)
+        d = structure.d_model or 0
+        widths = {path: ("block", d, d) for path, _, _ in structure.blocks}
     targets: dict[str, Target] = {}
     for path, entry in head["targets"].items():
         if path not in modules:
             raise FileError(
                 f"{where}: the model has no module {path!r}.{did_you_mean(path, modules)} The adapter belongs to another architecture or to a model with another prefix."
             )
+        found = widths.get(path) if variant.site == "block" else extent(modules[path])
         try:
+            kind, d_in, d_out = str(entry.get("kind", "linear")), entry["d_in"], entry["d_out"]
+            if found is None or found[0] != kind:
+                raise FileError(f"{path} is no {kind} layer in this model.")
+            if found[1:] != (d_in, d_out):
+                raise FileError(f"{path} is {found[1]}->{found[2]} in this model and {d_in}->{d_out} in the file.")
             own = variant.config.from_dict(
                 {
                     **cfg.to_dict(),
@@ -267,23 +284,21 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
                     },
                 }
             )
-            target = make_target(path, int(entry["d_in"]), int(entry["d_out"]), own, str(entry.get("kind", "linear")))
+            target = make_target(path, d_in, d_out, own, kind)
+            if abs(float(entry.get("scale", own.scale)) - own.scale) > 1e-6 * abs(own.scale):
+                raise FileError(
+                    f"{path} was saved with scale {entry['scale']}, and its config makes {own.scale} of it: the config was edited."
+                )
         except LoraLiteError as e:
             raise FileError(f"{where}: {e}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
             raise FileError(f"{where}: the entry of target {path!r} is malformed ({e!r}).") from None
-        found = extent(modules[path])
-        size = found[1:] if found is not None and found[0] == target.kind else None
-        if target.kind != "block" and size != (target.d_in, target.d_out):
-            raise FileError(
-                f"{where}: {path} is {size[0]}->{size[1]} in this model and {target.d_in}->{target.d_out} in the file."
-                if size
-                else f"{where}: {path} is no {target.kind} layer in this model."
-            )
         targets[path] = target
     if variant.shared_specs is not None:
         add_shared(list(targets.values()), cfg)
-    steps, total = (int(head.get(k) or 0) for k in ("steps", "total_steps"))
+    steps, total = (head.get(k, 0) for k in ("steps", "total_steps"))
+    if not (_count(steps) and _count(total)):
+        raise FileError(f"{where}: steps and total_steps must be counts, got {steps!r} and {total!r}.")
     return Record(name, variant, cfg, targets, steps=steps, total_steps=total)
 
 
@@ -296,8 +311,7 @@ def _install(
     base_check: str,
     where: str,
 ) -> Adapter:
-    expected = {_key(t, short): spec for t in record.targets.values() for short, spec in t.specs.items()}
-    _check_keys(expected, tensors, where)
+    _check_keys(_expected(record), tensors, where)
     if base_check != "ignore":
         _check_base(model, record, head, base_check, where)
     staged: list[StagedTarget] = stage(model, record, fill=False)
@@ -310,7 +324,13 @@ def _install(
     return commit(model, record, staged, trainable)
 
 
-def _check_keys(expected: dict[str, Any], got: dict[str, Tensor], where: str) -> None:
+def _expected(record: Record) -> dict[str, Any]:
+    """Key -> spec of every tensor that the adapter owns."""
+    return {_key(t, short): spec for t in record.targets.values() for short, spec in t.specs.items()}
+
+
+def _check_names(expected: Iterable[str], got: Iterable[str], where: str) -> None:
+    expected, got = dict.fromkeys(expected), dict.fromkeys(got)
     missing, extra = [k for k in expected if k not in got], [k for k in got if k not in expected]
     if missing or extra:
         hint = did_you_mean(missing[0], extra) if missing and extra else ""
@@ -318,9 +338,16 @@ def _check_keys(expected: dict[str, Any], got: dict[str, Tensor], where: str) ->
             f"{len(extra)} are unexpected: {listing(extra)}."
         ] * bool(extra)
         raise FileError(f"{where}: {' '.join(parts)}{hint}")
+
+
+def _check_keys(expected: dict[str, Any], got: dict[str, Tensor], where: str) -> None:
+    _check_names(expected, got, where)
     for key, want in expected.items():
         if tuple(want.shape) != tuple(got[key].shape):
             raise FileError(f"{where}: {key} has shape {tuple(got[key].shape)}, expected {tuple(want.shape)}.")
+        dtype = want.dtype or torch.float32
+        if got[key].dtype != dtype and not (dtype.is_floating_point and got[key].is_floating_point()):
+            raise FileError(f"{where}: {key} holds {got[key].dtype}, expected {dtype}.")
 
 
 def _check_base(model: nn.Module, record: Record, head: dict[str, Any], base_check: str, where: str) -> None:
@@ -332,7 +359,9 @@ def _check_base(model: nn.Module, record: Record, head: dict[str, Any], base_che
         new = fingerprint(model.get_submodule(target.path))
         if not new:
             continue
-        a, b = torch.tensor([float(v) for v in old["sample"]]), torch.tensor(new["sample"])
+        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in old["sample"]):
+            raise FileError(f"{where}: the fingerprint of {target.path} is malformed.")
+        a, b = torch.tensor(old["sample"], dtype=torch.float64), torch.tensor(new["sample"], dtype=torch.float64)
         rounding = max(
             {"bfloat16": 2**-7, "float16": 2**-9}.get(str(d), 2**-18) for d in (old.get("dtype"), new["dtype"])
         )
@@ -352,6 +381,10 @@ def _check_base(model: nn.Module, record: Record, head: dict[str, Any], base_che
             raise BaseMismatchError(text)
         warnings.warn(text, LoraLiteWarning, stacklevel=4)
         return
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def _check_strangers(model: nn.Module) -> None:
