@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -95,3 +96,19 @@ def randomise(model: nn.Module, name: str = "default", seed: int = 5, scale: flo
     with torch.no_grad():
         for p in ll.adapters(model)[name].parameters():
             p += scale * torch.randn(p.shape, generator=g, dtype=p.dtype)
+
+
+def edited(cfg: ll.AdapterConfig, data: object = None) -> tuple[nn.Module, Tensor, Tensor]:
+    """(block 0 of the fp64 toy with the method on it, its bare output (2, 7, 12), its edited output); prompts of 7 and 3 tokens."""
+    model = ll.testing.toy(dtype=torch.float64)
+    x = torch.randn(2, 7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    ll.attach(model, dataclasses.replace(cfg, layers=(0,), dtype="float64"), data)
+    with outputs(model) as seen, torch.no_grad(), ll.prompt(model, (7, 3)):
+        with ll.active(model, None):
+            model(x)
+        if data is None:
+            model(x)
+            assert torch.equal(*seen), "not the identity at the start"
+            randomise(model)
+        model(x)
+    return model.layers[0], seen[0], seen[-1]

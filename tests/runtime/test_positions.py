@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 from lora_lite.testing import toy
-from tests.tiny_blocks import changed, decoder, outputs, padded, prompts, randomise
+from tiny_blocks import changed, decoder, outputs, padded, prompts, randomise
 
 LENGTHS = (9, 4, 1)
 

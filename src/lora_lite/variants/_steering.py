@@ -93,15 +93,21 @@ def contrast(targets, data: Any, token: str) -> Iterator[tuple[Any, Tensor, Tens
         yield view, torch.cat(sides[0]), torch.cat(sides[1])
 
 
-def direction(view, v: Tensor, norm: Tensor | None = None) -> None:
-    """Keep v as a unit vector and a length, by default its own."""
-    own = torch.linalg.vector_norm(v)
-    if not bool(own > 0) or not bool(torch.isfinite(own)):
+def direction(view, v: Tensor) -> None:
+    """Keep v as a unit vector and a length."""
+    norm = check_difference(view, v)
+    view.lora_v, view.lora_norm = v / norm, norm.reshape(1)
+
+
+def check_difference(view, v: Tensor) -> Tensor:
+    """‖v‖ of a difference between the two sides; raises where they do not differ."""
+    norm = torch.linalg.vector_norm(v)
+    if not bool(norm > 0) or not bool(torch.isfinite(norm)):
         raise ConfigError(
             f"{view.path}: positive and negative hidden states do not differ there, so they give no direction. "
-            "Look at the pairs (does their last token tell them apart?), set token='mean', or leave the block out with layers."
+            "Look at the pairs (does their last token tell them apart?), set token='mean', or leave the layer out."
         )
-    view.lora_v, view.lora_norm = v / own, (own if norm is None else norm).reshape(1)
+    return norm
 
 
 def _row_vectors(path: str, h: Tensor, mask: Tensor | None, token: str) -> Tensor:

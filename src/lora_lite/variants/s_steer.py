@@ -13,7 +13,7 @@ from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
 from ..ops.lowrank import add_lowrank
-from ._steering import FittedConfig, contrast
+from ._steering import FittedConfig, check_difference, contrast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,9 @@ class SSteer(Variant):
             U, S = U[:, : view.cfg.r], S[: view.cfg.r]
             if not bool(S[-1] > S[0] * torch.finfo(S.dtype).eps):
                 raise ConfigError(f"{view.path}: its weight has a rank below r = {view.cfg.r}; lower r.")
-            # the bias cancels in the difference of means
-            view.lora_U, view.lora_delta = U, (positive.mean(0) - negative.mean(0)).to(U) @ U / S.sqrt()
+            difference = positive.mean(0) - negative.mean(0)  # in which the bias cancels
+            check_difference(view, difference)
+            view.lora_U, view.lora_delta = U, difference.to(U) @ U / S.sqrt()
 
     @staticmethod
     def forward(layer, x, y):
