@@ -34,7 +34,7 @@ def dense(fc, d, b, terms=0, bound=float("inf")):
     tensors = [*getattr(fc, "lora_Q", []), *getattr(fc, "lora_tail", [])]
     for size, theta in zip(block_sizes(d, b), tensors + [torch.zeros(0)], strict=False):
         Q = skew(theta, size)
-        blocks.append(rotation(Q * min(1.0, bound / max(float(Q.norm()), 1e-30)), terms))
+        blocks.append(rotation(Q * min(1.0, bound / max(float(Q.detach().norm()), 1e-30)), terms))
     return torch.block_diag(*blocks)
 
 
