@@ -147,8 +147,10 @@ class Targets(list[StagedTarget]):
             x = x.detach()
 
             def on_grad(g: Tensor) -> None:
-                gx = _precise(_tokens(g, mask)).mT @ _precise(_tokens(x, mask))
-                sums[view.path] = sums[view.path] + gx if view.path in sums else gx
+                g, tokens = _precise(_tokens(g, mask)), _precise(_tokens(x, mask))
+                if view.path not in sums:
+                    sums[view.path] = g.new_zeros(g.shape[-1], tokens.shape[-1])
+                sums[view.path].addmm_(g.mT, tokens)
 
             y.register_hook(on_grad)
             return y
@@ -317,7 +319,7 @@ def _mask(batch: dict[str, Any], labelled: bool) -> Tensor | None:
                 "only labelled tokens were asked for, and a calibration batch has no labels (batch, tokens)."
             )
         mask = labels != IGNORED if mask is None else mask & (labels != IGNORED)
-    return mask
+    return None if mask is None or bool(mask.all()) else mask
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:

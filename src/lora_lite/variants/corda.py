@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError
@@ -20,13 +19,13 @@ from ._deviation import Deviation
 class CorDAConfig(AdapterConfig):
     variant: str = "corda"
     whiten: Literal["none", "asvd", "cov", "cov_half"] = "cov"
-    """P: the identity (PiSSA), diag(mean|x|^a) (ASVD), C = E[xxᵀ] (CorDA), or C^½, which keeps the most of the layer's output."""
+    """P: the identity (PiSSA), diag((mean|x|)^a) (ASVD), C = E[xxᵀ] (CorDA), or C^½, which keeps the most of the layer's output."""
     mode: Literal["ipm", "kpm"] = "ipm"
     """Train the largest components of WP ("ipm", to learn the calibrated task) or the smallest ("kpm", to keep what the data shows)."""
     exponent: float = 0.5
     """a of ASVD."""
     damping: float = 0.01
-    """Added to C's eigenvalues, over their mean, so that C can be inverted."""
+    """Added to C's eigenvalues, over their mean, so that every direction has some weight."""
 
     def validate(self) -> None:
         super().validate()
@@ -40,7 +39,8 @@ class CorDA(Deviation):
 
     With W P = U S Vᵀ and k the largest or smallest r components: s B0A0 = U_k S_k V_kᵀ P⁻¹, B0 (d_out, r), A0 (r, d_in), each taking √S_k,
     then scaled to equal norms. y' = y + s (BA − B0A0) x. C = Σ xxᵀ over tokens that are no padding, damped by δ·mean(λ).
-    ‖(W − s B0A0) C^½‖ is least for P = C^½; P = C, as published, overweights the leading directions. 2r(d_in + d_out).
+    ‖(W − s B0A0) C^½‖ is least for P = C^½ (any factor PPᵀ = C gives the same B0A0, so Cholesky's is taken); P = C, as published,
+    overweights the leading directions. 2r(d_in + d_out).
     The authors and PEFT divide x by its largest entry per batch, which only moves weight between A0 and B0, and rewrite W.
     Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation of Large Language Models, arXiv 2406.05223;
     Yuan et al. 2023, ASVD: Activation-aware Singular Value Decomposition, arXiv 2312.05821.
@@ -57,38 +57,35 @@ class CorDA(Deviation):
     def group_init(model, targets, cfg, calibration_data):
         if cfg.whiten == "none":
             for view in targets:
-                start(view, None, None)
+                start(view, lambda W: W)
         elif cfg.whiten == "asvd":
             moments = targets.moments(calibration_data)
             for view in targets:
                 d = (moments[view.path].abs / moments[view.path].n) ** cfg.exponent
-                d = d.clamp_min(1e-6 * d.max().clamp_min(1e-30))
-                start(view, torch.diag(d), torch.diag(1 / d))
+                start(view, lambda W, d=d: W * d.clamp_min(1e-6 * d.max()).to(W.dtype))
         else:
-            power = 1.0 if cfg.whiten == "cov" else 0.5
             for gram in targets.each_gram(calibration_data):
-                e, Q = torch.linalg.eigh(gram.C / gram.n)
-                e = e.clamp_min(0) + cfg.damping * e.mean().clamp_min(1e-30)
-                P, inverse = (Q * e**power) @ Q.mT, (Q * e**-power) @ Q.mT
+                P = gram.C / gram.n
+                P.diagonal().add_(cfg.damping * P.diagonal().mean().clamp_min(1e-30))
+                if cfg.whiten == "cov_half":
+                    P = torch.linalg.cholesky(P)
                 for view in gram.views:
-                    start(view, P, inverse)
+                    start(view, lambda W, P=P: W @ P.to(W.dtype))
 
 
-def start(view, P: Tensor | None, inverse: Tensor | None) -> None:
-    """A0, B0 of one target from the components of W P."""
+def start(view, whiten) -> None:
+    """A0, B0 of one target: U_k S_k V_kᵀ P⁻¹ = U_k U_kᵀ W, so nothing is ever inverted."""
     cfg = view.cfg
     W = view.weight
     W = W.to(torch.promote_types(torch.float32, W.dtype))
-    WP = W if P is None else W @ P.to(W.dtype)
     if cfg.mode == "ipm":
-        U, S, V = top_svd(WP, cfg.r)
+        U, S, _ = top_svd(whiten(W), cfg.r)
     else:
-        U, S, Vh = torch.linalg.svd(WP, full_matrices=False)
-        U, S, V = U[:, -cfg.r :], S[-cfg.r :], Vh[-cfg.r :].mT
-        U, V = U * fix_signs(V), V * fix_signs(V)
-    root = S.sqrt()
-    A, B = (V * root).mT, U * root
-    A = A if inverse is None else A @ inverse.to(A.dtype)
+        U, S, _ = torch.linalg.svd(whiten(W), full_matrices=False)
+        U, S = U[:, -cfg.r :], S[-cfg.r :]
+        U = U * fix_signs(U)
+    root = S.clamp_min(1e-12 * S.max().clamp_min(1e-30)).sqrt()
+    A, B = (U / root).mT @ W, U * root
     balance = (B.norm() / A.norm().clamp_min(1e-30)).sqrt().clamp_min(1e-30)
     root_s = math.sqrt(abs(cfg.scale))
     view.lora_A0, view.lora_B0 = A * (balance / root_s), B / (balance * math.copysign(root_s, cfg.scale))
