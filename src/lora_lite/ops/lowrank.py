@@ -1,38 +1,86 @@
-"""Low-rank updates of a layer's output without a dense temporary."""
+"""Low-rank updates of a layer's output without a dense temporary.
+
+The thin products are laid out for both passes: CPU libraries multiply matrices with few columns several times slower than their
+transposes with few rows, most of all in the backward pass, where autograd picks the layout of a gradient by that of the factor.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def add_lowrank(y: Tensor, z: Tensor, B: Tensor) -> Tensor:
-    """y + z Bᵀ in one fused pass. y (..., d_out), z (..., r), B (d_out, r)."""
-    if y.dim() == 2:
-        return torch.addmm(y, z, B.mT)
-    return torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), B.mT).view(y.shape)
+def shrink(x: Tensor, A: Tensor) -> Tensor:
+    """x Aᵀ for x (..., d_in), A (r, d_in), as (tokens, r)."""
+    if not isinstance(x, Tensor):  # one-hot rows of an embedding
+        return (x @ A.mT).flatten(0, -2)
+    return (A @ x.reshape(-1, x.shape[-1]).mT).mT
 
 
-def deviation(x: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> Tensor:
-    """(BA − B0A0) x for A = A0 + ΔA, B = B0 + ΔB, given ΔA, ΔB in place of A, B: B(ΔA x) + ΔB(A0 x).
+def add_lowrank(y: Tensor, z: Tensor, B: Tensor, s: float = 1.0) -> Tensor:
+    """y + s z Bᵀ in one fused pass. y (..., d_out), z (..., r) or (tokens, r), B (d_out, r)."""
+    z = z.reshape(-1, z.shape[-1])
+    return torch.addmm(y.reshape(-1, y.shape[-1]), z, B.mT.contiguous(), alpha=s).view(y.shape)
 
-    Exactly zero while ΔA = ΔB = 0, and free of the cancellation that BA − B0A0 suffers. x (..., d_in), A (r, d_in), B (d_out, r).
+
+def lowrank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float = 1.0) -> Tensor:
+    """y + s (x Aᵀ) Bᵀ. x (..., d_in), y (..., d_out), A (r, d_in), B (d_out, r)."""
+    return add_lowrank(y, shrink(x, A), B, s)
+
+
+def deviation_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, s: float) -> Tensor:
+    """y + s ((B0+B)(A0+A) − B0A0) x, computed as s ((B0+B)(A x) + B (A0 x)) in two products of width 2r.
+
+    y itself, bit for bit, while A = B = 0, and free of the cancellation between the two products. Shapes as in `lowrank_update`.
     """
-    zA, z0 = x @ A.mT, x @ A0.mT
-    return torch.cat((zA, z0), -1) @ torch.cat((B0 + B, B), -1).mT
+    return lowrank_update(y, x, *deviation_factors(A, B, A0, B0), s)
+
+
+def deviation_factors(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """(2r, d_in) and (d_out, 2r) whose product is (B0+B)(A0+A) − B0A0."""
+    return torch.cat((A, A0)), torch.cat(((B0 + B).mT, B.mT)).mT
 
 
 def row_norm_square_change(WA: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """‖row_j(W + sBA)‖² − ‖row_j W‖² = 2s Σ_k B_jk (W Aᵀ)_jk + s² (B (A Aᵀ) ∘ B) 1, shape (d_out,), from WA = W Aᵀ (d_out, r)."""
-    return 2 * s * (B * WA).sum(-1) + s * s * ((B @ (A @ A.mT)) * B).sum(-1)
+    """‖row_j(W + sBA)‖² − ‖row_j W‖² = 2s ⟨B_j, (W Aᵀ + (s/2) B A Aᵀ)_j⟩, shape (d_out,), from WA = W Aᵀ (d_out, r)."""
+    return 2 * s * (B * torch.addmm(WA, B, A @ A.mT, alpha=s / 2)).sum(-1)
 
 
 def inverse_root_minus_one(e: Tensor) -> Tensor:
     """(1 + e)^−½ − 1 without cancellation, for e > −1 (values at or below −1, which only rounding makes, count as just above)."""
-    root = (1 + e).clamp_min(1e-6).sqrt()
-    return -e / (root * (1 + root))
+    return torch.expm1(-0.5 * torch.log1p(e.clamp_min(1e-6 - 1)))
+
+
+class _Scale(torch.autograd.Function):
+    """y + h (y − b) with a backward pass of one product per gradient."""
+
+    @staticmethod
+    def forward(y: Tensor, h: Tensor, b: Tensor | None) -> Tensor:
+        return torch.addcmul(y, y if b is None else y - b, h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, h, b = ctx.saved_tensors
+        at_h = None
+        if ctx.needs_input_grad[1]:
+            at_h = (g * (y if b is None else y - b)).reshape(-1, h.shape[0]).sum(0)
+        return torch.addcmul(g, g, h), at_h, None
 
 
 def scale_outputs(y: Tensor, h: Tensor, b: Tensor | None) -> Tensor:
-    """y + h (y − b): the outputs W x scaled by 1 + h (d_out,), the bias left alone. Rounds once, and 1 + h is never formed."""
-    return torch.addcmul(y, y if b is None else y - b, h)
+    """y + h (y − b): the outputs W x scaled by 1 + h (d_out,), the bias b (frozen) left alone. Rounds once; 1 + h is never formed."""
+    return _Scale.apply(y, h, b)  # pyright: ignore[reportReturnType]
+
+
+def scaled_lowrank_update(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, h: Tensor, b: Tensor | None, s: float = 1.0
+) -> Tensor:
+    """y + h (y − b) + s (x Aᵀ) Bᵀ with one new tensor of y's size."""
+    scaled = scale_outputs(y.reshape(-1, y.shape[-1]), h, b)
+    return scaled.addmm_(shrink(x, A), B.mT.contiguous(), alpha=s).view(y.shape)

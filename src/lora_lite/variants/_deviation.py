@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..core.errors import ConfigError
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
-from ..ops.lowrank import add_lowrank
+from ..ops.lowrank import deviation_factors, deviation_update
 
 
 class Deviation(Variant):
@@ -34,11 +32,10 @@ class Deviation(Variant):
 
     @staticmethod
     def forward(layer, x, y):
-        x = layer.dropout(x)
-        z = torch.cat((x @ layer.lora_A.mT, x @ layer.lora_A0.mT), -1)
-        return add_lowrank(y, layer.cfg.scale * z, torch.cat((layer.lora_B0 + layer.lora_B, layer.lora_B), -1))
+        four = layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0
+        return deviation_update(y, layer.dropout(x), *four, layer.cfg.scale)
 
     @staticmethod
     def factors(layer):
-        A = torch.cat((layer.lora_A, layer.lora_A0))
-        return A, layer.cfg.scale * torch.cat((layer.lora_B0 + layer.lora_B, layer.lora_B), -1)
+        A, B = deviation_factors(layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0)
+        return A, layer.cfg.scale * B

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
-from ..ops.lowrank import add_lowrank
+from ..ops.lowrank import add_lowrank, shrink
 from ..ops.orthogonal import cayley_minus_identity, skew
 from ._svd import leading_triplets
 
@@ -36,7 +36,7 @@ class SVDCore(Variant):
 
     @classmethod
     def forward(cls, layer, x, y):
-        z, change = (layer.dropout(x) @ layer.lora_V.mT).flatten(0, -2), cls.change(layer).to(y.dtype)
+        z, change = shrink(layer.dropout(x), layer.lora_V), cls.change(layer).to(y.dtype)
         return add_lowrank(y, z * change if change.dim() == 1 else z @ change.mT, layer.lora_U)
 
     @classmethod

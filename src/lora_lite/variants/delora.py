@@ -12,7 +12,7 @@ from ..core.errors import ConfigError
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
-from ..ops.lowrank import add_lowrank
+from ..ops.lowrank import lowrank_update
 from ..ops.orthogonal import unit_pair
 
 
@@ -78,5 +78,4 @@ class DeLoRA(Variant):
 
     @staticmethod
     def forward(layer, x, y):
-        A, B = DeLoRA.factors(layer)
-        return add_lowrank(y, layer.dropout(x) @ A.mT, B)
+        return lowrank_update(y, layer.dropout(x), *DeLoRA.factors(layer))

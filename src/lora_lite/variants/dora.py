@@ -9,7 +9,7 @@ import torch
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
-from ..ops.lowrank import add_lowrank, inverse_root_minus_one, row_norm_square_change, scale_outputs
+from ..ops.lowrank import inverse_root_minus_one, row_norm_square_change, scaled_lowrank_update
 from ._lowrank import ScaledConfig
 
 
@@ -60,5 +60,5 @@ class DoRA(Variant):
             change = row_norm_square_change(layer.project(A).mT, A, B, s)
             less = inverse_root_minus_one(change / layer.tiny("lora_norm").square().clamp_min(1e-20))
         h = torch.addcmul(less, layer.tiny("lora_m"), 1 + less)
-        z = s * (layer.dropout(x) @ layer.lora_A.mT)
-        return add_lowrank(scale_outputs(y, h.to(y.dtype), layer.bias), z, ((1 + h)[:, None] * B).to(y.dtype))
+        B = ((1 + h)[:, None] * B).to(y.dtype)
+        return scaled_lowrank_update(y, layer.dropout(x), layer.lora_A, B, h.to(y.dtype), layer.bias, s)
