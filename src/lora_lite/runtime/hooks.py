@@ -129,7 +129,9 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if state.call_grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)
-    state.call = locate(state, model, args, kwargs)
+    call = locate(state, model, args, kwargs)
+    if call is not state.call:  # an exporter follows no needless change
+        state.call = call
     if state.rows is None:  # reading the size would make a compiled model depend on it
         return
     state.batch = None
@@ -142,7 +144,8 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Raise when a reentrant checkpoint left the whole training call without a gradient."""
     state: ModelState = model.__dict__[STATE]
-    state.call = None
+    if state.call is not None:
+        state.call = None
     if torch.compiler.is_compiling():
         return
     state.batch = None

@@ -119,7 +119,7 @@ class LayerView:
 
     def base(self, v: Tensor) -> Tensor:
         """The bare layer, bias included, no hooks: (..., d_in) -> (..., d_out)."""
-        return self._module.forward(v)
+        return weights.run_bare(self._module, v)
 
     def project(self, v: Tensor) -> Tensor:
         """W v without the bias, for a few rows v (n, d_in) -> (n, d_out); gradients flow to v. Never builds a dense weight."""
@@ -133,8 +133,8 @@ class LayerView:
             v = v.detach().requires_grad_()  # bitsandbytes repacks its weight for a CPU input that needs no gradient
         b = weights.bias_of(self._module)
         if b is None:
-            return self._module.forward(v)
-        out = self._module.forward(v * PROBE)
+            return weights.run_bare(self._module, v)
+        out = weights.run_bare(self._module, v * PROBE)
         return (out - b.to(out.dtype)) / PROBE  # a large bias must not cost W v its digits
 
     def spans(self, h: Tensor, split: bool = False) -> list[Span]:

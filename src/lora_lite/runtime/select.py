@@ -65,11 +65,13 @@ def _scope(state: ModelState) -> Iterator[None]:
             "another thread is inside a `with ll.active(...)` or `with ll.rows(...)` block of this model; one model serves one selection at a time."
         )
     saved = state.active, state.rows
+    running = state.batch, state.call
     state.scope_thread, state.scope_depth = me, state.scope_depth + 1
     try:
         yield
     finally:
         state.active, state.rows = tuple((n, w) for n, w in saved[0] if n in state.records), saved[1]
+        state.batch, state.call = running  # after an exception inside a forward too
         state.scope_depth -= 1
 
 

@@ -144,6 +144,11 @@ class ModelState:
         self.scope_thread: int | None = None
         self.scope_depth = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is in no call and no scope of the original
+        kept = ("records", "active", "row_epoch", "base_trainable", "merged")
+        return {**ModelState().__dict__, **{k: self.__dict__[k] for k in kept}}
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's module inside torch.compile's and DistributedDataParallel's wrappers."""

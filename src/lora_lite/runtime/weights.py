@@ -152,7 +152,18 @@ def apply_linear(module: nn.Module, v: Tensor) -> Tensor:
     """v Wᵀ through the bare layer, bias set aside. v: (n, d_in) -> (n, d_out) in v's dtype."""
     probe = v.to(_probe_dtype(module), copy=True).requires_grad_()
     with without_bias(module):  # bitsandbytes repacks its weight for inference when a CPU input needs no gradient
-        return module.forward(probe).to(v.dtype)
+        return run_bare(module, probe).to(v.dtype)
+
+
+def run_bare(module: nn.Module, v: Tensor) -> Tensor:
+    """The layer without hooks; the first entry of a tuple."""
+    out = module.forward(v)
+    out = out[0] if isinstance(out, tuple) else out
+    if not isinstance(out, Tensor):
+        raise WeightError(
+            f"{type(module).__name__} returns {type(out).__name__}, neither a tensor nor a tuple that begins with one, so it cannot be adapted. Add it to exclude_names."
+        )
+    return out
 
 
 @torch.no_grad()

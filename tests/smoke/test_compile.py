@@ -1,0 +1,161 @@
+"""What compilers and exporters make of the hooks: one graph, and every change of selection is seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lora_lite as ll
+from lora_lite.testing.case import randomise
+from lora_lite.testing.toy import toy
+
+CFG = ll.LoRAConfig(r=3, alpha=7)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def adapted(*names, cfg=CFG):
+    model = toy()
+    for i, name in enumerate(names or ("default",)):
+        ll.attach(model, cfg, name=name)
+        randomise(model, name, seed=i)
+    return model
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+def x(n=3):
+    return torch.randn(n, 5, 12, generator=torch.Generator().manual_seed(2))
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
+
+
+def test_selection_weights_and_rows_are_seen():
+    model = adapted("a", "b")
+    fast = compiled(model)
+    names = ["b", None, "a"]
+    for _ in range(2):  # the second round runs cached graphs
+        for choice in ("a", None, "b", ["a", "b"], {"a": 0.5}, {"a": -1.5, "b": 0.25}):
+            ll.activate(model, choice)
+            same(fast(x()), model(x()))
+            with ll.active(model, "b"):
+                same(fast(x()), model(x()))
+            same(fast(x()), model(x()))
+        with ll.rows(model, names):
+            want, got = model(x()), fast(x())
+        same(got, want)
+        ll.activate(model, None)
+        assert torch.equal(got[1], model(x())[1]) and not torch.allclose(got[0], model(x())[0])
+
+
+def test_attach_and_detach_after_a_compiled_call():
+    """torch guards neither added nor removed hooks, so attach and detach reset the compiler."""
+    model = toy()
+    fast = compiled(model)
+    base = fast(x())
+    ll.attach(model, CFG)
+    randomise(model)
+    same(fast(x()), model(x()))
+    assert not torch.allclose(fast(x()), base)
+    ll.attach(model, CFG, name="second")
+    randomise(model, "second", seed=4)
+    same(fast(x()), model(x()))
+    ll.rename(model, "second", "third")
+    same(fast(x()), model(x()))
+    ll.detach(model, "third")
+    ll.activate(model, "default")
+    same(fast(x()), model(x()))
+    ll.merge(model)
+    same(fast(x()), model(x()))
+    ll.unmerge(model)
+    same(fast(x()), model(x()))
+    ll.detach(model)
+    assert torch.equal(fast(x()), base)
+    ll.attach(fast, CFG)  # through the wrapper
+    randomise(fast)
+    same(fast(x()), model(x()))
+    assert not torch.allclose(fast(x()), base) and list(ll.adapters(model)) == ["default"]
+
+
+def test_changed_tensors_need_no_recompilation():
+    model = adapted()
+    fast = compiled(model)
+    fast(x())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        randomise(model, seed=9)
+        got = fast(x())
+        ll.load_adapter_state_dict(model, None, {k: 2 * v for k, v in ll.adapter_state_dict(model).items()})
+        again = fast(x())
+    assert not torch.allclose(got, again)
+    same(again, model(x()))
+
+
+def test_training_compiled_equals_training_eager():
+    losses = []
+    for wrap in (lambda m: m, compiled):
+        torch.manual_seed(0)
+        model = adapted()
+        optimizer = torch.optim.AdamW(ll.adapters(model)["default"].param_groups(lr=1e-2))
+        fast = wrap(model.train())
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = fast(x()).square().mean()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+        assert ll.check(model).learning == {"default": 4}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_compiling_in_place():
+    model = adapted("a", "b")
+    model.compile(backend="eager", fullgraph=True)
+    for choice in ("a", "b", None):
+        ll.activate(model, choice)
+        same(model(x()), model.forward(x()))
+    assert not any("_orig_mod" in k for k in ll.adapter_state_dict(model, "a"))
+
+
+@pytest.mark.slow
+def test_the_default_backend():
+    model = adapted("a", "b")
+    fast = torch.compile(model, fullgraph=True)
+    for choice in ("a", None, {"a": 0.5, "b": 2.0}):
+        ll.activate(model, choice)
+        torch.testing.assert_close(fast(x()), model(x()), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    model = adapted()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (x(),), dynamic_shapes=({0: batch}, *[None] * 0), strict=strict)
+    for n in (2, 7):
+        same(program.module()(x(n)), model(x(n)))
+    ll.activate(model, None)
+    assert not torch.allclose(program.module()(x()), model(x())), "the exported program holds the adapter"
+
+
+def test_functional_calls_and_transforms():
+    model = adapted()
+    params = {k: v.detach() for k, v in model.named_parameters()}
+
+    def loss(p, v):
+        return torch.func.functional_call(model, p, (v,)).square().sum()
+
+    grads = torch.func.grad(loss)(params, x())
+    model(x()).square().sum().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(grads[name], p.grad, atol=1e-4, rtol=1e-4)
+    per_row = torch.func.vmap(lambda v: model(v))(x())
+    same(per_row, model(x()))
