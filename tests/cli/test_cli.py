@@ -35,10 +35,12 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    yield
-    torch.set_num_threads(1)
+@pytest.fixture
+def threads(monkeypatch) -> list[int]:
+    """What torch was told; on a busy machine a second thread would make these tests minutes long."""
+    told: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    return told
 
 
 @dataclasses.dataclass
@@ -234,9 +236,9 @@ def test_sft(files, tmp_path, monkeypatch):
     assert run.evals[-1][1] < run.evals[0][1]
 
 
-def test_threads(files, tmp_path):
+def test_threads(files, tmp_path, threads):
     do_train(files, tmp_path / "run", threads="2", steps="1")
-    assert torch.get_num_threads() == 2
+    assert threads == [2]
 
 
 def test_resume(files, tmp_path, capsys):
@@ -305,7 +307,7 @@ def test_debug(files, tmp_path, capsys):
         (["--best", "--save-every", "3", "--eval-every", "2"], "multiple of --eval-every 2"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--r", "0"], "r must be between"),
-        (["--method", "lroa"], "Did you mean 'lora'"),
+        (["--method", "lroa"], "there is no such method. Did you mean"),
         (["--max-length", "1"], "--max-length must be at least 2"),
         (["--target-names", "nothing"], "matches none"),
         (["--data", "nowhere.jsonl"], "neither 'wordmath' nor a file"),
@@ -382,7 +384,7 @@ def test_eval_on_wordmath(evaluated):
     assert len(set(got.values())) == 3
 
 
-def test_eval_batch_size_and_threads(evaluated, monkeypatch):
+def test_eval_batch_size_and_threads(evaluated, monkeypatch, threads):
     from lora_lite.demo import evaluate
 
     sizes = []
@@ -391,7 +393,7 @@ def test_eval_batch_size_and_threads(evaluated, monkeypatch):
         evaluate, "complete", lambda m, t, p, size, *a: (sizes.append(size), whole(m, t, p, size, *a))[1]
     )
     evaluated(batch_size="2", threads="2")
-    assert sizes == [2] and torch.get_num_threads() == 2
+    assert sizes == [2] and threads == [2]
 
 
 def test_every_eval_flag_has_its_test():
@@ -458,6 +460,24 @@ def test_demo(small_demo, tmp_path, monkeypatch):
     assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [v.name for v in ll.variants()])
+def test_demo_takes_every_method(small_demo, tmp_path, method):
+    small_demo("--method", method, "--out", str(tmp_path / "x"), "--problems", "1", "--steps", "2")
+    model = tiny_llm.model()
+    assert ll.load(model, tmp_path / "x" / "adapter.safetensors").cfg.variant == method
+    assert len(Run(tmp_path / "x").tensors) > 0
+
+
+def test_train_says_what_a_fitted_method_needs(files, tmp_path, capsys):
+    pairs = [v.name for v in ll.variants() if v.needs_pairs]
+    assert pairs
+    argv = ["train", "--model", str(files / "tiny"), "--data", str(files / "sums.jsonl"), "--out", str(tmp_path / "x")]
+    assert cli.main([*argv, "--method", pairs[0]]) == 2
+    assert "contrast pairs" in capsys.readouterr().err
+    assert not (tmp_path / "x" / "run.json").exists()
+
+
 def test_long_work_reports_in_lines(small_demo, tmp_path, monkeypatch):
     from lora_lite.cli import _console
 
@@ -470,12 +490,12 @@ def test_long_work_reports_in_lines(small_demo, tmp_path, monkeypatch):
     assert "\x1b" not in text and "\r" not in text
 
 
-def test_demo_flags(small_demo, tmp_path, capsys):
+def test_demo_flags(small_demo, tmp_path, capsys, threads):
     out = tmp_path / "x"
     text = small_demo("--out", str(out), "--lr", "0.02", "--r", "2", "--method", "eva", "--threads", "2")
     facts = json.loads((out / "run.json").read_text())
     assert (facts["lr"], facts["config"]["r"], facts["method"]) == (0.02, 2, "eva")
-    assert torch.get_num_threads() == 2
+    assert threads == [2]
     assert "--overwrite" in small_demo("--out", str(out), code=2)
     text = small_demo("--out", str(out), "--overwrite", "--steps", "5000", "--seconds", "0.1")
     facts = json.loads((out / "run.json").read_text())

@@ -142,21 +142,25 @@ def swapped(row: dict[str, list[int]], other: dict[str, list[int]]) -> dict[str,
     return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
 
 
-def open_folder(out: Path, overwrite: bool) -> None:
-    """Make the folder of a new run; one that holds a run already is left alone unless `overwrite`.
+def check_folder(out: Path, overwrite: bool) -> list[str]:
+    """The files of an earlier run in the folder of a new one, which changes nothing yet.
 
     Raises:
-        FileError: it holds a run, or other files.
+        FileError: it holds a run and may not be overwritten, or it is a file.
     """
-    there = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
     if out.exists() and not out.is_dir():
         raise ll.FileError(f"--out {out} is a file; give a folder.")
-    ours = [name for name in there if OURS.fullmatch(name)]
+    ours = sorted(p.name for p in out.iterdir() if OURS.fullmatch(p.name)) if out.is_dir() else []
     if ours and not overwrite:
         raise ll.FileError(
             f"--out {out} holds a run already ({', '.join(ours[:3])}). Give another folder, or --overwrite to replace that run."
         )
-    for name in ours:
+    return ours
+
+
+def open_folder(out: Path, overwrite: bool) -> None:
+    """Make the folder of a new run, without what an earlier run left in it; other files stay."""
+    for name in check_folder(out, overwrite):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,8 @@ def run(args: Demo) -> int:
     cfg = build_config(args)
     variant = ll.get_variant(cfg.variant)
     out = Path("runs") / f"demo-{cfg.variant}-{args.seed}" if args.out is None else args.out
-    session.open_folder(out, args.overwrite or args.out is None)
+    overwrite = args.overwrite or args.out is None
+    session.check_folder(out, overwrite)
     session.quiet(args.debug)
     from ..demo.data import load_examples
     from ..demo.evaluate import evaluate
@@ -73,6 +74,7 @@ def run(args: Demo) -> int:
     say(f"accuracy before: {before.accuracy:.1%}")
 
     adapter = session.attach(model, cfg, None, train, BATCH, tokenizer, pairs=True)
+    session.open_folder(out, overwrite)
     trained = adapter.num_parameters()
     lr = variant.lr if args.lr is None else args.lr
     log = RunLog(out, f"{variant.name} on wordmath, seed {args.seed}")

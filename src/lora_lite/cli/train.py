@@ -95,6 +95,8 @@ def run(args: Train) -> int:
     variant = ll.get_variant(cfg.variant)
     session.quiet(args.debug)
     resume = session.last_checkpoint(args.out) if args.resume else None
+    if resume is None and not args.dry_run:
+        session.check_folder(args.out, args.overwrite)
     model, tokenizer = session.prepare(args.model, args.base_dtype, args.threads, args.seed)
     examples, held, origin = session.split_rows(
         args.data, args.eval_data, args.rows, args.eval_rows if args.eval_every else 0, args.seed, tokenizer
@@ -126,12 +128,12 @@ def run(args: Train) -> int:
         )
         return 0
 
+    if resume is not None:
+        session.check_same_run(args.out, facts)
+    adapter = session.attach(model, cfg, args.calibration_batches, train, args.batch_size, tokenizer)
     if resume is None:
         session.open_folder(args.out, args.overwrite)
         session.write_run(args.out, facts)
-    else:
-        session.check_same_run(args.out, facts)
-    adapter = session.attach(model, cfg, args.calibration_batches, train, args.batch_size, tokenizer)
     say(
         f"{variant.name}: {adapter.num_parameters():,} trained parameters on {len(adapter.targets)} layers of {args.model}"
     )
