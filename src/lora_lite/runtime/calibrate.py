@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError, StateError
+from . import weights
 from .hooks import _first_name
 from .progress import track
 from .staging import StagedTarget
@@ -247,6 +248,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
     modes = {m: m.training for m in model.modules()}
     model.eval()
+    for m in modes:
+        if weights.dims(m) is not None and weights.is_quantised(m):
+            m.training = True  # bitsandbytes repacks the weight of a layer on the CPU that evaluates
     try:
         if STATE in model.__dict__:
             with active(model, None):
