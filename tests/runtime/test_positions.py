@@ -428,3 +428,37 @@ def test_the_oracle():
     assert tokens_of("f7+l7", 5, 5) == [0, 1, 3, 4]
     assert tokens_of("f1+l1", 1, 1) == [] and tokens_of("l2", 1, 3) == [0]
     assert all(tokens_of(w, 0, 3) == [] for w in itertools.islice(WORDS, 5))
+
+
+@pytest.mark.parametrize("option", ["plain", "checkpointing", "packing", "unmasked"])
+def test_under_an_sft_trainer(tmp_path, option, monkeypatch):
+    """Prompt/completion rows tell the prompt by their labels, whatever recomputes; packed and unmasked rows raise."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    import tiny_llm
+    from lora_lite.interop.trainer import adapter_trainer
+    from lora_lite.runtime import hooks
+
+    model, found, locate = tiny_llm.model(), [], hooks.locate
+    ll.attach(model, ll.LoReFTConfig(r=2, positions="prompt"))
+    monkeypatch.setattr(hooks, "locate", lambda *args: found.append(locate(*args)) or found[-1])
+    rows = [{"prompt": "ab" * (1 + i % 3) + "=", "completion": "cd"} for i in range(8)]
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, bf16=False,
+        gradient_checkpointing=option == "checkpointing", packing=option == "packing",
+        completion_only_loss=option != "unmasked",
+    )  # fmt: skip
+    trainer = adapter_trainer(trl.SFTTrainer)(
+        model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tiny_llm.tokenizer()
+    )
+    if option in ("packing", "unmasked"):
+        with pytest.raises(
+            ll.SelectionError, match="packs several" if option == "packing" else "does not start with -100"
+        ):
+            trainer.train()
+        return
+    before = ll.adapter_state_dict(model)
+    trainer.train()
+    assert all(not torch.equal(before[k], v) for k, v in ll.adapter_state_dict(model).items() if "lora_R" not in k)
+    lengths = {n for call in found for n in call.found["prompt"][1].sum(1).tolist()}
+    assert lengths == {3, 5, 7}
