@@ -273,6 +273,11 @@ def _mergeable(
     paths = [p for p in dict.fromkeys(p for n, _ in chosen for p in state.records[n].targets)]
     for n, _ in chosen:
         list(owned_tensors(model, state.records[n]))  # raises where a layer was replaced
+    sharded = next((n for n, p in model.named_parameters() if weights.is_sharded(p)), None)
+    if sharded is not None:
+        raise WeightError(
+            f"the model is sharded ({sharded}). Save the adapter, load it into an unsharded model and merge there."
+        )
     sites = [(p, model.get_submodule(p), model.get_submodule(p).__dict__[SITE]) for p in paths]
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
