@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def full_precision(t: Tensor) -> torch.autocast:
+    """A context in which small products keep t's dtype under autocast."""
+    return torch.autocast(t.device.type, enabled=False)
+
+
 def skew(theta: Tensor, n: int) -> Tensor:
     """The skew-symmetric (..., n, n) whose upper triangle, row by row, is theta (..., n(n−1)/2)."""
     rows, cols = torch.triu_indices(n, n, 1, device=theta.device).unbind()
@@ -17,26 +22,32 @@ def skew(theta: Tensor, n: int) -> Tensor:
 
 
 def _cayley(Q: Tensor) -> Tensor:
-    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return torch.linalg.solve(eye - Q, 2 * Q)
+    """2(I−Q)⁻¹Q = 2(I−Q²)⁻¹(Q+Q²) by Cholesky, I−Q² being positive definite, and one step of refinement: quicker than LU, and closer."""
+    n = Q.shape[-1]
+    eye = torch.eye(n, dtype=Q.dtype, device=Q.device)
+    Q, shape = Q.reshape(-1, n, n), Q.shape
+    with full_precision(Q):
+        square = torch.bmm(Q, Q)
+        D = 2 * torch.bmm(torch.cholesky_inverse(torch.linalg.cholesky_ex(eye - square)[0]), Q + square)
+        rest = torch.baddbmm(2 * Q - D, Q, D)  # 2Q − (I−Q)D, and (I−Q)⁻¹ is nearly I + D/2
+        return torch.baddbmm(D + rest, D, rest, alpha=0.5).view(shape)
 
 
 class _Cayley(torch.autograd.Function):
     """With D = 2(I−Q)⁻¹Q we have (I−Q)⁻¹ = I + D/2, so dD = ½ (2I+D) dQ (2I+D): the backward pass needs two products and no solve."""
 
     @staticmethod
-    def forward(Q: Tensor) -> Tensor:
-        return _cayley(Q)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
+    def forward(ctx: Any, Q: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        D = _cayley(Q)
+        ctx.save_for_backward(D)
+        return D
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (D,) = ctx.saved_tensors
         half = 0.5 * D.mT + torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
-        return 2 * half @ g @ half
+        with full_precision(D):
+            return 2 * half @ g @ half
 
 
 def cayley_minus_identity(Q: Tensor) -> Tensor:
@@ -48,18 +59,46 @@ def cayley_minus_identity(Q: Tensor) -> Tensor:
 
 def neumann_minus_identity(Q: Tensor, terms: int) -> Tensor:
     """R − I ≈ 2(Q + … + Q^(k−2)) + Q^(k−1), the truncated series of k >= 3 terms; orthogonal only for small Q."""
-    D = Q + 2 * torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    for _ in range(terms - 3):
-        D = Q @ D + 2 * torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return Q @ D
+    two = 2 * torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    D = Q + two
+    with full_precision(Q):
+        for _ in range(terms - 3):
+            D = Q @ D + two
+        return Q @ D
+
+
+def _blocks(x: Tensor, n: int, b: int) -> Tensor:
+    """x (..., n b) as n matrices (n, tokens, b), a view where x is contiguous."""
+    return x.reshape(-1, n, b).transpose(0, 1)
+
+
+class _AddBlocks(torch.autograd.Function):
+    """Adds into one copy of x in its own layout, where autograd would transpose and add whole activations several times."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, D: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x, D)
+        out = x.clone(memory_format=torch.contiguous_format)
+        _blocks(out, *D.shape[:2]).baddbmm_(_blocks(x, *D.shape[:2]), D)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, D = ctx.saved_tensors
+        gx = _AddBlocks.apply(g, D.mT) if ctx.needs_input_grad[0] else None
+        gD = None
+        if ctx.needs_input_grad[1]:
+            gD = torch.bmm(_blocks(x, *D.shape[:2]).mT, _blocks(g, *D.shape[:2]))
+        return gx, gD  # pyright: ignore[reportReturnType]
 
 
 def add_blocks(x: Tensor, D: Tensor) -> Tensor:
     """x (I + blockdiag(D_1 … D_n)) for x (..., n b) and D (n, b, b)."""
     D = pack(D)
-    n, b, _ = D.shape
-    blocks = x.reshape(-1, n, b).transpose(0, 1)
-    return torch.baddbmm(blocks, blocks, D).transpose(0, 1).reshape(x.shape)
+    if torch.compiler.is_compiling():
+        blocks = _blocks(x, *D.shape[:2])
+        return torch.baddbmm(blocks, blocks, D).transpose(0, 1).reshape(x.shape)
+    return _AddBlocks.apply(x, D)  # pyright: ignore[reportReturnType]
 
 
 def pack(D: Tensor, width: int = 32) -> Tensor:
@@ -124,13 +163,10 @@ class _MixPairs(torch.autograd.Function):
     """Saves y once and no swapped copy of it."""
 
     @staticmethod
-    def forward(y: Tensor, c: Tensor, s: Tensor, group: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, c: Tensor, s: Tensor, group: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(y, c, s)
+        ctx.group = group
         return _mix(y, c, s, group)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.group = inputs[3]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -162,11 +198,6 @@ def pair_layout(first: Tensor, second: Tensor, d: int, group: int) -> Tensor:
     n = (d - rest) // 2
     whole = torch.stack((first[:n].view(-1, group // 2), second[:n].view(-1, group // 2)), 1).flatten()
     return torch.cat((whole, first[n:], second[n : d // 2])) if rest else whole
-
-
-def full_precision(t: Tensor) -> torch.autocast:
-    """A context in which small products keep t's dtype under autocast."""
-    return torch.autocast(t.device.type, enabled=False)
 
 
 def unit_pair(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from ..core.config import AdapterConfig, matches
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
+from ..ops.lowrank import scale_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +51,8 @@ class IA3(Variant):
 
     @staticmethod
     def forward_input(layer, x):
-        return torch.addcmul(x, x, layer.lora_g) if layer.cfg.side == "input" else x
+        return scale_outputs(x, layer.lora_g, None) if layer.cfg.side == "input" else x
 
     @staticmethod
     def forward(layer, x, y):
-        return torch.addcmul(y, y, layer.lora_g) if layer.cfg.side == "output" else y
+        return scale_outputs(y, layer.lora_g, None) if layer.cfg.side == "output" else y

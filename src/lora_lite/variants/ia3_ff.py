@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..core.config import AdapterConfig
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
+from ..ops.lowrank import scale_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,4 +36,4 @@ class IA3FF(Variant):
 
     @staticmethod
     def forward_input(layer, x):
-        return torch.addcmul(x, x, layer.lora_g)
+        return scale_outputs(x, layer.lora_g, None)
