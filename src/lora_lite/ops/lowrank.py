@@ -57,12 +57,9 @@ class _Scale(torch.autograd.Function):
     """y + h (y − b) with a backward pass of one product per gradient."""
 
     @staticmethod
-    def forward(y: Tensor, h: Tensor, b: Tensor | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(y, h, b)  # with `setup_context`, torch would inspect this signature in every call
         return torch.addcmul(y, y if b is None else y - b, h)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -75,6 +72,8 @@ class _Scale(torch.autograd.Function):
 
 def scale_outputs(y: Tensor, h: Tensor, b: Tensor | None) -> Tensor:
     """y + h (y − b): the outputs W x scaled by 1 + h (d_out,), the bias b (frozen) left alone. Rounds once; 1 + h is never formed."""
+    if torch.compiler.is_compiling():  # a compiler writes its own backward pass
+        return torch.addcmul(y, y if b is None else y - b, h)
     return _Scale.apply(y, h, b)  # pyright: ignore[reportReturnType]
 
 
