@@ -54,11 +54,10 @@ class DoRA(Variant):
 
     @staticmethod
     def forward(layer, x, y):
-        s, B = layer.cfg.scale, layer.tiny("lora_B")
+        s, A, B, m = layer.cfg.scale, layer.tiny("lora_A"), layer.tiny("lora_B"), layer.tiny("lora_m")
         with torch.no_grad():
-            A = layer.tiny("lora_A")
             change = row_norm_square_change(layer.project(A).mT, A, B, s)
             less = inverse_root_minus_one(change / layer.tiny("lora_norm").square().clamp_min(1e-20))
-        h = torch.addcmul(less, layer.tiny("lora_m"), 1 + less)
-        B = ((1 + h)[:, None] * B).to(y.dtype)
+        h = torch.addcmul(less, m, 1 + less)
+        B = torch.addcmul(B, B, h[:, None]).to(y.dtype)
         return scaled_lowrank_update(y, layer.dropout(x), layer.lora_A, B, h.to(y.dtype), layer.bias, s)

@@ -13,7 +13,7 @@ from ..core.errors import ConfigError
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
-from ..ops.lowrank import add_lowrank
+from ..ops.lowrank import lowrank_update
 from ..ops.spectrum import top_eigh
 
 
@@ -81,7 +81,7 @@ class EVA(Variant):
 
     @staticmethod
     def forward(layer, x, y):
-        return add_lowrank(y, layer.cfg.scale * (layer.dropout(x) @ layer.lora_A.mT), layer.lora_B)
+        return lowrank_update(y, layer.dropout(x), layer.lora_A, layer.lora_B, layer.cfg.scale)
 
     @staticmethod
     def factors(layer):
