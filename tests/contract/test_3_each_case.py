@@ -124,6 +124,9 @@ def test_strange_names_are_no_reason_to_save_or_lose(tmp_path):
     ll.attach(model, ll.LoRAConfig(r=3, alpha=7, target_names=("up",)))
     file = ll.save(model, tmp_path / "x")
     assert all(".up.lora_" in k for k in ll.adapter_state_dict(model)) and file.stat().st_size < 10_000
+    model.lora_head.weight.requires_grad_(True)
+    with pytest.raises(ll.StateError, match="'lora_head.weight'"):
+        ll.save(model, tmp_path / "x")
     taken = toy()
     taken.layers[1].up.lora_A = nn.Parameter(torch.zeros(2))
     refuses(taken, ll.StateError, "layers.1.up", "'lora_A'", "another adapter name", call=lambda: ll.attach(taken, CFG))

@@ -68,6 +68,11 @@ class LayerView:
             )
         module = slot.owners[name] if name in slot.owners else self._module
         tensor = tensor_on(module, attribute)
+        if tensor is not None and tensor.is_meta and "_hf_hook" in self._module.__dict__:
+            raise WeightError(
+                f"adapter {slot.name!r} on {slot.path}: accelerate offloads this layer, and with it the adapter's tensors, which are on the meta device when the adapter acts. "
+                "Merge before offloading (ll.merge), or keep adapted layers on a device."
+            )
         if tensor is None:
             raise StateError(
                 f"adapter {slot.name!r}: {slot.path}.{attribute} is gone; detach and load the adapter again."

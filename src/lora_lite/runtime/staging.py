@@ -70,14 +70,15 @@ class TrialView(StagedView):
 
 def stage(model: nn.Module, record: Record, fill: bool = True) -> list[StagedTarget]:
     """Unregistered tensors for every target of a record, drawn but not yet initialised by the variant."""
-    whole_on_meta = all(p.is_meta for p in model.parameters())
+    offloaded = any("_hf_hook" in m.__dict__ for m in model.modules())  # accelerate may have put everything on meta
+    whole_on_meta = not offloaded and all(p.is_meta for p in model.parameters())
     staged = []
     for target in record.targets.values():
         module = model.get_submodule(target.path)
         view = StagedTarget(module, record, target, fill)
         if view.device.type == "meta" and not whole_on_meta:
             raise WeightError(
-                f"{target.path}: its weight is on the meta device while others are not (accelerate offload), so the adapter would run on weights that are not there. "
+                f"{target.path}: its weight is on the meta device (accelerate offload), so the adapter would run on weights that are not there. "
                 "Attach before dispatching the model, or load it without offloading."
             )
         staged.append(view)
