@@ -73,7 +73,7 @@ def combine(
     holder = next(v for v in variants() if v.from_factors is not None)
     with torch.no_grad():
         pairs: dict[str, list[Pair]] = {}
-        shapes = {}
+        shapes: dict[str, tuple[int, int]] = {}
         for record in records:
             for view in layer_views(model, record):
                 A, B = (t.detach().double() for t in record.variant.factors(view))  # type: ignore[misc]

@@ -213,7 +213,7 @@ def _merge_layer(
     report.rounding[path] = float((stored.to(new.dtype) - new).abs().max() / new.abs().max().clamp_min(1e-30))
     needs_bias = old_bias is not None or bool(bias.abs().max() > 0)
     if not weights.is_plain(layer):
-        dense = nn.utils.skip_init(
+        dense: Any = nn.utils.skip_init(
             nn.Linear, w.shape[1], w.shape[0], bias=needs_bias, device=w.device, dtype=dtype
         )  # draws nothing
         dense.requires_grad_(False)

@@ -117,11 +117,10 @@ def probe(
     kind: str, module: nn.Module, dtype: torch.dtype, d_out: int, device: torch.device
 ) -> tuple[VirtualInput, Tensor]:
     """A tiny (x, y) to try a page on."""
-    if kind == "embedding":
-        return Lookup(
-            torch.zeros(2, 3, dtype=torch.long, device=device), int(module.num_embeddings), dtype
-        ), torch.zeros(2, 3, d_out, dtype=dtype, device=device)  # type: ignore[arg-type]
     m: Any = module
+    if kind == "embedding":
+        ids = torch.zeros(2, 3, dtype=torch.long, device=device)
+        return Lookup(ids, m.num_embeddings, dtype), torch.zeros(2, 3, d_out, dtype=dtype, device=device)
     size = [max(8, d * (k - 1) + 1) for k, d in zip(m.kernel_size, m.dilation, strict=True)]
     x = torch.zeros(2, m.in_channels, *size, dtype=m.weight.dtype, device=device)
     with torch.no_grad():

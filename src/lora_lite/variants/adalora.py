@@ -20,8 +20,8 @@ class AdaLoRAConfig(AdapterConfig):
     variant: str = "adalora"
     r: int = 12
     """Rank at the start."""
-    target_r: int = 8
-    """Mean rank at the end."""
+    target_r: int | None = None
+    """Mean rank at the end; None means two thirds of the smallest r."""
     tinit: int = 0
     """Optimiser steps before the pruning begins."""
     tfinal: int = 0
@@ -39,14 +39,19 @@ class AdaLoRAConfig(AdapterConfig):
 
     def validate(self) -> None:
         super().validate()
-        if not self.done and not 1 <= self.target_r <= min((self.r, *self.rank_pattern.values())):
+        if not self.done and not 1 <= self.final_r <= min((self.r, *self.rank_pattern.values())):
             raise ConfigError(
-                f"AdaLoRAConfig.target_r must lie between 1 and every rank (r={self.r}), got {self.target_r}."
+                f"AdaLoRAConfig.target_r must lie between 1 and every rank (r={self.r}), got {self.final_r}."
             )
         if self.tinit < 0 or self.tfinal < 0 or self.delta_t < 1:
             raise ConfigError("AdaLoRAConfig.tinit and tfinal must not be negative, and delta_t must be at least 1.")
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
             raise ConfigError("AdaLoRAConfig.beta1 and beta2 must lie between 0 and 1.")
+
+    @property
+    def final_r(self) -> int:
+        """The mean rank at the end."""
+        return max(1, 2 * min((self.r, *self.rank_pattern.values())) // 3) if self.target_r is None else self.target_r
 
 
 @register
@@ -114,7 +119,7 @@ class AdaLoRA(Variant):
                     "no gradient is left after the optimiser's step; call zero_grad() after step(), not within it."
                 )
             scores = [score(v, cfg) for v in views]
-            b = budget(step, cfg, end, sum(v.cfg.r for v in views), cfg.target_r * len(views))
+            b = budget(step, cfg, end, sum(v.cfg.r for v in views), cfg.final_r * len(views))
             if step > cfg.tinit and (step % cfg.delta_t == 0 or step == end):
                 best = torch.cat([s.to(scores[0].device) for s in scores]).argsort(descending=True, stable=True)
                 live = torch.zeros_like(best, dtype=torch.bool)
