@@ -97,3 +97,10 @@ def test_refusals(kwargs, word):
     with pytest.raises(ll.StateError, match="called 'c'"):
         ll.combine(model, {"c": 1.0}, name="x")
     assert list(ll.adapters(model)) == ["a", "b"]
+
+
+def test_a_method_that_is_not_linear_in_its_weight_is_refused():
+    model, _ = two()
+    ll.attach(model, ll.AntiPaSTOConfig(r=4), name="turn")
+    with pytest.raises(ll.StateError, match="not linear in its weight"):
+        ll.combine(model, {"a": 1.0, "turn": 0.5}, name="x")

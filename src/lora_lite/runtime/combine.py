@@ -66,6 +66,10 @@ def combine(
         raise StateError("the model is merged; call ll.unmerge(model) before ll.combine.")
     records = [record_of(model, n) for n in weights]
     for record in records:
+        if record.variant.own_weight:
+            raise StateError(
+                f"adapter {record.name!r}: variant {record.variant.name!r} is not linear in its weight, so a weighted sum of its updates would be another model. Activate it with its weight instead."
+            )
         if record.variant.factors is None:
             raise StateError(
                 f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, so a weighted sum of it would be another model. Activate both instead: ll.activate(model, {dict(weights)})."
