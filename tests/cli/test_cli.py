@@ -445,8 +445,8 @@ def test_demo(small_demo, tmp_path, monkeypatch):
     text = small_demo()
     out = tmp_path / "runs" / "demo-lora-0"
     facts = json.loads((out / "run.json").read_text())
-    assert {"accuracy_before", "accuracy_after", "seconds", "trained"} <= set(facts)
-    assert (facts["steps"], facts["method"], facts["lr"], facts["problems"]) == (3, "lora", 1e-3, 3)
+    assert {"accuracy_before", "accuracy_after", "seconds", "cpu_seconds", "trained"} <= set(facts)
+    assert (facts["steps"], facts["method"], facts["lr"], facts["problems"]) == (3, "lora", 5e-3, 3)
     assert [r["step"] for r in Run(out).log if "loss" in r] == [1, 2, 3]
     assert (out / "loss.png").stat().st_size > 10_000
     assert text.count("right    ") == 3 and "accuracy before" in text

@@ -88,8 +88,8 @@ class Bar:
             self.rich.stop()
 
     def begin_at(self, done: int) -> None:
-        """Work that was done in an earlier run: it does not count for the time left."""
-        self.first = done
+        """The work begins now, with so much of it done in an earlier run: neither that nor the time before counts."""
+        self.first, self.start = done, time.monotonic()
 
     def update(self, done: int, note: str = "") -> None:
         now = time.monotonic()

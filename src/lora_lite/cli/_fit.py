@@ -149,7 +149,12 @@ def _follower(log: RunLog, bar: Bar) -> Any:
     class Follower(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             log.keep(state.global_step)
-            bar.begin_at(state.global_step)
+            self.begun = False
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not self.begun:  # after the evaluation that precedes the first step
+                self.begun = True
+                bar.begin_at(state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             logs = logs or {}
