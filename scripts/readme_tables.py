@@ -48,8 +48,9 @@ def demo() -> str:
         )
     n, steps = runs[0]["problems"], runs[0]["steps"]
     note = (
-        f"Accuracy on {n} test problems, whose numbers and sentences are not in the training data, after {steps} steps; "
-        "one figure per seed, then mean and standard deviation. Processor time is that of the slowest run on one core, imports and both "
+        f"Accuracy on {n} test problems, whose sentences, names and numbers no training problem has, after {steps} steps; "
+        "one figure per seed, then mean and standard deviation. The base can calculate but has never seen a word problem or the form of "
+        "the answer, hence its zero. Processor time is that of the slowest run on one core, imports and both "
         "evaluations included."
     )
     columns = ("method", "trained", "base", "adapted, per seed", "mean", "processor time")

@@ -64,6 +64,10 @@ def draw_loss(path: Path, train: Sequence[tuple[int, float]], evals: Sequence[tu
         axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.8, label="train (running mean)")
     if evals:
         axes.plot(*zip(*evals, strict=True), color="tab:orange", marker="o", markersize=4, linewidth=1.8, label="eval")
+    values = [v for _, v in (*train, *evals)]
+    if min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     axes.set_title(title, fontsize=10)

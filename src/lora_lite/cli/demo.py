@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def run(args: Demo) -> int:
         say(
             f"training {variant.name}: {trained:,} parameters ({trained / size:.2%}), {steps} steps{less}, lr {lr:g}, seed {args.seed}"
         )
-        options = Options(steps=steps, lr=lr, batch_size=BATCH, seed=args.seed, eval_every=max(1, steps // 6))
+        options = Options(steps=steps, lr=lr, batch_size=BATCH, seed=args.seed, eval_every=math.ceil(steps / 6))
         fit(model, tokenizer, train, evals, options, out, log)
     with Bar("answering after", len(problems)) as bar:
         after = evaluate(model, tokenizer, problems, progress=bar.hook)
