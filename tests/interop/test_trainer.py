@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 import lora_lite as ll
 import tiny_llm
+from lora_lite.core import registry
 from lora_lite.interop.trainer import adapter_trainer, load_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -22,7 +23,6 @@ class ClockConfig(ll.AdapterConfig):
     weight: float = 0.0
 
 
-@ll.register
 class Clock(ll.Variant):
     """A method with a schedule and a penalty: the gate is scaled at every step by a factor that depends on the step."""
 
@@ -48,11 +48,10 @@ class Clock(ll.Variant):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _unregister():
+def _registered():
+    ll.register(Clock)
     yield
-    from lora_lite.core import registry
-
-    registry._TABLE.pop("clock", None)
+    registry._TABLE.pop(Clock.name)
 
 
 class Rows(Dataset):

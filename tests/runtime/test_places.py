@@ -8,6 +8,7 @@ from torch import nn
 
 import lora_lite as ll
 
+
 class Vision(nn.Module):
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()

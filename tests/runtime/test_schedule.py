@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import lora_lite as ll
+from lora_lite.core import registry
 from lora_lite.core.errors import StateError
 
 
-@ll.register
 class Counting(ll.Variant):
     """Writes the step into its tensor, and what it saw of the gradient."""
 
@@ -41,6 +41,13 @@ class Counting(ll.Variant):
     @staticmethod
     def penalty(layer):
         return (layer.lora_b - 2).square().sum()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered():
+    ll.register(Counting)
+    yield
+    registry._TABLE.pop(Counting.name)
 
 
 @pytest.fixture(autouse=True)
