@@ -10,7 +10,7 @@ from ..core.errors import ConfigError
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
-from ..ops.lowrank import add_lowrank
+from ..ops.lowrank import lowrank_update
 from ..ops.orthogonal import block_rows, unit_rows
 
 
@@ -53,4 +53,4 @@ class ETHER(Variant):
     @staticmethod
     def forward_input(layer, x):
         u = block_rows(unit_rows(layer.tiny("lora_u"))).to(x.dtype)
-        return add_lowrank(x, x @ u.mT, -2 * u.mT)
+        return lowrank_update(x, x, u, -2 * u.mT)

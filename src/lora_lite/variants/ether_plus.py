@@ -12,7 +12,7 @@ from ..core.errors import ConfigError
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
-from ..ops.lowrank import add_lowrank
+from ..ops.lowrank import lowrank_update
 from ..ops.orthogonal import block_rows, unit_pair
 
 
@@ -61,14 +61,14 @@ class ETHERPlus(Variant):
     @staticmethod
     def forward_input(layer, x):
         Z, M = change(layer, "in", x.dtype)
-        return add_lowrank(x, x @ Z.mT, M)
+        return lowrank_update(x, x, Z, M)
 
     @staticmethod
     def forward(layer, x, y):
         if layer.cfg.sides == "input":
             return y
         Z, M = change(layer, "out", y.dtype)
-        return add_lowrank(y, (y if layer.bias is None else y - layer.bias) @ Z.mT, M)
+        return lowrank_update(y, y if layer.bias is None else y - layer.bias, Z, M)
 
 
 def change(layer, side, dtype):

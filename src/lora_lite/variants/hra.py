@@ -13,7 +13,7 @@ from ..core.errors import ConfigError
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
-from ..ops.lowrank import add_lowrank
+from ..ops.lowrank import lowrank_update
 from ..ops.orthogonal import householder_pairs
 
 
@@ -80,4 +80,4 @@ def rotate(layer, v):
     a, b = U.view(len(first), 2, -1).unbind(1)
     Z, M = householder_pairs(first + a, b - a)
     Z, M = Z.to(v.dtype), M.to(v.dtype)
-    return add_lowrank(v, v @ Z.mT, M.mT)
+    return lowrank_update(v, v, Z, M.mT)
