@@ -45,7 +45,7 @@ def attach(name: str, model: nn.Module, **kwargs) -> None:
 
 def randomise(model: nn.Module) -> None:
     g = torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad:
             p.data.add_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.2)
 

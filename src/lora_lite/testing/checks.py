@@ -370,7 +370,7 @@ def _merged_and_not(case: Case, model: nn.Module, paths: list[str], **options: A
         layer = model.get_submodule(path)
         width = layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.in_features
         g = torch.Generator().manual_seed(3)
-        x = torch.randn(64, int(width), generator=g).to(case.dtype)
+        x = torch.randn(64, int(width), generator=g).to(case.dtype)  # pyright: ignore[reportArgumentType]
         y = run(layer, x)
         with active(model, None):
             effect = relative(y, run(layer, x))
@@ -885,7 +885,8 @@ def traces_in_one_graph(case: Case) -> None:
             y.square().sum().backward()
         activate(model, None)
         case.expect(
-            torch.equal(run(compiled, x), base), "a compiled model does not see that the adapter was switched off."
+            torch.equal(run(compiled, x), base),  # pyright: ignore[reportArgumentType]
+            "a compiled model does not see that the adapter was switched off.",
         )
     finally:
         torch.compiler.reset()

@@ -39,7 +39,8 @@ class FakeQuantLinear(nn.Module):
 
     def dequantised(self) -> Tensor:
         """The dense weight, computed without the layer's forward."""
-        return self.weight.to(self.scales.dtype) * self.scales
+        scales: Tensor = self.scales  # pyright: ignore[reportAssignmentType]
+        return self.weight.to(scales.dtype) * scales
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantised().to(x.dtype), self.bias)
