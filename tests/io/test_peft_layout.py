@@ -43,7 +43,15 @@ def randomise(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_reads_what_peft_writes(tmp_path, kind, rslora):
     names = ["c_attn", "c_fc"] if kind == "gpt2" else ["q_proj", "up_proj"]
-    cfg = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules=names, alpha_pattern={names[1]: 9}, rank_pattern={names[1]: 3}, fan_in_fan_out=kind == "gpt2")
+    cfg = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=rslora,
+        target_modules=names,
+        alpha_pattern={names[1]: 9},
+        rank_pattern={names[1]: 3},
+        fan_in_fan_out=kind == "gpt2",
+    )
     theirs = peft.get_peft_model(tiny(kind), cfg).eval()
     randomise(theirs)
     theirs.save_pretrained(tmp_path)
@@ -119,3 +127,11 @@ def test_export_refuses_methods_without_factors(tmp_path):
         assert not (tmp_path / "out").exists()
     finally:
         del registry._TABLE["export_probe"]
+
+
+def test_export_refuses_targets_it_would_leave_out(tmp_path):
+    model = tiny()
+    ll.attach(model, ll.LoRAConfig(r=2, target_kinds=("linear", "embedding")))
+    with pytest.raises(ll.StateError, match="embed_tokens"):
+        ll.export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -40,7 +40,9 @@ REFUSED = {
 }
 
 
-def export(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, format: Literal["peft"] = "peft") -> Path:
+def export(
+    model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, format: Literal["peft"] = "peft"
+) -> Path:
     """Write one adapter for PEFT, vLLM, llama.cpp and others: exact for every method whose update is of low rank.
 
     Args:
@@ -62,8 +64,16 @@ def export(model: nn.Module, folder: str | os.PathLike[str], name: str | None = 
             f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, so the LoRA layout cannot hold it. "
             f"Export the merged model (ll.merge, then model.save_pretrained), or use one of {', '.join(able)}."
         )
+    other = [t.path for t in record.targets.values() if t.kind != "linear"]
+    if other:
+        raise StateError(
+            f"adapter {record.name!r} also adapts {listing(other)}, which this export does not write; merge it and export the model."
+        )
     with torch.no_grad():
-        factors = {v.path: tuple(t.detach().float().cpu() for t in record.variant.factors(v)) for v in layer_views(model, record)}
+        factors = {
+            v.path: tuple(t.detach().float().cpu() for t in record.variant.factors(v))
+            for v in layer_views(model, record)
+        }
     r = max(A.shape[0] for A, _ in factors.values())
     kinds = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in factors))
     tensors: dict[str, Tensor] = {}
@@ -103,7 +113,12 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
     folder = Path(folder)
     config, tensors = _read_config(folder), _read_tensors(folder)
     cls = get_variant("lora").config
-    cfg = cls(r=config["r"], alpha=float(config["lora_alpha"]), use_rslora=bool(config.get("use_rslora", False)), dropout=float(config.get("lora_dropout") or 0.0))  # type: ignore[call-arg]
+    cfg = cls(
+        r=config["r"],
+        alpha=float(config["lora_alpha"]),
+        use_rslora=bool(config.get("use_rslora", False)),  # pyright: ignore[reportCallIssue]
+        dropout=float(config.get("lora_dropout") or 0.0),
+    )
     targets: dict[str, Target] = {}
     values: dict[str, tuple[Tensor, Tensor]] = {}
     modules = dict(model.named_modules())
@@ -111,7 +126,9 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
     for key, t in tensors.items():
         path, dot, letter = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if not dot or letter not in ("lora_A", "lora_B"):
-            raise FileError(f"{folder}: tensor {key!r} is not a lora_A or lora_B weight; this adapter holds more than LoRA, which is not read.")
+            raise FileError(
+                f"{folder}: tensor {key!r} is not a lora_A or lora_B weight; this adapter holds more than LoRA, which is not read."
+            )
         pairs.setdefault(path, {})[letter] = t
     for path, pair in pairs.items():
         if path not in modules:
@@ -122,7 +139,9 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
         A, B = pair["lora_A"], pair["lora_B"]
         r = A.shape[0]
         if tuple(A.shape) != (r, size[0]) or tuple(B.shape) != (size[1], r):
-            raise FileError(f"{folder}: {path} is {size[0]}->{size[1]}, but its factors are {tuple(A.shape)} and {tuple(B.shape)}.")
+            raise FileError(
+                f"{folder}: {path} is {size[0]}->{size[1]}, but its factors are {tuple(A.shape)} and {tuple(B.shape)}."
+            )
         declared = _pattern(config.get("rank_pattern"), path, config["r"])
         if r != declared:
             raise FileError(f"{folder}: {path} has rank {r} in the file and {declared} in adapter_config.json.")
@@ -142,16 +161,22 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise FileError(f"{folder} holds no adapter_config.json. For lora_lite's own format pass the .safetensors file.")
+        raise FileError(
+            f"{folder} holds no adapter_config.json. For lora_lite's own format pass the .safetensors file."
+        )
     try:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise FileError(f"{path} is not JSON ({e}).") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise FileError(f"{path}: peft_type {config.get('peft_type') if isinstance(config, dict) else config!r} cannot be read; only LORA can.")
+        raise FileError(
+            f"{path}: peft_type {config.get('peft_type') if isinstance(config, dict) else config!r} cannot be read; only LORA can."
+        )
     for field, what in REFUSED.items():
         if config.get(field):
-            raise FileError(f"{path}: {field} is set, and {what} cannot be read from this layout yet. Merge the adapter in PEFT and load the merged model.")
+            raise FileError(
+                f"{path}: {field} is set, and {what} cannot be read from this layout yet. Merge the adapter in PEFT and load the merged model."
+            )
     if config.get("bias", "none") != "none":
         raise FileError(f"{path}: bias={config['bias']!r} trains base biases, which is not read.")
     if config.get("init_lora_weights") not in (True, False, None, "gaussian", "eva", "orthogonal"):
@@ -171,7 +196,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        raise FileError(f"{folder} holds no adapter_model.safetensors; pickled adapters (adapter_model.bin) are never read.")
+        raise FileError(
+            f"{folder} holds no adapter_model.safetensors; pickled adapters (adapter_model.bin) are never read."
+        )
     try:
         with safe_open(str(path), "pt") as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
@@ -188,7 +215,9 @@ def _pattern(patterns: Any, path: str, default: Any) -> Any:
     for key, value in (patterns or {}).items():
         plain = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if any(c in plain for c in "*+?()[]{}|\\"):
-            raise FileError(f"the pattern {key!r} of adapter_config.json is a regular expression; only literal module names are read from files.")
+            raise FileError(
+                f"the pattern {key!r} of adapter_config.json is a regular expression; only literal module names are read from files."
+            )
         if matches(plain.replace(".", "\\."), path):
             return value
     return default
