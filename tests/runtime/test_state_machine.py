@@ -106,8 +106,13 @@ class Adapters(RuleBasedStateMachine):
         for field in ("deltas", "trainable", "active"):
             setattr(self, field, {(new if k == old else k): v for k, v in getattr(self, field).items()})
 
-    @rule(choice=st.dictionaries(st.sampled_from(NAMES), st.sampled_from([1.0, 0.5, -2.0]), max_size=3))
-    def activate(self, choice):
+    @rule(
+        choice=st.dictionaries(st.sampled_from(NAMES), st.sampled_from([1.0, 0.5, -2.0]), max_size=4),
+        known=st.booleans(),
+    )
+    def activate(self, choice, known):
+        if known:
+            choice = {n: w for n, w in choice.items() if n in self.deltas}
         if self.merged or not self.deltas or set(choice) - set(self.deltas):
             return self.refused(lambda: ll.activate(self.model, choice))
         ll.activate(self.model, choice)
@@ -136,8 +141,9 @@ class Adapters(RuleBasedStateMachine):
         ll.unmerge(self.model)
         self.merged = False
 
-    @rule(names=st.lists(st.none() | st.sampled_from(NAMES), min_size=3, max_size=3))
-    def rows(self, names):
+    @rule(names=st.lists(st.none() | st.sampled_from(NAMES), min_size=3, max_size=3), known=st.booleans())
+    def rows(self, names, known):
+        names = [n if n in self.deltas or not known else None for n in names]
         if self.merged or not self.deltas or set(names) - {None} - set(self.deltas):
             return self.refused(lambda: ll.rows(self.model, names).__enter__())
         with torch.no_grad(), ll.rows(self.model, names):

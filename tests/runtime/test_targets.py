@@ -117,6 +117,12 @@ def test_a_pattern_matches_whole_segments():
     assert [t.path for t in ll.plan(model, ll.LoRAConfig(target_names=("proj",))).targets] == ["proj"]
 
 
+def test_a_head_without_blocks_is_left_out_too():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 6), "classifier": nn.Linear(6, 2)})
+    assert [t.path for t in ll.plan(model, ll.LoRAConfig(r=2)).targets] == ["fc"]
+    assert ll.plan(model, ll.LoRAConfig(r=2, target_names=("classifier",))).targets[0].path == "classifier"
+
+
 def test_the_head_can_be_named():
     model = tiny_models.build("llama")
     assert ll.attach(model, ll.LoRAConfig(target_names=("lm_head",))).targets == ["lm_head"]
