@@ -219,7 +219,9 @@ def test_two_threads_and_one_model():
 def test_a_part_of_an_adapted_model_is_no_model_of_its_own():
     """Two roots over the same layers would each choose adapters that the other does not know."""
     model = adapted()
-    refuses(model, ll.StateError, "0.up", "larger model", "whole model", call=lambda: ll.attach(model.layers, CFG, name="b"))
+    refuses(
+        model, ll.StateError, "0.up", "larger model", "whole model", call=lambda: ll.attach(model.layers, CFG, name="b")
+    )
     inner = toy()
     ll.attach(inner.layers, CFG)
     refuses(inner, ll.StateError, "'layers'", "ll.detach", call=lambda: ll.attach(inner, CFG, name="b"))

@@ -41,8 +41,8 @@ class Demo:
     """Folder for what is written; None: runs/demo-METHOD-SEED, replaced by each run."""
     overwrite: bool = False
     """Replace a run that --out holds."""
-    threads: int = 0
-    """CPU threads; 0: torch's choice."""
+    threads: int = 1
+    """CPU threads; 0: torch's choice. One is as fast for so small a model when anything else runs beside it."""
     debug: bool = False
     """Show tracebacks and other libraries' messages."""
 
