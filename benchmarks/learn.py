@@ -138,6 +138,9 @@ def table(data: dict) -> str:
         lines.append(
             f"| {r['method']} | {r['accuracy']:.1%} | {r['trained']:,} | {r['lr']:g} | {r['steps']} | {ratio} | {r['last_loss']:.3f} |"
         )
+    missing = [v.name for v in ll.variants() if v.trains and v.name not in {r["method"] for r in rows}]
+    if missing:
+        lines += ["", f"Not run yet: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
