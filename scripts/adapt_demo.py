@@ -101,7 +101,7 @@ def main() -> None:
         "trained": sum(p.numel() for p in trained),
         "wall_s": round(wall, 1),
         "cpu_s": round(cpu, 1),
-        "loss": round(float(loss), 4),
+        "loss": round(loss.item(), 4),
         "problems": len(problems),
         "base": round(base.accuracy, 3),
         "adapter": round(after.accuracy, 3),
