@@ -76,9 +76,8 @@ def test_an_adapter_learns_the_task(library, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("adapt_demo", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    argv = ["adapt_demo", "--library", library, "--steps", "300", "--rows", "5000", "--problems", "150"]
-    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "argv", ["adapt_demo", "--library", library])
     module.main()
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["base"] < 0.05
-    assert facts["adapter"] > 0.5
+    assert facts["adapter"] > 0.6  # measured: 0.72 here, 0.77 with peft
