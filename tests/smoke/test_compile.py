@@ -145,8 +145,16 @@ def test_export(strict):
     assert not torch.allclose(program.module()(x()), model(x())), "the exported program holds the adapter"
 
 
-def test_functional_calls_and_transforms():
-    model = adapted()
+LINEAR = [v.name for v in ll.variants() if v.site == "linear" and v.trains and not v.needs_data]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("method", LINEAR)
+def test_functional_calls_and_transforms(method):
+    variant = ll.get_variant(method)
+    model = toy()
+    ll.attach(model, variant.config(variant=method, r=4))
+    randomise(model)
     params = {k: v.detach() for k, v in model.named_parameters()}
 
     def loss(p, v):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autograd import own_backward
+
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:
     """x Aᵀ for x (..., d_in), A (r, d_in), as (tokens, r)."""
@@ -19,10 +21,29 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
     return (A @ x.reshape(-1, x.shape[-1]).mT).mT
 
 
+class _AddLowrank(torch.autograd.Function):
+    """Saves z and B, not the transposed copy of B that the product reads."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, B: Tensor, s: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(z, B)
+        ctx.s = s
+        return torch.addmm(y, z, B.mT.contiguous(), alpha=s)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (z, B), needed = ctx.saved_tensors, ctx.needs_input_grad
+        at_z = (B.mT @ g.mT).mT * ctx.s if needed[1] else None
+        at_B = (z.mT @ g).mT * ctx.s if needed[2] else None
+        return g, at_z, at_B, None
+
+
 def add_lowrank(y: Tensor, z: Tensor, B: Tensor, s: float = 1.0) -> Tensor:
     """y + s z Bᵀ in one fused pass. y (..., d_out), z (..., r) or (tokens, r), B (d_out, r)."""
-    z = z.reshape(-1, z.shape[-1])
-    return torch.addmm(y.reshape(-1, y.shape[-1]), z, B.mT.contiguous(), alpha=s).view(y.shape)
+    rows, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
+    if not (torch.is_grad_enabled() and own_backward()):
+        return torch.addmm(rows, z, B.mT.contiguous(), alpha=s).view(y.shape)
+    return _AddLowrank.apply(rows, z, B, s).view(y.shape)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def lowrank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float = 1.0) -> Tensor:
@@ -72,7 +93,7 @@ class _Scale(torch.autograd.Function):
 
 def scale_outputs(y: Tensor, h: Tensor, b: Tensor | None) -> Tensor:
     """y + h (y − b): the outputs W x scaled by 1 + h (d_out,), the bias b (frozen) left alone. Rounds once; 1 + h is never formed."""
-    if torch.compiler.is_compiling():  # a compiler writes its own backward pass
+    if not own_backward():
         return torch.addcmul(y, y if b is None else y - b, h)
     return _Scale.apply(y, h, b)  # pyright: ignore[reportReturnType]
 
@@ -82,4 +103,5 @@ def scaled_lowrank_update(
 ) -> Tensor:
     """y + h (y − b) + s (x Aᵀ) Bᵀ with one new tensor of y's size."""
     scaled = scale_outputs(y.reshape(-1, y.shape[-1]), h, b)
-    return scaled.addmm_(shrink(x, A), B.mT.contiguous(), alpha=s).view(y.shape)
+    add = scaled.addmm_ if own_backward() else scaled.addmm
+    return add(shrink(x, A), B.mT.contiguous(), alpha=s).view(y.shape)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autograd import own_backward
+
 
 def full_precision(t: Tensor) -> torch.autocast:
     """A context in which small products keep t's dtype under autocast."""
@@ -24,13 +26,13 @@ def skew(theta: Tensor, n: int) -> Tensor:
 def _cayley(Q: Tensor) -> Tensor:
     """2(I−Q)⁻¹Q = 2(I−Q²)⁻¹(Q+Q²) by Cholesky, I−Q² being positive definite, and one step of refinement: quicker than LU, and closer."""
     n = Q.shape[-1]
-    eye = torch.eye(n, dtype=Q.dtype, device=Q.device)
     Q, shape = Q.reshape(-1, n, n), Q.shape
     with full_precision(Q):
         square = torch.bmm(Q, Q)
-        D = 2 * torch.bmm(torch.cholesky_inverse(torch.linalg.cholesky_ex(eye - square)[0]), Q + square)
-        rest = torch.baddbmm(2 * Q - D, Q, D)  # 2Q − (I−Q)D, and (I−Q)⁻¹ is nearly I + D/2
-        return torch.baddbmm(D + rest, D, rest, alpha=0.5).view(shape)
+        M = torch.eye(n, dtype=Q.dtype, device=Q.device) - square
+        D = 2 * torch.bmm(torch.cholesky_inverse(torch.linalg.cholesky_ex(M)[0]), Q + square)
+        rest = torch.baddbmm(D, Q, D, beta=-1).add(Q, alpha=2)  # 2Q − (I−Q)D, and (I−Q)⁻¹ is nearly I + D/2
+        return torch.baddbmm(rest, D, rest, alpha=0.5).add(D).view(shape)
 
 
 class _Cayley(torch.autograd.Function):
@@ -45,14 +47,15 @@ class _Cayley(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (D,) = ctx.saved_tensors
-        half = 0.5 * D.mT + torch.eye(D.shape[-1], dtype=D.dtype, device=D.device)
+        n, DT = D.shape[-1], D.mT.reshape(-1, *D.shape[-2:])
         with full_precision(D):
-            return 2 * half @ g @ half
+            half = torch.baddbmm(g.reshape(-1, n, n), g.reshape(-1, n, n), DT, alpha=0.5)
+            return torch.baddbmm(half, DT, half, beta=2).view(D.shape)
 
 
 def cayley_minus_identity(Q: Tensor) -> Tensor:
     """R − I = 2(I−Q)⁻¹Q for the rotation R = (I+Q)(I−Q)⁻¹ of a skew-symmetric Q (..., n, n); orthogonal to rounding for any Q."""
-    if torch.compiler.is_compiling():  # a compiler writes its own backward pass
+    if not own_backward():
         return _cayley(Q)
     return _Cayley.apply(Q)  # pyright: ignore[reportReturnType]
 
@@ -95,7 +98,7 @@ class _AddBlocks(torch.autograd.Function):
 def add_blocks(x: Tensor, D: Tensor) -> Tensor:
     """x (I + blockdiag(D_1 … D_n)) for x (..., n b) and D (n, b, b)."""
     D = pack(D)
-    if torch.compiler.is_compiling():
+    if not own_backward():
         blocks = _blocks(x, *D.shape[:2])
         return torch.baddbmm(blocks, blocks, D).transpose(0, 1).reshape(x.shape)
     return _AddBlocks.apply(x, D)  # pyright: ignore[reportReturnType]
@@ -187,7 +190,7 @@ def mix_pairs(y: Tensor, c: Tensor, s: Tensor, group: int) -> Tensor:
     Coordinates of a group (first half, second half) are partners at distance group/2; what is left at the end is a smaller group. Its odd
     middle coordinate has the partner 0.
     """
-    if torch.compiler.is_compiling():
+    if not own_backward():
         return _mix(y, c, s, group)
     return _MixPairs.apply(y, c, s, group)  # pyright: ignore[reportReturnType]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import LoraLiteWarning, SelectionError, StateError, WeightError
+from . import memo
 from .grouped import grouped
 from .layer import LayerView
 from .positions import Call, locate
@@ -126,6 +127,7 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if not torch.compiler.is_compiling():
         state.call_grad = torch.is_grad_enabled()
         state.cut_by_checkpoint = False
+        memo.begin(state, model, kwargs)
         if state.call_grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)
@@ -148,7 +150,7 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         state.call = None
     if torch.compiler.is_compiling():
         return
-    state.batch = None
+    state.batch = state.memo = None
     if not (state.cut_by_checkpoint and model.training and torch.is_grad_enabled()):
         return
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else (output,)

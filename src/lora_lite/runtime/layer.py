@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,11 @@ from torch import Generator, Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.errors import StateError, WeightError
 from . import weights
+from .memo import memo_of, versions
 from .positions import Call, Span, spans
 from .state import Slot, tensor_on
 
+T = TypeVar("T")
 PROBE = 256.0
 """How much longer than v the vectors are that `project` pushes through a packed layer with a bias."""
 
@@ -51,7 +54,7 @@ class LayerView:
         # reached only for names that are not the view's own
         if not name.startswith("lora_"):
             raise AttributeError(
-                f"a layer view has no {name!r}; it offers lora_*, weight, row_norms(), column_norms(), bias, cfg, in_features, out_features, base(v), project(v), spans(h), dropout(x), master(name), tiny(name)"
+                f"a layer view has no {name!r}; it offers lora_*, weight, row_norms(), column_norms(), bias, cfg, in_features, out_features, base(v), project(v), spans(h), dropout(x), master(name), tiny(name), once(what, compute)"
             )
         tensor = self.master(name)
         if self._dtype is None or tensor.dtype == self._dtype or not tensor.is_floating_point():
@@ -83,6 +86,20 @@ class LayerView:
         """The stored tensor in `promote_types(float32, dtype of the page)`: for Cayley maps, norms and other small algebra."""
         tensor = self.master(name)
         return tensor.to(torch.promote_types(torch.float32, self._dtype or tensor.dtype))
+
+    def once(self, what: str, compute: Callable[[], T]) -> T:
+        """compute(), which must depend on this adapter's tensors, config and strength alone. While a model generates with a key-value
+        cache, the value is kept from token to token; in training it is computed in every call."""
+        if torch.compiler.is_compiling():
+            return compute()
+        memo = memo_of(self._module)
+        if memo is None:
+            return compute()
+        key = (self._slot.path, self._slot.name, what, self._dtype, self.strength)
+        state = versions(self._module, self._slot)
+        if key not in memo or memo[key][0] != state:
+            memo[key] = state, compute()
+        return memo[key][1]
 
     @property
     def path(self) -> str:

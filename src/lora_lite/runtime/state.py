@@ -138,6 +138,10 @@ class ModelState:
         """Token positions in the running root call, for the adapters that ask for some."""
         self.previous: Any = None
         """Tokens of the last call, where the next one may show that they were a prompt growing without a cache."""
+        self.memo: dict[Any, Any] | None = None
+        """What pages keep from one step of cached decoding to the next, see `memo`; None where nothing may be kept."""
+        self.decoding: Any = None
+        """(weak reference to the key-value cache that is being continued, its memo)."""
         self.pending: list[Any] = []
         """Selections under which checkpointed forwards ran and wait for their recomputation."""
         self.pending_done = False

@@ -36,7 +36,8 @@ class SVDCore(Variant):
 
     @classmethod
     def forward(cls, layer, x, y):
-        z, change = shrink(layer.dropout(x), layer.lora_V), cls.change(layer).to(y.dtype)
+        z = shrink(layer.dropout(x), layer.lora_V)
+        change = layer.once("change", lambda: cls.change(layer).to(y.dtype))
         return add_lowrank(y, z * change if change.dim() == 1 else z @ change.mT, layer.lora_U)
 
     @classmethod

@@ -64,15 +64,15 @@ class BOFT(Variant):
         b, d = layer.cfg.block_size, x.shape[-1]
         counts = blocks(d, layer.cfg)
         if counts:
-            theta = torch.cat([layer.tiny(f"lora_Q{i}") for i in range(1, len(counts) + 1)])
-            factors = cayley_minus_identity(skew(theta, b)).to(x.dtype).split(counts)
+            names = [f"lora_Q{i}" for i in range(1, len(counts) + 1)]
+            factors = layer.once("turns", lambda: turns(layer, names, b)).to(x.dtype).split(counts)
             for i in reversed(range(len(counts))):
                 w = counts[i] * b
                 turned = add_butterfly(x[..., :w], factors[i], i)
                 x = turned if w == d else torch.cat((turned, x[..., w:]), -1)
         t = d % b
         if t > 1:
-            tail = add_blocks(x[..., d - t :], cayley_minus_identity(skew(layer.tiny("lora_tail"), t)).to(x.dtype))
+            tail = add_blocks(x[..., d - t :], layer.once("tail", lambda: turns(layer, ["lora_tail"], t)).to(x.dtype))
             x = torch.cat((x[..., : d - t], tail), -1)
         return x
 
@@ -85,3 +85,8 @@ def blocks(d, cfg):
     """Number of blocks of each factor."""
     counts = [d // (cfg.block_size << i) << i for i in range(cfg.n_factors)]
     return [n for n in counts if n]
+
+
+def turns(layer, names, b):
+    """R − I of all blocks of these factors, (n, b, b)."""
+    return cayley_minus_identity(skew(torch.cat([layer.tiny(name) for name in names]), b))

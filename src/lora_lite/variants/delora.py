@@ -78,4 +78,4 @@ class DeLoRA(Variant):
 
     @staticmethod
     def forward(layer, x, y):
-        return lowrank_update(y, layer.dropout(x), *DeLoRA.factors(layer))
+        return lowrank_update(y, layer.dropout(x), *layer.once("factors", lambda: DeLoRA.factors(layer)))

@@ -36,7 +36,7 @@ class DoRA(Variant):
     config = DoRAConfig
     paper = "2402.09353"
     lr = 5e-4
-    cost = "r(d_in + d_out) + d_out, and r d_in d_out once per call"
+    cost = "r(d_in + d_out) + d_out, and r d_in d_out once per call (while decoding: once)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DoRAConfig) -> dict[str, ParamSpec]:
@@ -56,8 +56,13 @@ class DoRA(Variant):
     def forward(layer, x, y):
         s, A, B, m = layer.cfg.scale, layer.tiny("lora_A"), layer.tiny("lora_B"), layer.tiny("lora_m")
         with torch.no_grad():
-            change = row_norm_square_change(layer.project(A).mT, A, B, s)
-            less = inverse_root_minus_one(change / layer.tiny("lora_norm").square().clamp_min(1e-20))
+            less = layer.once("less", lambda: shortening(layer, A, B, s))
         h = torch.addcmul(less, m, 1 + less)
         B = torch.addcmul(B, B, h[:, None]).to(y.dtype)
         return scaled_lowrank_update(y, layer.dropout(x), layer.lora_A, B, h.to(y.dtype), layer.bias, s)
+
+
+def shortening(layer, A, B, s):
+    """ρ − 1, ρ = ‖W‖/‖V‖ (d_out,)."""
+    change = row_norm_square_change(layer.project(A).mT, A, B, s)
+    return inverse_root_minus_one(change / layer.tiny("lora_norm").square().clamp_min(1e-20))

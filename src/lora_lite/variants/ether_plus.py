@@ -60,14 +60,14 @@ class ETHERPlus(Variant):
 
     @staticmethod
     def forward_input(layer, x):
-        Z, M = change(layer, "in", x.dtype)
+        Z, M = layer.once("in", lambda: change(layer, "in", x.dtype))
         return lowrank_update(x, x, Z, M)
 
     @staticmethod
     def forward(layer, x, y):
         if layer.cfg.sides == "input":
             return y
-        Z, M = change(layer, "out", y.dtype)
+        Z, M = layer.once("out", lambda: change(layer, "out", y.dtype))
         return lowrank_update(y, y if layer.bias is None else y - layer.bias, Z, M)
 
 

@@ -74,10 +74,13 @@ class HRA(Variant):
 
 def rotate(layer, v):
     """v H_r ⋯ H_1. An odd r is made even by the start of its last vector."""
+    Z, M = layer.once("pairs", lambda: pairs(layer))
+    return lowrank_update(v, v, Z.to(v.dtype), M.to(v.dtype).mT)
+
+
+def pairs(layer):
     first, U = layer.tiny("lora_U0"), layer.tiny("lora_U")
     if len(U) % 2:
         U = torch.cat((U[:-1], torch.zeros_like(U[:1]), U[-1:]))
     a, b = U.view(len(first), 2, -1).unbind(1)
-    Z, M = householder_pairs(first + a, b - a)
-    Z, M = Z.to(v.dtype), M.to(v.dtype)
-    return lowrank_update(v, v, Z, M.mT)
+    return householder_pairs(first + a, b - a)

@@ -69,18 +69,21 @@ class OFT(Variant):
         b, d = layer.cfg.block_size, x.shape[-1]
         t = d % b
         if not t:
-            return add_blocks(x, turns(layer, "lora_Q", b).to(x.dtype))
+            return add_blocks(x, turns(layer, "lora_Q", b, x.dtype))
         head, tail = x[..., : d - t], x[..., d - t :]
         if d > t:
-            head = add_blocks(head, turns(layer, "lora_Q", b).to(x.dtype))
+            head = add_blocks(head, turns(layer, "lora_Q", b, x.dtype))
         if t > 1:
-            tail = add_blocks(tail, turns(layer, "lora_tail", t).to(x.dtype))
+            tail = add_blocks(tail, turns(layer, "lora_tail", t, x.dtype))
         return torch.cat((head, tail), -1)
 
 
-def turns(layer, name, b):
+def turns(layer, name, b, dtype):
     """R − I of all blocks, (n, b, b)."""
-    cfg, theta = layer.cfg, layer.tiny(name)
+    return layer.once(name, lambda: turn(layer.cfg, layer.tiny(name), b).to(dtype))
+
+
+def turn(cfg, theta, b):
     if cfg.max_norm is not None:
         theta = shorten(theta, cfg.max_norm / 2**0.5)  # ‖Q‖² counts every angle twice
     Q = skew(theta, b)

@@ -54,9 +54,14 @@ class ROAD(Variant):
 
     @staticmethod
     def forward(layer, x, y):
-        a, theta = layer.tiny("lora_alpha"), layer.tiny("lora_theta")
-        cos, sin = a * theta.cos() - 2 * (theta / 2).sin() ** 2, (1 + a) * theta.sin()
-        c1, s1, s2, c2 = ROWS[layer.cfg.per_pair]
-        d, group = y.shape[-1], layer.cfg.group_size
-        c, s = pair_layout(cos[c1], cos[c2], d, group), pair_layout(-sin[s1], sin[s2], d, group)
+        group = layer.cfg.group_size
+        c, s = layer.once("map", lambda: pair_map(layer, y.shape[-1], group))
         return mix_pairs(y, c.to(y.dtype), s.to(y.dtype), group)
+
+
+def pair_map(layer, d, group):
+    """What every output takes of itself beyond 1, and of its partner, (d,) each."""
+    a, theta = layer.tiny("lora_alpha"), layer.tiny("lora_theta")
+    cos, sin = a * theta.cos() - 2 * (theta / 2).sin() ** 2, (1 + a) * theta.sin()
+    c1, s1, s2, c2 = ROWS[layer.cfg.per_pair]
+    return pair_layout(cos[c1], cos[c2], d, group), pair_layout(-sin[s1], sin[s2], d, group)
