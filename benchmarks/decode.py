@@ -13,13 +13,13 @@ import platform
 import time
 from pathlib import Path
 
-import speed
 import torch
 import transformers
 from torch import nn
 from transformers import DynamicCache
 
 import lora_lite as ll
+from lora_lite.bench import speed
 
 METHODS = ["lora", "dora", "delora", "hra", "oft", "boft", "road", "ia3", "psoft", "antipasto"]
 
@@ -52,9 +52,9 @@ def measure(method: str, args: argparse.Namespace) -> dict:
                 times[name].append(seconds)
     row: dict = {"method": method, "size": args.size}
     for name in list(models)[1:]:
-        row[f"{name}_vs_base"] = speed.summary([a / b for a, b in zip(times[name], times["base"], strict=True)])
+        row[f"{name}_vs_base"] = speed.paired(times[name], times["base"])
     if "peft" in models:
-        row["ours_vs_peft"] = speed.summary([a / b for a, b in zip(times["ours"], times["peft"], strict=True)])
+        row["ours_vs_peft"] = speed.paired(times["ours"], times["peft"])
     return row
 
 

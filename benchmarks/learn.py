@@ -5,6 +5,10 @@ a copy of the model measure the step time first, which fixes the number of steps
 run goes on where it was; the table is generated from it.
 
     python benchmarks/learn.py --seconds 90 --json benchmarks/results/learn.json --table docs/results/learn.md
+
+A second look at a method that learnt little, with another learning rate or size, goes into a table of its own:
+
+    python benchmarks/learn.py --second-look --methods lora_xs --set r=32 --lr 0.016 --json benchmarks/results/learn.json --table docs/results/learn.md
 """
 
 from __future__ import annotations
@@ -41,10 +45,10 @@ def batch_at(step: int, rows: list[dict[str, list[int]]], size: int, pad: int, s
     return collate(pool[k * size : (k + 1) * size], pad)
 
 
-def attached(name: str, rows: list, pad: int, seed: int, base: str) -> tuple[Any, Any, Any, float]:
+def attached(name: str, rows: list, pad: int, seed: int, base: str, changes: dict) -> tuple[Any, Any, Any, float]:
     model, tokenizer = load_model(base)
     variant = ll.get_variant(name)
-    cfg = variant.config(variant=name, seed=seed)
+    cfg = variant.config(variant=name, seed=seed, **changes)
     data = [batch_at(-1 - i, rows, 16, pad, seed) for i in range(4)] if variant.needs_data else None
     start = time.perf_counter()
     handle = ll.attach(model, cfg, calibration_data=data)
@@ -90,7 +94,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
     lr = args.lr or args.lr_scale * variant.lr
     model, tokenizer = load_model(args.base)
     pad, rows = tokenizer.pad_token_id, prepared(tokenizer)
-    model, tokenizer, handle, attach_s = attached(name, rows, pad, args.seed, args.base)
+    model, tokenizer, handle, attach_s = attached(name, rows, pad, args.seed, args.base, args.set)
     probe = copy.deepcopy(model)
     with contextlib.redirect_stderr(None):
         train(probe, ll.adapters(probe)["default"], lr, 4, rows, args.batch, pad, args.seed)
@@ -104,6 +108,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
     tail = losses[-max(1, len(losses) // 20) :]
     return {
         "method": name,
+        "set": args.set,
         "lr": round(lr, 8),
         "accuracy": round(answers.accuracy, 4),
         "trained": handle.num_parameters(),
@@ -141,7 +146,41 @@ def table(data: dict) -> str:
     missing = [v.name for v in ll.variants() if v.trains and v.name not in {r["method"] for r in rows}]
     if missing:
         lines += ["", f"Not run yet: {', '.join(missing)}."]
+    if data.get("second_look"):
+        lines += second_table(data)
     return "\n".join(lines) + "\n"
+
+
+def second_table(data: dict) -> list[str]:
+    first = {r["method"]: r for r in data["rows"]}
+    lines = [
+        "",
+        "## A second look",
+        "",
+        "Methods that learnt less than half of the problems, with another learning rate or size. Everything else is as above.",
+        "",
+        "| method | above | at lr | change | accuracy | trained parameters | steps | last loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(data["second_look"], key=lambda r: (r["method"], r["lr"])):
+        above = first[r["method"]]
+        change = ", ".join(f"{k}={v}" for k, v in r["set"].items()) or "-"
+        lines.append(
+            f"| {r['method']} | {above['accuracy']:.1%} at lr {above['lr']:g} | {r['lr']:g} | {change} | {r['accuracy']:.1%} | {r['trained']:,} | {r['steps']} | {r['last_loss']:.3f} |"
+        )
+    if data.get("findings"):
+        lines += ["", "What that says:", ""]
+        lines += [f"- **{names}**: {text}" for names, text in data["findings"].items()]
+    return lines
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as JSON or else as a string."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def main() -> None:
@@ -159,10 +198,17 @@ def main() -> None:
         default=4.0,
         help="factor on the recommended learning rates, which are meant for wide models",
     )
+    parser.add_argument(
+        "--set", nargs="+", type=setting, default=[], metavar="FIELD=VALUE", help="fields of the config"
+    )
+    parser.add_argument("--second-look", action="store_true", help="add to the second table")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("runs/learn.json"))
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
+    args.set = dict(args.set)
+    if args.set and not args.second_look:
+        parser.error("--set belongs to --second-look: the first table holds every method at its default size.")
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -177,8 +223,10 @@ def main() -> None:
             "threads": 1,
             "cpu": platform.machine(),
         }
+    rows = data.setdefault("second_look", []) if args.second_look else data["rows"]
     for name in args.methods:
-        if any(r["method"] == name for r in data["rows"]):
+        seen = {"method": name} | ({"lr": args.lr, "set": args.set} if args.second_look else {})
+        if any(r.items() >= seen.items() for r in rows):
             continue
         try:
             row = run(name, args)
@@ -186,7 +234,7 @@ def main() -> None:
             print(f"{name}: {type(e).__name__}: {e}", flush=True)
             continue
         print(json.dumps(row), flush=True)
-        data["rows"].append(row)
+        rows.append(row)
         args.json.write_text(json.dumps(data, indent=1) + "\n")
     if args.table and data["rows"]:
         args.table.parent.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,20 @@ import pytest
 import lora_lite as ll
 import tiny_llm
 from lora_lite import cli
-from lora_lite.cli import demo, eval, plan, train, variants
+from lora_lite.cli import bench, demo, eval, plan, train, variants
 from lora_lite.cli._method import chosen_method, with_method
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-VERBS = {"demo": demo.Demo, "train": train.Train, "eval": eval.Eval, "plan": plan.Plan, "variants": variants.Variants}
+VERBS = {
+    "demo": demo.Demo,
+    "train": train.Train,
+    "eval": eval.Eval,
+    "plan": plan.Plan,
+    "variants": variants.Variants,
+    "bench": bench.Bench,
+}
 
 
 def blocks(page: Path, language: str = "python") -> list[str]:

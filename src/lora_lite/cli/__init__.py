@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-VERBS = {"demo": "Demo", "train": "Train", "eval": "Eval", "plan": "Plan", "variants": "Variants"}
+VERBS = {"demo": "Demo", "train": "Train", "eval": "Eval", "plan": "Plan", "variants": "Variants", "bench": "Bench"}
 EXTRAS = {
     "tyro": "cli",
     "rich": "cli",

@@ -7,51 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, StateError
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
 from ..ops.lowrank import add_lowrank
+from ._budget import BudgetConfig, best, budget
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRAConfig(AdapterConfig):
+class AdaLoRAConfig(BudgetConfig):
     variant: str = "adalora"
-    r: int = 12
-    """Rank at the start."""
-    target_r: int | None = None
-    """Mean rank at the end; None means two thirds of the smallest r."""
-    tinit: int = 0
-    """Optimiser steps before the pruning begins."""
-    tfinal: int = 0
-    """Optimiser steps at the end during which the chosen triplets stay fixed."""
-    delta_t: int = 1
-    """Prune every so many steps."""
     beta1: float = 0.85
     """Smoothing of the sensitivity."""
     beta2: float = 0.85
     """Smoothing of the uncertainty."""
     orth_reg: float = 0.1
     """Weight of the penalty that keeps A and B orthonormal; add `ll.penalty(model)` to the loss."""
-    done: bool = False
-    """The schedule is over and only live triplets are left; written by `ll.save` and `ll.compact`."""
 
     def validate(self) -> None:
         super().validate()
-        if not self.done and not 1 <= self.final_r <= min((self.r, *self.rank_pattern.values())):
-            raise ConfigError(
-                f"AdaLoRAConfig.target_r must lie between 1 and every rank (r={self.r}), got {self.final_r}."
-            )
-        if self.tinit < 0 or self.tfinal < 0 or self.delta_t < 1:
-            raise ConfigError("AdaLoRAConfig.tinit and tfinal must not be negative, and delta_t must be at least 1.")
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
             raise ConfigError("AdaLoRAConfig.beta1 and beta2 must lie between 0 and 1.")
-
-    @property
-    def final_r(self) -> int:
-        """The mean rank at the end."""
-        return max(1, 2 * min((self.r, *self.rank_pattern.values())) // 3) if self.target_r is None else self.target_r
 
 
 @register
@@ -105,29 +82,21 @@ class AdaLoRA(Variant):
 
     @staticmethod
     def on_step(targets, cfg, step):
-        end = targets.total_steps - cfg.tfinal
         views = [v for v in targets if not v.cfg.done]
         if not views:
             return
-        if cfg.tinit >= end:
-            raise ConfigError(
-                f"AdaLoRAConfig: tinit={cfg.tinit} and tfinal={cfg.tfinal} leave no step of total_steps={targets.total_steps} to prune in."
-            )
+        end = cfg.last_pruning(targets.total_steps)
         if step <= end:
             if all(v.master("lora_A").grad is None for v in views):
                 raise StateError(
                     "no gradient is left after the optimiser's step; call zero_grad() after step(), not within it."
                 )
             scores = [score(v, cfg) for v in views]
-            b = budget(step, cfg, end, sum(v.cfg.r for v in views), cfg.final_r * len(views))
-            if step > cfg.tinit and (step % cfg.delta_t == 0 or step == end):
-                best = torch.cat([s.to(scores[0].device) for s in scores]).argsort(descending=True, stable=True)
-                live = torch.zeros_like(best, dtype=torch.bool)
-                live[best[:b]] = True
-                for view, own in zip(views, live.split([v.cfg.r for v in views]), strict=True):
-                    view.master("lora_live").copy_(own)
-                    view.master("lora_E").mul_(view.master("lora_live"))
-        else:
+            if cfg.prunes_at(step, end):
+                b = budget(step, cfg, end, sum(v.cfg.r for v in views), cfg.final_r * len(views))
+                for view, live in zip(views, best(scores, b), strict=True):
+                    view.master("lora_live").copy_(live)
+        if step > end or cfg.prunes_at(step, end):
             for view in views:
                 view.master("lora_E").mul_(view.master("lora_live"))
 
@@ -135,24 +104,13 @@ class AdaLoRA(Variant):
     def compact(layer, rank):
         if rank is not None:
             raise ConfigError("AdaLoRA's ranks are its schedule's choice; leave rank out.")
-        if layer.cfg.done:
-            keep = torch.ones(layer.cfg.r, dtype=torch.bool)
-        else:
-            keep = layer.master("lora_live").cpu()
+        keep = torch.ones(layer.cfg.r, dtype=torch.bool) if layer.cfg.done else layer.master("lora_live").cpu()
         r = int(keep.sum())
         if r == 0:
             return None
         changes = {"r": r, "alpha": layer.cfg.scale * r, "done": True}
         index = keep.nonzero()[:, 0].to(layer.lora_A.device)
         return changes, {"lora_A": layer.lora_A[index], "lora_B": layer.lora_B[:, index], "lora_E": layer.lora_E[index]}
-
-
-def budget(step: int, cfg: AdaLoRAConfig, end: int, first: int, last: int) -> int:
-    """b(t): how many triplets live, over all targets."""
-    if step <= cfg.tinit:
-        return first
-    left = 1 - (step - cfg.tinit) / (end - cfg.tinit)
-    return int(last + (first - last) * left**3)
 
 
 def score(view, cfg: AdaLoRAConfig) -> Tensor:

@@ -1,0 +1,1 @@
+"""What adapters cost, measured with the public interface alone (floor 4)."""

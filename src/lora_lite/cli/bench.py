@@ -1,0 +1,149 @@
+"""`lora-lite bench`: what adapters cost on this machine, against PEFT and the bare base."""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import lora_lite as ll
+
+from ._console import Bar, clock, say, table
+
+SECONDS = {"S4": 1.0, "M3": 2.0, "tiny": 0.02}
+"""Rough seconds of one round at 512 tokens, all three models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure speed and memory of the methods on this machine, against PEFT and against the bare base.
+
+    Rows that the JSON file holds already are not measured again, so a stopped run goes on where it was.
+    """
+
+    what: Annotated[Literal["speed"], tyro.conf.Positional] = "speed"
+    """What to measure: forward, training step and memory on a small Llama."""
+    methods: tuple[str, ...] = ("lora",)
+    """Methods, or `all` for every method that PEFT has too."""
+    sizes: tuple[str, ...] = ("S4",)
+    """S4 (width 384, 4 layers), M3 (width 768, 3 layers), tiny."""
+    shapes: tuple[str, ...] = ("4x128",)
+    """Rows x tokens of a batch."""
+    ranks: tuple[int, ...] = (8,)
+    rounds: int = 9
+    """Measured rounds, after one that warms up; at least 2."""
+    threads: int = 1
+    json: Path | None = None
+    """Write the figures here, with versions; rows that are there already are kept."""
+    table: Path | None = None
+    """Write a markdown table here."""
+    plot: Path | None = None
+    """Draw a picture here (.png, .svg)."""
+    dry_run: bool = False
+    """Say what would be measured, and about how long it takes."""
+
+
+def run(args: Bench) -> int:
+    import torch
+
+    from ..bench import report, speed
+
+    todo = list(speed.settings(chosen(args, speed), args.sizes, args.shapes, args.ranks))
+    data = read(args.json)
+    known = {(r["method"], r["size"], r["shape"], r["r"]) for r in data["rows"]}
+    rest = [s for s in todo if s not in known]
+    if args.dry_run:
+        seconds = sum(SECONDS[size] * tokens(shape) / 512 * (args.rounds + 4) for _, size, shape, _ in rest)
+        rows = [(m, size, shape, r, "known" if (m, size, shape, r) in known else "") for m, size, shape, r in todo]
+        table(("method", "model", "tokens", "r", ""), rows, title=f"{len(rest)} rows, about {clock(seconds)}")
+        return 0
+    if not speed.has_peft():
+        say("peft is not installed, so methods are timed against the bare base only: pip install peft")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    data["machine"] = speed.machine()
+    try:
+        with Bar("bench", len(rest) * (args.rounds + 1)) as bar:
+            done = 0
+            for setting in rest:
+
+                def tick(note: str = " ".join(map(str, setting))) -> None:
+                    nonlocal done
+                    done += 1
+                    bar.update(done, note)
+
+                data["rows"].append(speed.measure(*setting, args.rounds, tick))
+                if args.json is not None:
+                    args.json.parent.mkdir(parents=True, exist_ok=True)
+                    args.json.write_text(json_module.dumps(data, indent=1) + "\n")
+    finally:
+        torch.set_num_threads(before)
+    shown = {**data, "rows": [r for r in data["rows"] if (r["method"], r["size"], r["shape"], r["r"]) in set(todo)]}
+    table(
+        report.COLUMNS,
+        [[c.replace("**", "") for c in report.cells(r)] for r in shown["rows"]],
+        title="medians [quartiles]",
+    )
+    if args.table is not None:
+        args.table.parent.mkdir(parents=True, exist_ok=True)
+        args.table.write_text(report.markdown(data))
+    if args.plot is not None:
+        if any("step_vs_peft" in r for r in data["rows"]):
+            report.plot(data, args.plot)
+        else:
+            say("no row holds a comparison with PEFT, so there is nothing to draw.")
+    return 0
+
+
+def chosen(args: Bench, speed: Any) -> tuple[str, ...]:
+    """The methods to time.
+
+    Raises:
+        ConfigError: an unknown method, size or shape, or fewer than two rounds.
+    """
+    from ..core.errors import did_you_mean
+
+    names = tuple(speed.PAIRS) if "all" in args.methods else args.methods
+    for name in names:
+        if name not in speed.methods():
+            raise ll.ConfigError(
+                f"--methods {name}: cannot be timed here.{did_you_mean(name, speed.methods())} Choose from: all, {', '.join(speed.methods())}."
+            )
+    for size in args.sizes:
+        if size not in speed.SIZES:
+            raise ll.ConfigError(f"--sizes {size}: choose from {', '.join(speed.SIZES)}.")
+    for shape in args.shapes:
+        tokens(shape)
+    if args.rounds < 2 or args.threads < 1:
+        raise ll.ConfigError("--rounds must be at least 2, for quartiles, and --threads at least 1.")
+    return names
+
+
+def tokens(shape: str) -> int:
+    """Tokens of a batch of that shape."""
+    rows, _, length = shape.partition("x")
+    if not (rows.isdigit() and length.isdigit() and int(rows) * int(length)):
+        raise ll.ConfigError(f"--shapes {shape}: write rows x tokens, for instance 4x128.")
+    return int(rows) * int(length)
+
+
+def read(path: Path | None) -> dict[str, Any]:
+    """Figures of an earlier run.
+
+    Raises:
+        FileError: the file holds something else.
+    """
+    if path is None or not path.exists():
+        return {"rows": []}
+    try:
+        data = json_module.loads(path.read_text())
+        data["rows"][:]
+    except (ValueError, KeyError, TypeError):
+        raise ll.FileError(f"{path} holds no figures of `lora-lite bench`; give another file, or remove it.") from None
+    return data
