@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import own_backward
+from .autograd import own_backward, own_products
+from .dropout import shrink_dropped
 
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:
     """x Aᵀ for x (..., d_in), A (r, d_in), as (tokens, r)."""
     if not isinstance(x, Tensor):  # one-hot rows of an embedding
         return (x @ A.mT).flatten(0, -2)
+    dropped = shrink_dropped(x, A)
+    if dropped is not None:
+        return dropped
     return (A @ x.reshape(-1, x.shape[-1]).mT).mT
 
 
@@ -41,7 +45,7 @@ class _AddLowrank(torch.autograd.Function):
 def add_lowrank(y: Tensor, z: Tensor, B: Tensor, s: float = 1.0) -> Tensor:
     """y + s z Bᵀ in one fused pass. y (..., d_out), z (..., r) or (tokens, r), B (d_out, r)."""
     rows, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
-    if not (torch.is_grad_enabled() and own_backward()):
+    if not own_products(z):
         return torch.addmm(rows, z, B.mT.contiguous(), alpha=s).view(y.shape)
     return _AddLowrank.apply(rows, z, B, s).view(y.shape)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from ..core.config import AdapterConfig
 from ..core.errors import StateError, WeightError
+from ..ops.dropout import dropout
 from . import weights
 from .memo import memo_of, versions
 from .positions import Call, Span, spans
@@ -180,7 +181,7 @@ class LayerView:
         p = self.cfg.dropout
         if not (p and self._module.training):
             return x
-        return F.dropout(x, p, True) if isinstance(x, Tensor) else x.dropout(p)
+        return dropout(x, p) if isinstance(x, Tensor) else x.dropout(p)
 
     def generator(self, name: str = "init") -> Generator:
         """A CPU generator seeded from (seed, this layer's path, name)."""

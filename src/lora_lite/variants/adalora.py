@@ -11,7 +11,7 @@ from ..core.errors import ConfigError, StateError
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
-from ..ops.lowrank import add_lowrank
+from ..ops.lowrank import add_lowrank, shrink
 from ._budget import BudgetConfig, best, budget
 
 
@@ -67,7 +67,7 @@ class AdaLoRA(Variant):
 
     @staticmethod
     def forward(layer, x, y):
-        z = (layer.dropout(x) @ layer.lora_A.mT) * (layer.cfg.scale * layer.lora_E)
+        z = shrink(layer.dropout(x), layer.lora_A) * (layer.cfg.scale * layer.lora_E)
         return add_lowrank(y, z, layer.lora_B)
 
     @staticmethod

@@ -11,7 +11,7 @@ from ..core.errors import ConfigError
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
-from ..ops.lowrank import add_lowrank
+from ..ops.lowrank import add_lowrank, shrink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class DyLoRA(Variant):
     @staticmethod
     def forward(layer, x, y):
         A, B = DyLoRA.factors(layer)
-        return add_lowrank(y, layer.dropout(x) @ A.mT, B)
+        return add_lowrank(y, shrink(layer.dropout(x), A), B)
 
     @staticmethod
     def factors(layer):
