@@ -157,7 +157,7 @@ def second_table(data: dict) -> list[str]:
         "",
         "## A second look",
         "",
-        "Methods that learnt less than half of the problems, with another learning rate or size. Everything else is as above.",
+        "Methods that learnt about half of the problems or less, with another learning rate or size. Everything else is as above.",
         "",
         "| method | above | at lr | change | accuracy | trained parameters | steps | last loss |",
         "|---|---|---|---|---|---|---|---|",

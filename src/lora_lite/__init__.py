@@ -28,6 +28,8 @@ from .runtime.attach import rename as rename
 from .runtime.check import check as check
 from .runtime.combine import combine as combine
 from .runtime.compact import compact as compact
+from .runtime.cost import Cost as Cost
+from .runtime.cost import cost as cost
 from .runtime.handle import Adapter as Adapter
 from .runtime.handle import adapters as adapters
 from .runtime.merge import merge as merge

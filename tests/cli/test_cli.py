@@ -516,7 +516,9 @@ def test_plan(files, capsys):
     assert cli.main(["plan", "--model", str(files / "tiny"), "--method", "eva", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["config"]["variant"] == "eva" and len(data["targets"]) == 14
-    assert {f.name for f in dataclasses.fields(plan.Plan)} == {"model", "method", "json"}
+    assert {f.name for f in dataclasses.fields(plan.Plan)} == {
+        "model", "method", "json", "cost", "compare", "batch", "length",
+    }  # fmt: skip
 
 
 def test_plan_of_a_large_model_needs_no_weights(tmp_path, capsys):
@@ -647,3 +649,24 @@ def test_a_terminal_gets_a_coloured_error():
     text = os.read(parent, 4096)
     os.close(parent)
     assert b"\x1b[31m" in text and b"there is no such method" in text
+
+
+def test_plan_counts_costs(capsys):
+    assert cli.main(["plan", "--cost", "--length", "64", "--method", "dora", "--r", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "saved activations" in shown
+    assert cli.main(["plan", "--cost", "--length", "64", "--batch", "3", "--json"]) == 0
+    cost = json.loads(capsys.readouterr().out)["cost"]
+    assert (cost["batch"], cost["length"], cost["variant"]) == (3, 64, "lora")
+    assert cost["extra_step"] > cost["extra_forward"] > 0
+
+
+def test_plan_compares_methods(capsys):
+    assert cli.main(["plan", "--compare", "lora", "ia3", "--length", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "the frozen base saves" in lines[0]
+    assert [line.split()[0] for line in lines[2:4]] == ["lora", "ia3"]
+    assert cli.main(["plan", "--model", "llama-8b", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["base"] == 8_030_261_248  # the published number of parameters
+    assert cli.main(["plan", "--compare", "lroa"]) == 2
+    assert "Did you mean" in capsys.readouterr().err

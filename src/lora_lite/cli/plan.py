@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
 
 import lora_lite as ll
 
-from ._console import say, table
+from ..core.errors import did_you_mean
+from ..runtime.cost import Paper
+from ..runtime.plan import size_text
+from ._console import Bar, say, table
 from ._method import build_config
 
 
@@ -17,19 +21,89 @@ class Plan:
     """Show what a method would adapt, and what it costs. Needs no weights: any size of model, in seconds."""
 
     model: str = "demo"
-    """demo, a local model directory, or a hub id."""
+    """demo, a local model directory, a hub id, or a shape alone: llama-8b, llama-70b, llama-405b."""
     method: str = "lora"
+    cost: bool = False
+    """Also count memory and operations of a training step: seconds to a minute, with the model's depth."""
+    compare: tuple[str, ...] = ()
+    """Compare the costs of these methods at their default sizes, or of `all`, in one table."""
+    batch: int = 1
+    """Rows of a training batch, for the costs."""
+    length: int = 2048
+    """Tokens of a row, for the costs."""
     json: bool = False
     """Print one JSON object."""
 
 
 def run(args: Plan) -> int:
-    the_plan = ll.plan(skeleton(args.model), build_config(args))
+    model = skeleton(args.model)
+    if args.compare:
+        return compare(model, args)
+    the_plan = ll.plan(model, build_config(args))
+    cost = ll.cost(model, build_config(args), args.batch, args.length) if args.cost else None
     if args.json:
-        print(json.dumps(summary(the_plan)))
+        print(json.dumps(summary(the_plan) | ({"cost": dataclasses.asdict(cost)} if cost else {})))
     else:
         show(the_plan)
+        if cost:
+            say(str(cost))
     return 0
+
+
+def compare(model: Any, args: Plan) -> int:
+    """One table of costs, a row per method.
+
+    Raises:
+        ConfigError: an unknown method, or one that is not trained.
+    """
+    trained = [v.name for v in ll.variants() if v.trains]
+    names = trained if "all" in args.compare else list(args.compare)
+    for name in names:
+        if name not in trained:
+            raise ll.ConfigError(
+                f"--compare {name}: no trained method has that name.{did_you_mean(name, trained)} Choose from: all, {', '.join(trained)}."
+            )
+    costs, left = [], []
+    with Bar("counting", len(names) + 1) as bar:
+        paper = Paper(model, args.batch, args.length)
+        for i, name in enumerate(names, 1):
+            bar.update(i, name)
+            try:
+                costs.append(paper.cost(ll.get_variant(name).config(variant=name)))
+            except (ll.ConfigError, ll.TargetError) as e:
+                left.append(f"{name}: {e}")
+    if args.json:
+        print(json.dumps([dataclasses.asdict(c) for c in costs]))
+        return 0
+    table(COLUMNS, [cells(c) for c in costs], title=heading(costs[0]) if costs else "")
+    for line in left:
+        say(f"left out: {line}")
+    return 0
+
+
+COLUMNS = ("method", "trained", "adapter", "optimiser", "saved", "of the base's", "forward", "step")
+
+
+def cells(c: ll.Cost) -> list[str]:
+    """One row of the comparison."""
+    return [
+        c.variant,
+        f"{c.trained:,}",
+        size_text(c.adapter_bytes),
+        size_text(c.optimizer_bytes),
+        f"+{size_text(c.extra_saved)}",
+        f"{c.extra_saved / max(1, c.base_saved):+.1%}",
+        f"{c.extra_forward / max(1, c.base_forward):+.2%}",
+        f"{c.extra_step / max(1, c.base_step):+.2%}",
+    ]
+
+
+def heading(c: ll.Cost) -> str:
+    """What all rows have in common."""
+    return (
+        f"{c.base_params:,} parameters ({size_text(c.base_bytes)}), {c.batch} x {c.length} tokens: the frozen base saves {size_text(c.base_saved)} for the backward pass "
+        f"and does {c.base_forward / 1e12:.3g} TFLOP forward, {c.base_step / 1e12:.3g} in a step"
+    )
 
 
 def skeleton(name: str) -> Any:
@@ -44,13 +118,37 @@ def skeleton(name: str) -> Any:
     from ..demo.data import model_path
 
     try:
-        config = AutoConfig.from_pretrained(model_path(name))
+        config = shape(name) if name in SHAPES else AutoConfig.from_pretrained(model_path(name))
     except (OSError, ValueError) as e:
         raise ll.FileError(
             f"no model config under {name!r}: {str(e).splitlines()[0]} Give 'demo', a local folder or a hub id."
         ) from None
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+SHAPES = {
+    "llama-8b": (4096, 32, 14336, 32),
+    "llama-70b": (8192, 80, 28672, 64),
+    "llama-405b": (16384, 126, 53248, 128),
+}
+"""Width, blocks, width of the feed-forward and attention heads of the Llama 3.1 family, which all have 8 key-value heads."""
+
+
+def shape(name: str) -> Any:
+    """The config of one of `SHAPES`, in bf16."""
+    from transformers import LlamaConfig
+
+    width, blocks, inner, heads = SHAPES[name]
+    return LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype="bfloat16",
+    )
 
 
 def show(the_plan: ll.Plan) -> None:

@@ -88,7 +88,7 @@ class Plan:
         widths = [max(len(r[i]) for r in rows) for i in range(6)]
         lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"  {pattern}: {n} targets" for pattern, n in self.hits.items()]
-        lines.append(f"  adapter {_size(self.bytes)}, optimiser state {_size(self.optimizer_bytes)}")
+        lines.append(f"  adapter {size_text(self.bytes)}, optimiser state {size_text(self.optimizer_bytes)}")
         reasons: dict[str, list[str]] = {}
         for path, why in self.unadapted:
             reasons.setdefault(why, []).append(path)
@@ -294,5 +294,7 @@ def _dtype_name(module: nn.Module) -> str:
     return "?" if w is None else str(w.dtype).removeprefix("torch.")
 
 
-def _size(n: int) -> str:
+def size_text(n: int) -> str:
+    if n >= 2**30:
+        return f"{n / 2**30:.1f} GiB"
     return f"{n / 2**20:.1f} MiB" if n >= 2**20 else f"{n / 2**10:.1f} KiB"

@@ -1,0 +1,214 @@
+"""`ll.cost`: what a training step with an adapter costs, on paper: shapes only, for a model of any size."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import AdapterConfig
+from ..core.errors import ConfigError
+from ..core.registry import get_variant
+from .attach import commit
+from .plan import plan, size_text
+from .staging import stage
+from .state import STATE, Record, unwrap
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One training step of `batch` x `length` tokens: the adapter's part beyond the frozen base, and the base's own."""
+
+    variant: str
+    batch: int
+    length: int
+    trained: int
+    """Trained numbers."""
+    adapter_bytes: int
+    """All tensors of the adapter, frozen factors included."""
+    gradient_bytes: int
+    optimizer_bytes: int
+    """AdamW's two moments in fp32."""
+    base_params: int
+    base_bytes: int
+    base_saved: int
+    """Bytes that autograd keeps for the backward pass through the frozen base; the model must give this much to anything that trains below its last block."""
+    extra_saved: int
+    """Bytes kept beyond that because of the adapter."""
+    base_forward: int
+    """Multiply-adds counted as two, matrix products and attention only."""
+    base_step: int
+    """Forward, and backward through the activations."""
+    extra_forward: int
+    extra_step: int
+
+    @property
+    def training_bytes(self) -> int:
+        """Weights, adapter, its gradients and moments, and saved activations."""
+        own = self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
+        return self.base_bytes + own + self.base_saved + self.extra_saved
+
+    def __str__(self) -> str:
+        return (
+            f"{self.variant}: {self.batch} x {self.length} tokens: weights {size_text(self.base_bytes)}, adapter {size_text(self.adapter_bytes)}, gradients {size_text(self.gradient_bytes)}, "
+            f"optimiser {size_text(self.optimizer_bytes)}, saved activations {size_text(self.base_saved)} + {size_text(self.extra_saved)}; "
+            f"step {self.base_step / 1e12:.3g} + {self.extra_step / 1e12:.3g} TFLOP (forward {self.extra_forward / max(1, self.base_forward):+.1%}, step {self.extra_step / max(1, self.base_step):+.1%})"
+        )
+
+
+def _in_place(*shapes: Any, out_val: Any = None, **_: Any) -> int:
+    """Operations of `out.addmm_(a, b)` and `out.baddbmm_(a, b)`, which torch's counter does not know."""
+    _, a, b = (t.shape for t in shapes)
+    return 2 * math.prod(a) * b[-1]
+
+
+_in_place._get_raw = True  # type: ignore[attr-defined]  # the counter hands over tensors, not shapes
+
+
+def counter() -> Any:
+    """`torch.utils.flop_counter.FlopCounterMode`, which also counts products that add in place."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    aten = torch.ops.aten
+    return FlopCounterMode(display=False, custom_mapping={aten.addmm_: _in_place, aten.baddbmm_: _in_place})
+
+
+class Paper:
+    """A copy of a model without weights, on which the costs of many configs are counted; the base is counted once.
+
+    Args:
+        model: a transformers model, on any device, the meta device included; it is not touched.
+        batch, length: rows and tokens of a training batch.
+
+    Raises:
+        ConfigError: the model takes no `inputs_embeds`, or batch or length is not positive.
+    """
+
+    def __init__(self, model: nn.Module, batch: int = 1, length: int = 2048) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        if batch < 1 or length < 1:
+            raise ConfigError(f"batch and length must be positive, got {batch} and {length}.")
+        model = unwrap(model)
+        if not hasattr(model, "get_input_embeddings") or STATE in model.__dict__:
+            raise ConfigError(
+                "costs are counted on a bare transformers model (with get_input_embeddings); detach adapters first."
+            )
+        self.batch, self.length = batch, length
+        self.mode = FakeTensorMode()
+        meta = {
+            id(t): _like(t, "meta")
+            for m in model.modules()
+            for t in (*m._parameters.values(), *m._buffers.values())
+            if t is not None
+        }
+        self.model: Any = copy.deepcopy(model, meta).train()
+        for p in self.model.parameters():
+            p.requires_grad_(False)
+        self.base_params = sum(p.numel() for p in self.model.parameters())
+        self.base_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.base = self._count(self.model)
+
+    def cost(self, cfg: AdapterConfig) -> Cost:
+        """The cost of one config. Its start is not computed, so methods that read weights or data are counted too; methods
+        that edit some tokens only are counted as if they edited all.
+
+        Raises: as `ll.plan`.
+        """
+        model = copy.deepcopy(self.model)
+        if "positions" in {f.name for f in dataclasses.fields(cfg)}:
+            cfg = dataclasses.replace(cfg, positions="all")  # where prompts begin and end is no matter of shapes
+        the_plan = plan(model, cfg)
+        record = Record(
+            "default", get_variant(the_plan.cfg.variant), the_plan.cfg, {t.path: t for t in the_plan.targets}
+        )
+        commit(model, record, stage(model, record, fill=False), trainable=True)
+        forward, step, saved = self._count(model)
+        gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        return Cost(
+            record.variant.name,
+            self.batch,
+            self.length,
+            the_plan.trainable,
+            the_plan.bytes,
+            gradients,
+            the_plan.optimizer_bytes,
+            self.base_params,
+            self.base_bytes,
+            self.base[2],
+            saved - self.base[2],
+            self.base[0],
+            self.base[1],
+            forward - self.base[0],
+            step - self.base[1],
+        )
+
+    def _count(self, model: Any) -> tuple[int, int, int]:
+        """(operations of the forward pass, of both passes, bytes saved between them)."""
+        saved: dict[int, tuple[int, Tensor]] = {}
+        with _without_weights(model, self.mode):
+            own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
+            def pack(t: Tensor) -> Tensor:
+                storage = t.untyped_storage()
+                mask = t.dim() == 4 and t.shape[1] == 1 and tuple(t.shape[2:]) == (self.length, self.length)
+                if (
+                    storage._cdata not in own and not mask
+                ):  # transformers builds a causal mask only where it sees no values
+                    saved[storage._cdata] = (
+                        storage.nbytes(),
+                        t,
+                    )  # the tensor keeps its storage, whose address is the key
+                return t
+
+            with self.mode, counter() as count:
+                ids = torch.zeros(self.batch, self.length, dtype=torch.long)
+                embeds = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                    loss = model(inputs_embeds=embeds, labels=ids, use_cache=False).loss
+                forward = count.get_total_flops()
+                loss.backward()
+                return forward, count.get_total_flops(), sum(n for n, _ in saved.values())
+
+
+def cost(model: nn.Module, cfg: AdapterConfig, batch: int = 1, length: int = 2048) -> Cost:
+    """What one training step of `batch` x `length` tokens costs with an adapter of this config, counted without weights.
+
+    The page itself is run on shapes, forward and backward: nothing is stated method by method. Memory: bytes that autograd keeps between
+    the passes (unique storages, parameters not counted), with the attention kernel that torch picks on a CPU, which keeps no T x T matrix.
+    Operations: those of matrix products and attention, as `torch.utils.flop_counter` counts them.
+
+    Raises:
+        ConfigError: no transformers model; TargetError: as `ll.plan`.
+    """
+    return Paper(model, batch, length).cost(cfg)
+
+
+def _like(t: Tensor, device: str) -> Tensor:
+    empty = torch.empty(t.shape, dtype=t.dtype, device=device)
+    return nn.Parameter(empty, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else empty
+
+
+@contextmanager
+def _without_weights(model: nn.Module, mode: Any) -> Iterator[None]:
+    """Fake tensors in place of all parameters and buffers: shapes that compute like a CPU's tensors and hold nothing."""
+    tables: list[dict[str, Any]] = [t for m in model.modules() for t in (m._parameters, m._buffers)]  # pyright: ignore[reportAssignmentType]
+    kept = [dict(table) for table in tables]
+    made: dict[int, Tensor] = {}
+    try:
+        with mode:
+            for table in tables:
+                for k, t in table.items():
+                    if t is not None:
+                        made[id(t)] = table[k] = made[id(t)] if id(t) in made else _like(t, "cpu")
+        yield
+    finally:
+        for table, before in zip(tables, kept, strict=True):
+            table.update(before)
