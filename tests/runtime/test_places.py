@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -123,3 +125,41 @@ def test_kinds_are_asked_for():
     assert ("0", "embedding; add it with target_kinds") in plan.unadapted
     both = ll.plan(model, ll.LoRAConfig(r=2, target_kinds=("linear", "embedding")))
     assert sorted(t.path for t in both.targets) == ["0", "1"]
+
+
+@pytest.mark.parametrize("place", MAKE)
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=4, alpha=6.0), ll.WholeConfig()])
+def test_one_graph(place, cfg):
+    torch.compiler.reset()
+    model, x = MAKE[place]()
+    ll.attach(model, dataclasses.replace(cfg, target_kinds=("embedding", "conv")))
+    randomise(model)
+    fast = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(fast(x), model(x))
+    ll.activate(model, None)
+    torch.testing.assert_close(fast(x), model(x))
+    torch.compiler.reset()
+
+
+def test_a_page_that_multiplies_from_the_left_is_refused(monkeypatch):
+    from lora_lite.core import registry
+
+    monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+
+    @ll.register
+    class Left(ll.Variant):
+        """M @ x, which is no product of the input's rows."""
+
+        name = "left"
+
+        @staticmethod
+        def param_specs(d_in, d_out, cfg):
+            return {"lora_M": ll.ParamSpec((d_out, d_in))}
+
+        @staticmethod
+        def forward(layer, x, y):
+            return y + layer.lora_M @ x
+
+    model, _ = embedding()
+    with pytest.raises(ll.TargetError, match="does more with its input"):
+        ll.attach(model, ll.AdapterConfig(variant="left", target_kinds=("embedding",)))

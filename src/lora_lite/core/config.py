@@ -16,7 +16,7 @@ import torch
 from .errors import ConfigError, did_you_mean
 
 Role = Literal["reader", "writer", "inner"]
-Kind = Literal["linear", "embedding", "conv"]
+Kind = Literal["linear", "embedding", "conv", "norm"]
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -43,9 +43,12 @@ class AdapterConfig:
     target_names: tuple[str, ...] | None = None
     """Regular expressions, each matched against the whole path or its tail after a dot. None: all linear layers of the blocks."""
     target_kinds: tuple[Kind, ...] = ("linear",)
-    """Also adapt embeddings or convolutions: "linear", "embedding", "conv"."""
+    """Also adapt embeddings, convolutions or norms: "linear", "embedding", "conv", "norm"."""
     exclude_names: tuple[str, ...] = ()
     """Regular expressions of targets to leave out, matched in the same way."""
+    train_modules: tuple[str, ...] = ()
+    """Regular expressions of modules to train whole beside the method, such as a classification head: every layer inside gets a trained
+    change of all its parameters."""
     layers: tuple[int, ...] | None = None
     """Block indices to keep; negative ones count from the end."""
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -112,6 +115,7 @@ class AdapterConfig:
         ]
         return (
             names
+            + [("train_modules", p) for p in self.train_modules]
             + [("rank_pattern", p) for p in self.rank_pattern]
             + [("alpha_pattern", p) for p in self.alpha_pattern]
         )
@@ -126,6 +130,10 @@ class AdapterConfig:
             if matches(pattern, path):
                 changes["alpha"] = alpha
         return dataclasses.replace(self, **changes) if changes else self
+
+    def for_layer(self, has_bias: bool) -> AdapterConfig:
+        """The config as a layer with or without a bias sees it; applied after `for_target`."""
+        return self
 
     def common(self) -> dict[str, Any]:
         """The fields of `AdapterConfig` itself, as a dict."""

@@ -42,6 +42,10 @@ class Variant:
     """Otherwise: the largest relative departure of a fresh adapter in fp32 (`inf`: departs by design)."""
     own_weight: ClassVar[bool] = False
     """The adapter's weight in `ll.activate` is a variable of the page, `layer.strength`; otherwise the runtime blends the outputs with it."""
+    norms: ClassVar[bool] = False
+    """The page also stands on a norm, where x is the normalised input, seen as one input per feature: x @ M has one row M (1, d_out)."""
+    whole: ClassVar[bool] = False
+    """Trains every parameter of its layers: what `train_modules` puts beside another method."""
     lr: ClassVar[float] = 1e-3
     """Recommended learning rate for AdamW."""
     cost: ClassVar[str] = ""

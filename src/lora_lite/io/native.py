@@ -41,6 +41,8 @@ from ..runtime.weights import extent, fingerprint, is_sharded
 from .gather import full_tensor
 
 FORMAT = 1
+BESIDE = "target_variants"
+"""What a file requires of its reader when some targets have another method than the adapter's own."""
 MAX_HEADER = 64 << 20
 BaseCheck = Literal["error", "warn", "ignore"]
 
@@ -166,16 +168,20 @@ def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str,
 
 def header(record: Record) -> dict[str, Any]:
     """The file's header: plain JSON, everything `load` needs."""
-    cfg = record.cfg.to_dict()
+    cfg, variants = record.cfg.to_dict(), set[str]()
     targets = {}
     for t in record.targets.values():
-        own = {k: v for k, v in t.cfg.to_dict().items() if v != cfg[k]}
+        defaults = cfg if t.cfg.variant == record.cfg.variant else type(t.cfg)(variant=t.cfg.variant).to_dict()
+        variants.add(t.cfg.variant)
+        own = {k: v for k, v in t.cfg.to_dict().items() if v != defaults[k]}
         entry: dict[str, Any] = {"d_in": t.d_in, "d_out": t.d_out, "r": t.cfg.r, "scale": t.cfg.scale, "base": t.base}
-        targets[t.path] = entry | ({"config": own} if own else {}) | ({"kind": t.kind} if t.kind != "linear" else {})
+        beside = {"variant": t.cfg.variant} if defaults is not cfg else {}
+        kind = {"kind": t.kind} if t.kind != "linear" else {}
+        targets[t.path] = entry | ({"config": own} if own else {}) | kind | beside
     return {
         "format": FORMAT,
         "version": __version__,
-        "requires": [],
+        "requires": [BESIDE] if len(variants) > 1 else [],
         "config": cfg,
         "targets": targets,
         "steps": record.steps,
@@ -211,9 +217,10 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileError(f"{path}: the header is not JSON ({e}).") from None
     if not isinstance(head, dict) or not _count(head.get("format")) or head["format"] == 0:
         raise FileError(f"{path}: the header names no format number.")
-    if head["format"] > FORMAT or head.get("requires"):
+    required = head.get("requires") or []
+    if head["format"] > FORMAT or required not in ([], [BESIDE]):
         raise FileError(
-            f"{path} was written by lora_lite {head.get('version')} and needs a newer version than {__version__} (format {head['format']}, requires {head.get('requires')})."
+            f"{path} was written by lora_lite {head.get('version')} and needs a newer version than {__version__} (format {head['format']}, requires {required})."
         )
     if not isinstance(head.get("config"), dict) or not isinstance(head.get("targets"), dict) or not head["targets"]:
         raise FileError(f"{path}: the header has no config or no targets.")
@@ -267,23 +274,18 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
             raise FileError(
                 f"{where}: the model has no module {path!r}.{did_you_mean(path, modules)} The adapter belongs to another architecture or to a model with another prefix."
             )
-        found = widths.get(path) if variant.site == "block" else extent(modules[path])
         try:
+            method = get_variant(entry["variant"]) if "variant" in entry else variant
+            found = widths.get(path) if method.site == "block" else extent(modules[path])
             kind, d_in, d_out = str(entry.get("kind", "linear")), entry["d_in"], entry["d_out"]
             if found is None or found[0] != kind:
                 raise FileError(f"{path} is no {kind} layer in this model.")
             if found[1:] != (d_in, d_out):
                 raise FileError(f"{path} is {found[1]}->{found[2]} in this model and {d_in}->{d_out} in the file.")
-            own = variant.config.from_dict(
-                {
-                    **cfg.to_dict(),
-                    **{
-                        k: v
-                        for k, v in entry.get("config", {}).items()
-                        if k in {f.name for f in dataclasses.fields(cfg)}
-                    },
-                }
-            )
+            defaults = cfg if method is variant else method.config(variant=method.name)
+            known = {f.name for f in dataclasses.fields(defaults)}
+            changes = {k: v for k, v in entry.get("config", {}).items() if k in known}
+            own = method.config.from_dict({**defaults.to_dict(), **changes})
             target = make_target(path, d_in, d_out, own, kind)
             if abs(float(entry.get("scale", own.scale)) - own.scale) > 1e-6 * abs(own.scale):
                 raise FileError(
@@ -295,7 +297,7 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
             raise FileError(f"{where}: the entry of target {path!r} is malformed ({e!r}).") from None
         targets[path] = target
     if variant.shared_specs is not None:
-        add_shared(list(targets.values()), cfg)
+        add_shared([t for t in targets.values() if t.cfg.variant == cfg.variant], cfg)
     steps, total = (head.get(k, 0) for k in ("steps", "total_steps"))
     if not (_count(steps) and _count(total)):
         raise FileError(f"{where}: steps and total_steps must be counts, got {steps!r} and {total!r}.")

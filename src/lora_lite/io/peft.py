@@ -64,6 +64,10 @@ def export(
             f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, so the LoRA layout cannot hold it. "
             f"Export the merged model (ll.merge, then model.save_pretrained), or use one of {', '.join(able)}."
         )
+    if record.beside:
+        raise StateError(
+            f"adapter {record.name!r} trains {listing([t.path for t in record.beside])} whole, which this export does not write; merge it and export the model."
+        )
     other = [t.path for t in record.targets.values() if t.kind != "linear"]
     if other:
         raise StateError(

@@ -16,6 +16,7 @@ from . import weights
 from .calibrate import Targets
 from .handle import Adapter
 from .hooks import post_hook, pre_hook, root_post_hook, root_pre_hook
+from .norms import read_norm
 from .plan import Plan, plan
 from .progress import track
 from .staging import StagedTarget, TrialView, stage
@@ -70,18 +71,18 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, n
     record = Record(name, variant, cfg, {t.path: t for t in the_plan.targets})
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         staged = stage(model, record)
-        if variant.init is not None:
-            for view in track(staged, f"{variant.name} init"):
-                variant.init(view, view.cfg)
-        for view in staged:
-            if view.target.kind in PLACES and variant.forward is not None and view.device.type != "meta":
-                page_view = TrialView(view)
-                try_page(variant.forward, page_view, view.module, view.target.kind, view.device, view.target.d_out)
+        beside = [view for view in staged if view.cfg.variant != cfg.variant]
+        for view in track(staged, f"{variant.name} init"):
+            page, init, kind = view.target.variant.forward, view.target.variant.init, view.target.kind
+            if init is not None:
+                init(view, view.cfg)
+            if kind in PLACES and page is not None and view.device.type != "meta":
+                try_page(page, TrialView(view), view.module, kind, view.device, view.target.d_out)
         if variant.group_init is not None:
-            targets = Targets(model, staged)
+            targets = Targets(model, [view for view in staged if view not in beside])
             variant.group_init(model, targets, cfg, calibration_data)
-            staged = list(targets)
-            if not staged:
+            staged = [*targets, *beside]
+            if not targets:
                 raise TargetError(f"variant {variant.name!r} kept no target after calibration.")
             the_plan.keep([view.target for view in staged])
     handle = commit(model, record, staged, trainable=True)
@@ -131,7 +132,7 @@ def check_readable(model: nn.Module, the_plan: Plan) -> None:
         return
     for t in the_plan.targets:
         module = model.get_submodule(t.path)
-        if t.kind == "linear" and weights.is_quantised(module):
+        if t.variant.needs_weight and t.kind == "linear" and weights.is_quantised(module):
             raise WeightError(
                 f"{t.path}: variant {the_plan.cfg.variant!r} reads the dense weight, and this {type(module).__name__} is quantised. "
                 f"Allow reading it with {type(the_plan.cfg).__name__}(..., dequantize=True), or use a variant that does not need the weight."
@@ -156,6 +157,11 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
                     f"{view.target.path} has an attribute {attribute!r} of its own; choose another adapter name."
                 )
     owners = {view.target.path: view.module for view in staged}
+    norms = {
+        view.target.path: read_norm(view.module, view.target.path)
+        for view in staged
+        if view.target.kind == "norm" and view.device.type != "meta"
+    }
     frozen = _base_trainable(model)
 
     for n in frozen:
@@ -175,6 +181,7 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
             site = layer.__dict__[SITE] = Site(target.path, target.kind, state)
             layer.register_forward_pre_hook(pre_hook, with_kwargs=True)
             layer.register_forward_hook(post_hook, with_kwargs=True)
+        site.norm = norms.get(target.path)
         site.slots[record.name] = Slot(record, target, {short: owners[path] for short, path in target.shared.items()})
         site.has_input = any(s.forward_input is not None for s in site.slots.values())
     if STATE not in model.__dict__:

@@ -37,7 +37,7 @@ def check(model: nn.Module) -> CheckReport:
     model = unwrap(model)
     state = state_of(model)
     report = CheckReport({}, {})
-    trainable = [r for r in state.records.values() if r.trainable and r.variant.trains]
+    trainable = [r for r in state.records.values() if r.trainable and (r.variant.trains or r.beside)]
     if not trainable:
         raise StateError("no attached adapter is trainable; set ll.adapters(model)[name].trainable = True.")
     active = {n for n, _ in state.active} | {n for n in state.rows or () if n}

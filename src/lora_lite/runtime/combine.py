@@ -70,6 +70,10 @@ def combine(
             raise StateError(
                 f"adapter {record.name!r}: variant {record.variant.name!r} is not linear in its weight, so a weighted sum of its updates would be another model. Activate it with its weight instead."
             )
+        if record.beside:
+            raise StateError(
+                f"adapter {record.name!r} trains {record.beside[0].path!r} whole, which a sum of factors cannot hold. Activate both adapters instead: ll.activate(model, {dict(weights)})."
+            )
         if record.variant.factors is None:
             raise StateError(
                 f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, so a weighted sum of it would be another model. Activate both instead: ll.activate(model, {dict(weights)})."

@@ -26,6 +26,10 @@ def compacted(
     small: dict[str, Tensor] = {}
     for path, target in record.targets.items():
         own = {short: tensors[_key(path, short)] for short in target.specs}
+        if target.cfg.variant != record.cfg.variant:  # trained whole beside the method
+            targets[path] = target
+            small |= {_key(path, short): t for short, t in own.items()}
+            continue
         view = StagedView(unwrap(model).get_submodule(path), Slot(record, target, {}), own)
         with torch.no_grad():
             result = record.variant.compact(view, rank)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from ..core.errors import LoraLiteError, StateError, WeightError
 from . import weights
 from .layer import DenseView
+from .norms import norm_of
 from .progress import track
 from .rows import blend
 from .select import active as active_scope
 from .state import SITE, ModelState, Site, outside_scope, owned_tensors, record_of, reset_compiled, state_of, unwrap
-from .virtual import Lookup
+from .virtual import Lookup, Normed
 
 COLUMNS = 1024  # of the identity, pushed through the pages at a time
 
@@ -150,7 +151,7 @@ def merged_weight(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(W, W', b') in fp64 (fp32 where the device has no fp64): F(v) = pages(base(pages_in(v))), b' = F(0), W'ᵀ = F(I) − F(0)."""
     dtype = torch.float32 if weights.device_of(layer).type == "mps" else torch.float64
-    w = weights.read_weight(layer, path, dtype)
+    w = weights.read_weight(layer, path, dtype) if site.kind != "norm" else norm_of(layer).gain(layer, dtype)[:, None]
     b = weights.bias_of(layer)
     b = None if b is None else b.detach().to(dtype)
     d_out, d_in = w.shape
@@ -171,6 +172,9 @@ def merged_weight(
                 y = blend(y, slot.forward(view, x, y), weight)
         return y
 
+    if site.kind == "norm":
+        one, zero = (f(Normed(t)) for t in (torch.ones_like(w.mT), torch.zeros_like(w.mT)))
+        return w, (one - zero).mT, zero[0]
     new = torch.empty_like(w)
     if site.kind == "embedding":  # one-hot rows of a large vocabulary are looked up, never built
         for start in range(0, d_in, COLUMNS):
@@ -207,12 +211,18 @@ def _merge_layer(
             f"{path}: the merged weight is not finite; look at the adapter's tensors with ll.adapter_state_dict."
         )
     old_bias = weights.bias_of(layer)
-    dtype = weights.stored_weight(layer).dtype if weights.is_plain(layer) else weights._probe_dtype(layer)
-    stored = new.to(dtype)
+    plain = site.kind == "norm" or weights.is_plain(layer)
+    dtype = weights.stored_weight(layer).dtype if plain else weights._probe_dtype(layer)
     report.change[path] = float((new - w).norm() / w.norm().clamp_min(1e-30))
+    new = new - norm_of(layer).offset if site.kind == "norm" else new
+    stored = new.to(dtype)
     report.rounding[path] = float((stored.to(new.dtype) - new).abs().max() / new.abs().max().clamp_min(1e-30))
     needs_bias = old_bias is not None or bool(bias.abs().max() > 0)
-    if not weights.is_plain(layer):
+    if site.kind == "norm" and needs_bias and old_bias is None:
+        raise WeightError(
+            f"{path}: the adapter adds a bias, and this {type(layer).__name__} has none to hold it; keep the adapter attached."
+        )
+    if not plain:
         dense: Any = nn.utils.skip_init(
             nn.Linear, w.shape[1], w.shape[0], bias=needs_bias, device=w.device, dtype=dtype
         )  # draws nothing
@@ -233,9 +243,10 @@ def _merge_layer(
         old_bias is not None,
     )
     merged.originals.append(original)
-    weights.dense_view(layer).copy_(stored) if not isinstance(layer, weights.CONVS) else weight.copy_(
-        stored.view_as(weight)
-    )
+    if site.kind == "norm" or isinstance(layer, weights.CONVS):
+        weight.copy_(stored.view_as(weight))
+    else:
+        weights.dense_view(layer).copy_(stored)
     if old_bias is not None:
         old_bias.copy_(bias.to(old_bias.dtype))
     elif needs_bias:
@@ -286,11 +297,12 @@ def _mergeable(
             owners.setdefault(w.data_ptr(), []).append(path)
     for path, layer, site in sites:
         w = layer._parameters.get("weight")
-        if not weights.is_plain(layer) and weights.is_quantised(layer) and not dequantize:
+        plain = site.kind == "norm" or weights.is_plain(layer)
+        if not plain and weights.is_quantised(layer) and not dequantize:
             raise WeightError(
                 f"{path}: the weight of this {type(layer).__name__} is quantised. ll.merge(model, dequantize=True) replaces such layers by dense ones and reports the error."
             )
-        if not weights.is_plain(layer) and site.kind != "linear":
+        if not plain and site.kind != "linear":
             raise WeightError(
                 f"{path}: a {type(layer).__name__} with a forward of its own cannot be merged; keep the adapter attached."
             )

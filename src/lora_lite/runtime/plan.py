@@ -17,6 +17,7 @@ from . import weights
 from .state import SITE, Target, unwrap
 from .structure import Site, Structure, describe
 from .virtual import check_place
+from .whole import tied_notes, whole_config, whole_sites
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Plan:
     base_params: int
     rows: list[tuple[str, str, int | None, str, bool]] = field(default_factory=list)
     """(class, role, block, storage dtype, quantised) per target."""
+    notes: list[str] = field(default_factory=list)
+    """What one should know about the targets, such as a weight that is shared with a layer that stays as it is."""
 
     @property
     def trainable(self) -> int:
@@ -88,6 +91,7 @@ class Plan:
         widths = [max(len(r[i]) for r in rows) for i in range(6)]
         lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"  {pattern}: {n} targets" for pattern, n in self.hits.items()]
+        lines += [f"  {note}" for note in self.notes]
         lines.append(f"  adapter {size_text(self.bytes)}, optimiser state {size_text(self.optimizer_bytes)}")
         reasons: dict[str, list[str]] = {}
         for path, why in self.unadapted:
@@ -114,16 +118,24 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
         else [s for s in structure.sites if s.kind in cfg.target_kinds]
     )
     hits = _hits(cfg, ("target_names", "exclude_names"), sites, "layers")
-    chosen, unadapted = select(sites, structure, cfg)
+    whole = whole_sites(model, structure, cfg, hits)
+    beside = {s.path for s in whole}
+    chosen, unadapted = select([s for s in sites if s.path not in beside], structure, cfg)
     for site in chosen:
         _check_site(site, structure, cfg)
     if variant.site != "block":
-        others = [s for s in structure.sites if s.kind not in cfg.target_kinds]
+        others = [s for s in structure.sites if s.kind not in (*cfg.target_kinds, "norm") and s.path not in beside]
         unadapted += [(s.path, f"{s.kind}; add it with target_kinds") for s in others]
     hits |= _hits(cfg, None, chosen, "targets")
-    targets = [make_target(s.path, s.d_in, s.d_out, cfg.for_target(s.path, s.role), s.kind) for s in chosen]
+    targets = [target_of(s, cfg.for_target(s.path, s.role)) for s in chosen]
     if variant.shared_specs is not None:
         add_shared(targets, cfg)
+    if whole:
+        own = whole_config(cfg)
+        for site in whole:
+            _check_site(site, structure, own)
+        targets += [target_of(s, own) for s in whole]
+        chosen = chosen + whole
     rows = [
         (
             type(s.module).__name__,
@@ -138,12 +150,13 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
         (path, f"bare parameter of shape {'x'.join(map(str, shape))}, not a linear layer")
         for path, shape in structure.raw
     ]
-    return Plan(cfg, targets, hits, unadapted, sum(_numel(p) for p in _base_parameters(model)), rows)
+    notes = tied_notes(model, chosen)
+    return Plan(cfg, targets, hits, unadapted, sum(_numel(p) for p in _base_parameters(model)), rows, notes)
 
 
 def _hits(cfg: AdapterConfig, fields: tuple[str, ...] | None, sites: list[Site], what: str) -> dict[str, int]:
     """Pattern -> number of matches, for the named fields or for all others; a pattern without a match raises."""
-    names = ("target_names", "exclude_names")
+    names = ("target_names", "exclude_names", "train_modules")
     hits: dict[str, int] = {}
     for name, pattern in cfg.patterns():
         if (name in fields) if fields is not None else (name not in names):
@@ -191,6 +204,12 @@ def select(sites: list[Site], structure: Structure, cfg: AdapterConfig) -> tuple
     return chosen, left
 
 
+def target_of(site: Site, cfg: AdapterConfig) -> Target:
+    """The target on one layer, for a config that `for_target` has been through."""
+    cfg = cfg.for_layer(weights.bias_of(site.module) is not None)
+    return make_target(site.path, site.d_in, site.d_out, cfg, site.kind)
+
+
 def make_target(path: str, d_in: int, d_out: int, cfg: AdapterConfig, kind: str = "linear") -> Target:
     """The tensors that the variant wants on one layer, checked."""
     variant = get_variant(cfg.variant)
@@ -216,6 +235,10 @@ def add_shared(targets: list[Target], cfg: AdapterConfig) -> None:
 
 def _check_site(site: Site, structure: Structure, cfg: AdapterConfig) -> None:
     variant = get_variant(cfg.variant)
+    if site.kind == "norm" and not variant.norms:
+        raise TargetError(
+            f"{site.path}: variant {variant.name!r} cannot stand on a norm; take it out of target_kinds, or train norms whole: train_modules=({site.path.rsplit('.', 1)[-1]!r},)."
+        )
     if site.kind in ("embedding", "conv"):
         check_place(site.module, site.path)
         if variant.forward_input is not None or variant.group_init is not None:

@@ -32,10 +32,12 @@ class StepTargets(list[LayerView]):
 
 
 def layer_views(model: nn.Module, record: Record) -> list[LayerView]:
-    """One view per target, at storage precision, not in training."""
+    """One view per target of the adapter's own method, at storage precision, not in training."""
     model = unwrap(model)
     found: list[LayerView] = []
-    for path in record.targets:
+    for path, target in record.targets.items():
+        if target.cfg.variant != record.cfg.variant:
+            continue
         layer = model.get_submodule(path)
         slot: Slot = layer.__dict__[SITE].slots[record.name]
         found.append(StillView(layer, slot, None))

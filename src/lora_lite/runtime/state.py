@@ -34,6 +34,11 @@ class Target:
     base: dict[str, Any] = field(default_factory=dict)
     """Fingerprint of the base weight."""
 
+    @property
+    def variant(self) -> type[Variant]:
+        """The method on this layer: the adapter's own, or that of a module trained whole beside it."""
+        return get_variant(self.cfg.variant)
+
 
 @dataclass
 class Record:
@@ -56,6 +61,11 @@ class Record:
     """Whether a cast of its tensors by `model.to(dtype)` was warned about."""
     train_calls: int = 0
     """Training forwards without anybody who drives the schedule."""
+
+    @property
+    def beside(self) -> list[Target]:
+        """Targets of another method than the adapter's own: what `train_modules` names."""
+        return [t for t in self.targets.values() if t.cfg.variant != self.cfg.variant]
 
     def __getstate__(self) -> dict[str, Any]:
         # the method travels by its name, so that a class written in a notebook or a function does too
@@ -85,8 +95,9 @@ class Slot:
     def __init__(self, record: Record, target: Target, owners: dict[str, nn.Module]) -> None:
         self.name, self.path, self.cfg = record.name, target.path, target.cfg
         self.d_in, self.d_out = target.d_in, target.d_out
-        self.forward, self.forward_input = record.variant.forward, record.variant.forward_input
-        self.factors, self.own_weight = record.variant.factors, record.variant.own_weight
+        variant = target.variant
+        self.forward, self.forward_input = variant.forward, variant.forward_input
+        self.factors, self.own_weight = variant.factors, variant.own_weight
         self.keys = {short: stored_name(short, record.name) for short in (*target.specs, *target.shared)}
         self.owners = owners
         """Short name -> the layer that owns it, for shared tensors only."""
@@ -108,6 +119,8 @@ class Site:
         self.path, self.kind, self.state = path, kind, state
         self.slots: dict[str, Slot] = {}
         self.has_input = False
+        self.norm: Any = None
+        """What the layer normalises by, where it is a norm; see `norms`."""
         self.stacks: dict[Any, Any] = {}
         """Factors of several adapters side by side, see `grouped`."""
 
@@ -205,6 +218,12 @@ def record_of(model: nn.Module, name: str | None = None) -> Record:
 def stored_name(short: str, adapter: str) -> str:
     """Attribute under which a layer stores an adapter's tensor: `lora_A`, or `lora_A@name` for any but `default`."""
     return short if adapter == DEFAULT else f"{short}@{adapter}"
+
+
+def adapter_attributes(module: nn.Module) -> set[str]:
+    """The attributes of a layer that hold tensors of adapters."""
+    site: Site | None = module.__dict__.get(SITE)
+    return set() if site is None else {a for slot in site.slots.values() for a in slot.keys.values()}
 
 
 def tensor_on(module: nn.Module, attribute: str) -> Tensor | None:

@@ -1,10 +1,11 @@
-"""Embeddings and convolutions as linear layers of an input that is never built: one-hot rows, or unfolded patches.
+"""Embeddings, convolutions and norms as linear layers of an input that is never built: one-hot rows, unfolded patches, one input per feature.
 
 A page that only multiplies x by a matrix (`x @ M`) runs on them unchanged. Anything else it does to x raises at attach.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import TargetError
+from .norms import norm_of
 from .weights import CONVS
 
-PLACES = ("embedding", "conv")
+PLACES = ("embedding", "conv", "norm")
 _APPLY: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -27,7 +29,20 @@ class VirtualInput:
         self.shape, self.dtype, self.device = shape, dtype, device
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # compilers ask for protocols, such as __torch_function__
+            raise AttributeError(name)
         raise TypeError(f"x.{name}")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Tensor:
+        first: Any = args[0] if args else None
+        second: Any = args[1] if len(args) > 1 else None
+        if func in (torch.matmul, Tensor.matmul, operator.matmul):
+            if isinstance(first, VirtualInput):
+                return first.__matmul__(second)
+            if torch.compiler.is_compiling():  # x @ M arrives as M's reflected product; M @ x was refused at attach
+                return second.__matmul__(first)
+        raise TypeError(f"{getattr(func, '__name__', func)} of x")
 
     def dim(self) -> int:
         return len(self.shape)
@@ -88,17 +103,38 @@ class Patches(VirtualInput):
         return Patches(self.module, F.dropout(self.x, p, True), self.shape[1:-1])
 
 
+class Normed(VirtualInput):
+    """n(x) (..., d) with one input per feature: x @ M = n(x) ∘ M for one row M (1, d)."""
+
+    def __init__(self, n: Tensor) -> None:
+        super().__init__((*n.shape[:-1], 1), n.dtype, n.device)
+        self.n = n
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        if other.shape != (1, self.n.shape[-1]):
+            raise TypeError(f"x @ M with M of shape {tuple(other.shape)}")
+        return self.n * other[0]
+
+    def index_select(self, dim: int, index: Tensor) -> Normed:
+        return Normed(self.n.index_select(dim, index))
+
+    def dropout(self, p: float) -> Normed:
+        return Normed(F.dropout(self.n, p, True))
+
+
 def wrap(module: nn.Module, kind: str, x: Tensor, y: Tensor) -> tuple[VirtualInput, Tensor]:
     """(x, y) as a page wants them: y with its channels last."""
     if kind == "embedding":
         return Lookup(x, int(module.num_embeddings), y.dtype), y  # type: ignore[arg-type]
+    if kind == "norm":
+        return Normed(norm_of(module).normalise(x).to(y.dtype)), y
     last = y.movedim(1, -1)
     return Patches(module, x.to(y.dtype), tuple(last.shape[1:-1])), last
 
 
 def unwrap_output(kind: str, y: Tensor) -> Tensor:
     """What the module returns: a convolution's channels go back to dimension 1."""
-    return y if kind == "embedding" else y.movedim(-1, 1)
+    return y.movedim(-1, 1) if kind == "conv" else y
 
 
 def check_place(module: nn.Module, path: str) -> None:
@@ -121,6 +157,9 @@ def probe(
     if kind == "embedding":
         ids = torch.zeros(2, 3, dtype=torch.long, device=device)
         return Lookup(ids, m.num_embeddings, dtype), torch.zeros(2, 3, d_out, dtype=dtype, device=device)
+    if kind == "norm":
+        n = torch.zeros(2, 3, d_out, dtype=dtype, device=device)
+        return Normed(n), n
     size = [max(8, d * (k - 1) + 1) for k, d in zip(m.kernel_size, m.dilation, strict=True)]
     x = torch.zeros(2, m.in_channels, *size, dtype=m.weight.dtype, device=device)
     with torch.no_grad():
@@ -137,5 +176,9 @@ def try_page(page: Any, view: Any, module: nn.Module, kind: str, device: torch.d
     except (TypeError, NotImplementedError) as e:
         raise TargetError(
             f"{view.path}: variant {view.cfg.variant!r} does more with its input than multiply it by a matrix ({e}), so it cannot adapt "
-            f"an {kind}; take it out of target_kinds."
+            f"{_article(kind)}; take it out of target_kinds."
         ) from None
+
+
+def _article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

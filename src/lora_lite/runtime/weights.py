@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import WeightError
+from .norms import norm_width
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COLUMNS = 512  # of the identity, pushed through a layer at a time
@@ -49,13 +50,15 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def extent(module: nn.Module) -> tuple[str, int, int] | None:
-    """(kind, d_in, d_out) of anything that multiplies with one matrix: "linear", "embedding" (of one-hot rows) or "conv" (of
-    unfolded patches, d_in = C·k); None for any other module."""
+    """(kind, d_in, d_out) of anything that multiplies with one matrix: "linear", "embedding" (of one-hot rows), "conv" (of
+    unfolded patches, d_in = C·k) or "norm" (of one input per feature, d_in = 1); None for any other module."""
     if isinstance(module, nn.Embedding):
         return "embedding", module.num_embeddings, module.embedding_dim
     if isinstance(module, CONVS):
         return "conv", module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
     size = dims(module)
+    if size is None and (width := norm_width(module)) is not None:
+        return "norm", 1, width
     return None if size is None else ("linear", *size)
 
 
@@ -89,7 +92,7 @@ def is_plain(module: nn.Module) -> bool:
 def is_quantised(module: nn.Module) -> bool:
     """Its weight is packed: no ordinary floating matrix of the right size."""
     w = getattr(module, "weight", None)
-    size = (extent(module) or (None,))[1:]
+    size: tuple[int, ...] = (extent(module) or ("",))[1:]
     if not isinstance(w, Tensor) or len(size) != 2:
         return True
     packed_type = type(w) not in (nn.Parameter, Tensor) and not is_sharded(w)
@@ -227,7 +230,7 @@ def fingerprint(module: nn.Module) -> dict[str, object]:
     if isinstance(w, Tensor) and (w.is_meta or is_sharded(w)):
         return {}
     if is_plain(module) or kind != "linear":
-        sample = dense_view(module).detach()[rows][:, cols]
+        sample = (dense_view(module) if kind != "norm" else stored_weight(module)[:, None]).detach()[rows][:, cols]
     else:
         eye = torch.zeros(4, d_in, device=device_of(module))
         eye[range(4), cols] = 1

@@ -35,3 +35,4 @@ from .road import RoadConfig as RoadConfig
 from .s_steer import SSteerConfig as SSteerConfig
 from .ssvd import SSVDConfig as SSVDConfig
 from .svft import SVFTConfig as SVFTConfig
+from .whole import WholeConfig as WholeConfig
