@@ -29,8 +29,9 @@ def llama(device="cpu", **changes):
 def measured(model):
     ids = torch.zeros(B, T, dtype=torch.long)
     saved = speed.saved_bytes(model, ids)
-    embeds = model.get_input_embeddings()(ids).detach().requires_grad_(True)
     with counter() as count:
+        embeds = model.get_input_embeddings()(ids)
+        embeds = embeds if embeds.requires_grad else embeds.detach().requires_grad_(True)
         loss = model(inputs_embeds=embeds, labels=ids, use_cache=False).loss
         forward = count.get_total_flops()
         loss.backward()

@@ -48,7 +48,7 @@ def facts(variant: type[ll.Variant]) -> dict[str, Any]:
         "name": variant.name,
         "title": variant.title,
         "site": variant.site,
-        "merges": variant.affine and variant.site == "linear",
+        "merges": variant.affine and variant.site != "block",
         "needs_weight": variant.needs_weight,
         "needs_data": variant.needs_data,
         "schedule": variant.on_step is not None,

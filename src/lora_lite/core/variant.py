@@ -25,7 +25,7 @@ class Variant:
     paper: ClassVar[str] = ""
     """arXiv id or another citable source."""
     site: ClassVar[str] = "linear"
-    """Where it hooks: "linear", "block" (the residual stream after a decoder block)."""
+    """Where it hooks: "linear", "block" (the residual stream after a decoder block), "embedding" (the input embedding unless named)."""
     needs_weight: ClassVar[bool] = False
     """Reads `layer.weight`: a quantised target then asks for `dequantize=True`."""
     needs_data: ClassVar[bool] = False
@@ -72,6 +72,8 @@ class Variant:
     compact: ClassVar[Callable[..., Any] | None] = None
     """`(layer, rank) -> (config changes, tensors)`, or None to leave the target out: the same function with fewer tensors. Files saved after
     the end of a schedule hold the result for rank None; `ll.compact` puts it on the model."""
+    tied: ClassVar[Callable[..., Any] | None] = None
+    """`(cfg) -> cfg` of the page on a linear layer that shares the target's weight, such as a tied head: it acts there too, with the same tensors."""
     penalty: ClassVar[Callable[..., Any] | None] = None
     """`(layer) -> scalar` regulariser."""
     shared_specs: ClassVar[Callable[..., Any] | None] = None

@@ -177,7 +177,8 @@ def header(record: Record) -> dict[str, Any]:
         entry: dict[str, Any] = {"d_in": t.d_in, "d_out": t.d_out, "r": t.cfg.r, "scale": t.cfg.scale, "base": t.base}
         beside = {"variant": t.cfg.variant} if defaults is not cfg else {}
         kind = {"kind": t.kind} if t.kind != "linear" else {}
-        targets[t.path] = entry | ({"config": own} if own else {}) | kind | beside
+        tied = {"tied": t.tied} if t.tied else {}
+        targets[t.path] = entry | ({"config": own} if own else {}) | kind | beside | tied
     return {
         "format": FORMAT,
         "version": __version__,
@@ -296,6 +297,17 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
             raise FileError(f"{where}: the entry of target {path!r} is malformed ({e!r}).") from None
         targets[path] = target
+    for path, target in targets.items():
+        owner = head["targets"][path].get("tied")
+        if owner is not None:
+            if (
+                not isinstance(owner, str)
+                or owner not in targets
+                or owner == path
+                or targets[owner].variant.tied is None
+            ):
+                raise FileError(f"{where}: {path} is tied to {owner!r}, which is no such target of the file.")
+            target.tied, target.shared = owner, dict.fromkeys(targets[owner].specs, owner)
     if variant.shared_specs is not None:
         add_shared([t for t in targets.values() if t.cfg.variant == cfg.variant], cfg)
     steps, total = (head.get(k, 0) for k in ("steps", "total_steps"))

@@ -170,8 +170,9 @@ class Paper:
 
             with self.mode, counter() as count:
                 ids = torch.zeros(self.batch, self.length, dtype=torch.long)
-                embeds = model.get_input_embeddings()(ids).detach().requires_grad_(True)
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                    embeds = model.get_input_embeddings()(ids)  # trained, or made to need a gradient
+                    embeds = embeds if embeds.requires_grad else embeds.detach().requires_grad_(True)
                     loss = model(inputs_embeds=embeds, labels=ids, use_cache=False).loss
                 forward = count.get_total_flops()
                 loss.backward()

@@ -15,7 +15,18 @@ from .norms import norm_of
 from .progress import track
 from .rows import blend
 from .select import active as active_scope
-from .state import SITE, ModelState, Site, outside_scope, owned_tensors, record_of, reset_compiled, state_of, unwrap
+from .state import (
+    SITE,
+    ModelState,
+    Record,
+    Site,
+    outside_scope,
+    owned_tensors,
+    record_of,
+    reset_compiled,
+    state_of,
+    unwrap,
+)
 from .virtual import Lookup, Normed
 
 COLUMNS = 1024  # of the identity, pushed through the pages at a time
@@ -307,13 +318,34 @@ def _mergeable(
                 f"{path}: a {type(layer).__name__} with a forward of its own cannot be merged; keep the adapter attached."
             )
         tied = owners.get(w.data_ptr(), []) if w is not None and not w.is_meta and w.numel() else []
-        if len(tied) > 1:
+        if len(tied) > 1 and not _moves_together([state.records[n] for n, _ in chosen], tied):
             others = [t for t in tied if t != path]
             raise WeightError(
                 f"{path}: its weight is tied to {others[0]!r}, so merging would change both. Untie them first: set model.config.tie_word_embeddings = False and "
                 "give the layer its own copy (layer.weight = nn.Parameter(layer.weight.clone())), or keep the adapter attached."
             )
-    return sites
+    shared = {id(layer._parameters.get("weight")) for p, layer, _ in sites if not _tied_to(state, chosen, p)}
+    return [
+        (p, layer, site)
+        for p, layer, site in sites
+        if not _tied_to(state, chosen, p) or id(layer._parameters.get("weight")) not in shared  # written once
+    ]
+
+
+def _tied_to(state: ModelState, chosen: tuple[tuple[str, float], ...], path: str) -> str:
+    """The target whose tensors act on this layer because both share one weight, or ''."""
+    mine = [state.records[n].targets[path].tied for n, _ in chosen if path in state.records[n].targets]
+    return mine[0] if mine and all(mine) else ""
+
+
+def _moves_together(records: list[Record], paths: list[str]) -> bool:
+    """Whether every adapter that changes one of these layers changes all of them by the same tensors."""
+    for record in records:
+        mine = [record.targets[p] for p in paths if p in record.targets]
+        owners = [t.path for t in mine if not t.tied]
+        if mine and (len(mine) != len(paths) or len(owners) != 1 or any(t.tied not in ("", owners[0]) for t in mine)):
+            return False
+    return True
 
 
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:

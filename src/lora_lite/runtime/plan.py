@@ -17,7 +17,7 @@ from . import weights
 from .state import SITE, Target, unwrap
 from .structure import Site, Structure, describe
 from .virtual import check_place
-from .whole import tied_notes, whole_config, whole_sites
+from .whole import only_input_embedding, tied_notes, tied_sites, whole_config, whole_sites
 
 
 @dataclass
@@ -117,6 +117,8 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
         if variant.site == "block"
         else [s for s in structure.sites if s.kind in cfg.target_kinds]
     )
+    if variant.site == "embedding" and cfg.target_names is None:
+        sites = only_input_embedding(model, sites)
     hits = _hits(cfg, ("target_names", "exclude_names"), sites, "layers")
     whole = whole_sites(model, structure, cfg, hits)
     beside = {s.path for s in whole}
@@ -130,6 +132,12 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     targets = [target_of(s, cfg.for_target(s.path, s.role)) for s in chosen]
     if variant.shared_specs is not None:
         add_shared(targets, cfg)
+    if variant.tied is not None:
+        for owner, site in tied_sites(structure, chosen):
+            target = make_target(site.path, site.d_in, site.d_out, variant.tied(targets[owner].cfg), "linear")
+            target.tied, target.shared = targets[owner].path, dict.fromkeys(targets[owner].specs, targets[owner].path)
+            targets.append(target)
+            chosen = [*chosen, site]
     if whole:
         own = whole_config(cfg)
         for site in whole:

@@ -33,6 +33,8 @@ class Target:
     """Short tensor name -> path of the target that owns it, for tensors shared between targets."""
     base: dict[str, Any] = field(default_factory=dict)
     """Fingerprint of the base weight."""
+    tied: str = ""
+    """Path of the target whose weight this layer shares and whose tensors act here too."""
 
     @property
     def variant(self) -> type[Variant]:

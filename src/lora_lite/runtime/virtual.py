@@ -67,7 +67,9 @@ class Lookup(VirtualInput):
     def __matmul__(self, other: Tensor) -> Tensor:
         return F.embedding(self.ids, other)
 
-    def index_select(self, dim: int, index: Tensor) -> Lookup:
+    def index_select(self, dim: int, index: Tensor) -> Any:
+        if dim == -1:  # few columns of the one-hot rows are small enough to be built
+            return (self.ids[..., None] == index).to(self.dtype)
         return Lookup(self.ids.index_select(dim, index), self.shape[-1], self.dtype)
 
     def dropout(self, p: float) -> Lookup:

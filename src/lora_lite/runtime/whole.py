@@ -77,6 +77,39 @@ def tied_notes(model: nn.Module, chosen: list[Site]) -> list[str]:
     return notes
 
 
+def tied_sites(structure: Structure, chosen: list[Site]) -> list[tuple[int, Site]]:
+    """(number of a chosen embedding, linear layer that shares its weight)."""
+    linear = [s for s in structure.sites if s.kind == "linear"]
+    return [
+        (i, dataclasses.replace(other, role="tied"))
+        for i, site in enumerate(chosen)
+        if site.kind == "embedding"
+        for other in linear
+        if other.module._parameters.get("weight") is site.module._parameters.get("weight") is not None
+    ]
+
+
+def only_input_embedding(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """The sites without embeddings other than the input embedding (those of positions, say).
+
+    Raises:
+        TargetError: the model does not say which of several it is.
+    """
+    embeddings = [s for s in sites if s.kind == "embedding"]
+    if len(embeddings) < 2:
+        return sites
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        module = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):
+        module = None
+    if not any(s.module is module for s in embeddings):
+        raise TargetError(
+            f"the model has {len(embeddings)} embeddings ({listing([s.path for s in embeddings])}) and does not say which one holds the tokens; name it in target_names."
+        )
+    return [s for s in sites if s.kind != "embedding" or s.module is module]
+
+
 def _own(module: nn.Module) -> set[str]:
     return {k for k, p in module._parameters.items() if p is not None} - adapter_attributes(module)
 

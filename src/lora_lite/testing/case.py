@@ -48,6 +48,8 @@ class Case:
             "positions" in self.variant.config.__dataclass_fields__
         ):  # the toy's tokens do not mix, and its calls hold no prompt
             self.options = {"positions": "all", **self.options}
+        if self.linear and "linear" not in self.variant.config().target_kinds:
+            self.options = {"target_kinds": ("linear",), **self.options}
         if self.linear and self.variant.config().target_roles is not None:  # the checks count four layers
             self.options = {"target_roles": None, **self.options}
 
@@ -66,7 +68,7 @@ class Case:
     @property
     def linear(self) -> bool:
         """Whether it hooks linear layers."""
-        return self.variant.site == "linear"
+        return self.variant.site != "block"
 
     @property
     def affine(self) -> bool:

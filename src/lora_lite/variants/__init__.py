@@ -35,4 +35,5 @@ from .road import RoadConfig as RoadConfig
 from .s_steer import SSteerConfig as SSteerConfig
 from .ssvd import SSVDConfig as SSVDConfig
 from .svft import SVFTConfig as SVFTConfig
+from .token_rows import TokenRowsConfig as TokenRowsConfig
 from .whole import WholeConfig as WholeConfig
