@@ -8,7 +8,9 @@ import torch
 
 import lora_lite as ll
 import tiny_llm
+import tiny_models
 from equations.helpers import randomise
+from lora_lite.testing.toy import Snapshot
 
 IDS = torch.arange(24).view(2, 12) % 60 + 4
 
@@ -63,3 +65,62 @@ def test_tuning_of_layer_norms():
         pairs.append((layer.lora_W, layer.weight, copy.weight))
     assert len(pairs) == 5
     compare(mine, theirs, pairs)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_folders_both_ways(name, tmp_path):
+    """What PEFT writes is read, and what is exported PEFT reads: heads, norms and an embedding, with biases and transposed weights."""
+    heads = {
+        "llama": (["lm_head", "norm"], ["q_proj"]),
+        "bert": (["classifier", "word_embeddings", "attention.output.LayerNorm"], ["query"]),
+        "gpt2": (["ln_f", "c_proj"], ["c_attn"]),
+    }
+    saved, targets = heads[name]
+    options = dict(r=4, lora_alpha=6, target_modules=targets, modules_to_save=saved, fan_in_fan_out=name == "gpt2")
+    theirs = peft.get_peft_model(tiny_models.build(name), peft.LoraConfig(**options)).eval()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
+        batch = tiny_models.batch(name)
+        want = theirs(**batch).logits
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    mine = tiny_models.build(name)
+    bare = mine(**batch).logits
+    handle = ll.load(mine, tmp_path / "theirs")
+    assert handle.record.beside and (want - bare).abs().max() > 1e-2
+    torch.testing.assert_close(mine(**batch).logits, want, atol=1e-5, rtol=1e-5)
+    ll.export(mine, tmp_path / "mine")
+    again = peft.PeftModel.from_pretrained(tiny_models.build(name), tmp_path / "mine").eval()
+    torch.testing.assert_close(again(**batch).logits, want, atol=1e-5, rtol=1e-5)
+    ll.detach(mine)
+    assert torch.equal(mine(**batch).logits, bare)
+
+
+def test_folders_that_do_not_fit(tmp_path):
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    mine = tiny_models.build("llama")
+    ll.attach(mine, ll.LoRAConfig(r=2, train_modules=("lm_head",)))
+    folder = ll.export(mine, tmp_path / "x")
+    config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    fields, good = json.loads(config.read_text()), load_file(tensors)
+    assert fields["modules_to_save"] == ["lm_head"]
+    model = tiny_models.build("llama")
+    before = Snapshot(model)
+    key = "base_model.model.lm_head.weight"
+    for names, held, words in (
+        (["lm_head", "score"], good, "'score', of which the file holds no tensor"),
+        ("lm_head", good, "must be a list of names"),
+        (["lm_head"], {**good, key: torch.zeros(63, 32)}, "lm_head holds"),
+        (["lm_head"], {**good, "base_model.model.lm_head.bias": torch.zeros(64)}, "lm_head holds"),
+        (None, good, "not a lora_A or lora_B weight"),
+    ):
+        config.write_text(json.dumps({**fields, "modules_to_save": names}))
+        save_file(held, tensors)
+        with pytest.raises(ll.FileError, match=words):
+            ll.load(model, folder)
+        assert not (d := before.difference(model)), d

@@ -27,11 +27,11 @@ from ..runtime.staging import stage
 from ..runtime.state import Record, Target, record_of, state_of, unwrap
 from ..runtime.weights import dims
 from .native import _write
+from .peft_whole import called, full_values, patterns, split_whole, whole_targets
 
 PREFIX = "base_model.model."
 REFUSED = {
     "use_dora": "DoRA magnitudes",
-    "modules_to_save": "fully trained modules",
     "layer_replication": "replicated layers",
     "target_parameters": "adapted bare parameters",
     "trainable_token_indices": "trained token rows",
@@ -64,11 +64,7 @@ def export(
             f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, so the LoRA layout cannot hold it. "
             f"Export the merged model (ll.merge, then model.save_pretrained), or use one of {', '.join(able)}."
         )
-    if record.beside:
-        raise StateError(
-            f"adapter {record.name!r} trains {listing([t.path for t in record.beside])} whole, which this export does not write; merge it and export the model."
-        )
-    other = [t.path for t in record.targets.values() if t.kind != "linear"]
+    other = [t.path for t in record.targets.values() if t.kind != "linear" and t not in record.beside]
     if other:
         raise StateError(
             f"adapter {record.name!r} also adapts {listing(other)}, which this export does not write; merge it and export the model."
@@ -89,6 +85,8 @@ def export(
         pad = r - A.shape[0]
         tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat((A, A.new_zeros(pad, size[0]))).contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat((B, B.new_zeros(size[1], pad)), 1).contiguous()
+    with torch.no_grad():
+        tensors |= {f"{PREFIX}{key}": t for key, t in full_values(model, record).items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
@@ -103,7 +101,7 @@ def export(
         "use_dora": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": [t.path for t in record.beside] or None,
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +115,15 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
     folder = Path(folder)
     config, tensors = _read_config(folder), _read_tensors(folder)
     cls = get_variant("lora").config
+    modules = dict(model.named_modules())
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise FileError(f"{folder}: modules_to_save must be a list of names, got {names!r}.")
+    saved, tensors = split_whole(names, modules, tensors, PREFIX)
+    if missing := [n for n in names if not any(called(path, [n]) for path in saved)]:
+        raise FileError(f"{folder}: modules_to_save names {listing(missing)}, of which the file holds no tensor.")
     cfg = cls(
+        train_modules=patterns(list(saved)),
         r=config["r"],
         alpha=float(config["lora_alpha"]),
         use_rslora=bool(config.get("use_rslora", False)),  # pyright: ignore[reportCallIssue]
@@ -125,7 +131,6 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
     )
     targets: dict[str, Target] = {}
     values: dict[str, tuple[Tensor, Tensor]] = {}
-    modules = dict(model.named_modules())
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, t in tensors.items():
         path, dot, letter = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
@@ -154,11 +159,16 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
         values[path] = (A, B)
     if not targets:
         raise FileError(f"{folder}: adapter_model.safetensors holds no tensor.")
-    record = Record(name, get_variant("lora"), cfg, targets)
+    whole, differences = whole_targets(saved, modules, cfg, folder)
+    record = Record(name, get_variant("lora"), cfg, targets | whole)
     staged = stage(model, record, fill=False)
     with torch.no_grad():
         for view in staged:
-            view.lora_A, view.lora_B = values[view.path]
+            if view.path in differences:
+                for short, t in differences[view.path].items():
+                    setattr(view, short, t)
+            else:
+                view.lora_A, view.lora_B = values[view.path]
     return commit(model, record, staged, trainable)
 
 
