@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
+import tiny_models
 from lora_lite.bench import speed
-from lora_lite.runtime.cost import Paper, counter
+from lora_lite.runtime.cost import Paper
+from lora_lite.runtime.counting import counter
 
 B, T = 2, 48
 SIZES = {
@@ -48,6 +53,31 @@ def bare():
     return measured(llama())
 
 
+def peak_saved(model):
+    """The most that autograd keeps at one moment of a step, parameters not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    users, now, peak = collections.Counter(), 0, 0
+
+    class Held:
+        def __init__(self, t):
+            nonlocal now, peak
+            self.t, self.key = t, t.untyped_storage().data_ptr()
+            self.size = 0 if self.key in own else t.untyped_storage().nbytes()
+            users[self.key] += 1
+            now += self.size if users[self.key] == 1 else 0
+            peak = max(peak, now)
+
+        def __del__(self):
+            nonlocal now
+            users[self.key] -= 1
+            now -= self.size if users[self.key] == 0 else 0
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.t):
+        speed.step(model, torch.zeros(B, T, dtype=torch.long))
+    assert now == 0
+    return peak
+
+
 METHODS = [v.name for v in ll.variants() if v.trains and v.site in ("linear", "block")]
 
 
@@ -73,11 +103,32 @@ def test_within_five_percent_of_the_real_thing(method, paper, bare):
     assert cost.extra_forward == pytest.approx(forward - bare[0], rel=0.05, abs=64)
     assert cost.extra_step == pytest.approx(step - bare[1], rel=0.05, abs=64)
     assert cost.extra_saved == pytest.approx(saved - bare[2], rel=0.05, abs=512)
+    model.gradient_checkpointing_enable({"use_reentrant": True})  # the other kind hides from hooks what it keeps
+    assert cost.base_checkpointed + cost.extra_checkpointed == pytest.approx(peak_saved(model), rel=0.05)
 
 
 def test_the_base_itself(paper, bare):
     assert (paper.base[0], paper.base[1]) == bare[:2]
     assert paper.base[2] == pytest.approx(bare[2], rel=0.01)
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 96) + 64 * 128
+    attention = 2 * 2 * 2 * B * T * T * 64  # two blocks, two products, not halved for the causal mask
+    assert paper.base[0] == 2 * B * T * weights + attention
+    assert paper.base[1] == 2 * 2 * B * T * weights + attention * 7 // 2  # five products backward, one of them again
+
+
+def test_deep_models_checkpoint_to_their_blocks_inputs():
+    few, many = (Paper(llama("meta", num_hidden_layers=n), B, T).base for n in (2, 6))
+    assert many[3] - few[3] == 4 * B * T * 64 * 4
+    assert many[3] < many[2] / 2
+
+
+def test_grouped_heads_and_a_model_that_checkpoints_already():
+    plain = llama("meta", num_key_value_heads=2)
+    assert Paper(plain, B, T).base[0] == measured(llama(num_key_value_heads=2))[0]
+    model = copy.deepcopy(plain)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert Paper(model, B, T).base == Paper(plain, B, T).base
+    assert model.is_gradient_checkpointing
 
 
 def test_lora_by_hand(paper):
@@ -104,6 +155,10 @@ def test_nothing_is_touched_and_memory_grows_with_tokens():
 def test_mistakes_are_named():
     with pytest.raises(ll.ConfigError, match="must be positive"):
         ll.cost(llama("meta"), ll.LoRAConfig(), batch=0)
+    with pytest.raises(
+        ll.ConfigError, match=r"(?s)BertForSequenceClassification cannot be run .* causal language model"
+    ):
+        ll.cost(tiny_models.build("bert"), ll.LoRAConfig())
     with pytest.raises(ll.ConfigError, match="bare transformers model"):
         ll.cost(torch.nn.Linear(3, 4), ll.LoRAConfig())
     with pytest.raises(ll.TargetError):

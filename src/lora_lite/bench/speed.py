@@ -110,7 +110,8 @@ def forward(model: nn.Module, ids: Tensor) -> None:
 
 def step(model: Any, ids: Tensor) -> None:
     """Forward and backward to the embeddings and to whatever trains; no optimiser."""
-    embeds = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+    embeds = model.get_input_embeddings()(ids)
+    embeds = embeds if embeds.requires_grad else embeds.detach().requires_grad_(True)  # an adapted embedding trains
     model(inputs_embeds=embeds, labels=ids, use_cache=False).loss.backward()
     for p in model.parameters():
         p.grad = None

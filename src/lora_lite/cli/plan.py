@@ -81,7 +81,7 @@ def compare(model: Any, args: Plan) -> int:
     return 0
 
 
-COLUMNS = ("method", "trained", "adapter", "optimiser", "saved", "of the base's", "forward", "step")
+COLUMNS = ("method", "trained", "adapter", "optimiser", "saved", "of the base's", "checkpointed", "forward", "step")
 
 
 def cells(c: ll.Cost) -> list[str]:
@@ -93,6 +93,7 @@ def cells(c: ll.Cost) -> list[str]:
         size_text(c.optimizer_bytes),
         f"+{size_text(c.extra_saved)}",
         f"{c.extra_saved / max(1, c.base_saved):+.1%}",
+        f"+{size_text(c.extra_checkpointed)}",
         f"{c.extra_forward / max(1, c.base_forward):+.2%}",
         f"{c.extra_step / max(1, c.base_step):+.2%}",
     ]
@@ -102,6 +103,7 @@ def heading(c: ll.Cost) -> str:
     """What all rows have in common."""
     return (
         f"{c.base_params:,} parameters ({size_text(c.base_bytes)}), {c.batch} x {c.length} tokens: the frozen base saves {size_text(c.base_saved)} for the backward pass "
+        f"({size_text(c.base_checkpointed)} with gradient checkpointing) "
         f"and does {c.base_forward / 1e12:.3g} TFLOP forward, {c.base_step / 1e12:.3g} in a step"
     )
 

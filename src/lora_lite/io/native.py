@@ -146,6 +146,10 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
             raise StateError(
                 f"{target.path}.{short} has shape {tuple(whole.shape)} where {target.specs[short].shape} is expected: sharded training left an incomplete tensor; nothing was saved."
             )
+        if whole.is_meta:
+            raise StateError(
+                f"{target.path}.{short} is on the meta device and has no values; nothing was saved. Load the model's weights first, then attach."
+            )
         found[_key(target, short)] = whole.to("cpu", copy=True).contiguous()
     return found
 

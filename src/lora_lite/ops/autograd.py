@@ -13,4 +13,6 @@ def own_backward() -> bool:
 
 def own_products(t: Tensor) -> bool:
     """For a backward pass of matrix products; False under autocast too, which changes dtypes in the forward pass only. t: one of the factors."""
-    return torch.is_grad_enabled() and own_backward() and not torch.is_autocast_enabled(t.device.type)
+    if not (torch.is_grad_enabled() and own_backward()):
+        return False
+    return t.is_meta or not torch.is_autocast_enabled(t.device.type)  # which raises on meta

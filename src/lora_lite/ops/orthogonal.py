@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from .autograd import own_backward
 
 
-def full_precision(t: Tensor) -> torch.autocast:
+def full_precision(t: Tensor) -> AbstractContextManager[Any]:
     """A context in which small products keep t's dtype under autocast."""
-    return torch.autocast(t.device.type, enabled=False)
+    return (
+        nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
+    )  # torch knows no autocast on meta
 
 
 def skew(theta: Tensor, n: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import ConfigError
 from ..core.registry import get_variant
 from .attach import commit
+from .counting import Saved, counter
 from .plan import plan, size_text
 from .staging import stage
 from .state import STATE, Record, unwrap
@@ -42,8 +42,11 @@ class Cost:
     """Bytes that autograd keeps for the backward pass through the frozen base; the model must give this much to anything that trains below its last block."""
     extra_saved: int
     """Bytes kept beyond that because of the adapter."""
+    base_checkpointed: int
+    """The same with gradient checkpointing of every block: the blocks' inputs, and the largest block or the head while its backward pass runs."""
+    extra_checkpointed: int
     base_forward: int
-    """Multiply-adds counted as two, matrix products and attention only."""
+    """Multiply-adds counted as two: matrix products, and attention in full although a causal mask lets a kernel skip half of it."""
     base_step: int
     """Forward, and backward through the activations."""
     extra_forward: int
@@ -58,26 +61,9 @@ class Cost:
     def __str__(self) -> str:
         return (
             f"{self.variant}: {self.batch} x {self.length} tokens: weights {size_text(self.base_bytes)}, adapter {size_text(self.adapter_bytes)}, gradients {size_text(self.gradient_bytes)}, "
-            f"optimiser {size_text(self.optimizer_bytes)}, saved activations {size_text(self.base_saved)} + {size_text(self.extra_saved)}; "
+            f"optimiser {size_text(self.optimizer_bytes)}, saved activations {size_text(self.base_saved)} + {size_text(self.extra_saved)} (checkpointed {size_text(self.base_checkpointed)} + {size_text(self.extra_checkpointed)}); "
             f"step {self.base_step / 1e12:.3g} + {self.extra_step / 1e12:.3g} TFLOP (forward {self.extra_forward / max(1, self.base_forward):+.1%}, step {self.extra_step / max(1, self.base_step):+.1%})"
         )
-
-
-def _in_place(*shapes: Any, out_val: Any = None, **_: Any) -> int:
-    """Operations of `out.addmm_(a, b)` and `out.baddbmm_(a, b)`, which torch's counter does not know."""
-    _, a, b = (t.shape for t in shapes)
-    return 2 * math.prod(a) * b[-1]
-
-
-_in_place._get_raw = True  # type: ignore[attr-defined]  # the counter hands over tensors, not shapes
-
-
-def counter() -> Any:
-    """`torch.utils.flop_counter.FlopCounterMode`, which also counts products that add in place."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    aten = torch.ops.aten
-    return FlopCounterMode(display=False, custom_mapping={aten.addmm_: _in_place, aten.baddbmm_: _in_place})
 
 
 class Paper:
@@ -112,9 +98,18 @@ class Paper:
         self.model: Any = copy.deepcopy(model, meta).train()
         for p in self.model.parameters():
             p.requires_grad_(False)
+        for m in self.model.modules():
+            if getattr(m, "gradient_checkpointing", False):
+                m.gradient_checkpointing = False  # its hooks would hide what the blocks keep; that is computed instead
         self.base_params = sum(p.numel() for p in self.model.parameters())
         self.base_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self.base = self._count(self.model)
+        try:
+            self.base = self._count(self.model)
+        except Exception as e:  # whatever a model says to tensors without values
+            raise ConfigError(
+                f"{type(model).__name__} cannot be run on shapes alone: {str(e).splitlines()[0] if str(e) else type(e).__name__} "
+                "Costs are counted on a causal language model in its plain, unquantised form: AutoModelForCausalLM.from_config(config) on the meta device."
+            ) from e
 
     def cost(self, cfg: AdapterConfig) -> Cost:
         """The cost of one config. Its start is not computed, so methods that read weights or data are counted too; methods
@@ -130,7 +125,7 @@ class Paper:
             "default", get_variant(the_plan.cfg.variant), the_plan.cfg, {t.path: t for t in the_plan.targets}
         )
         commit(model, record, stage(model, record, fill=False), trainable=True)
-        forward, step, saved = self._count(model)
+        forward, step, saved, checkpointed = self._count(model)
         gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         return Cost(
             record.variant.name,
@@ -144,47 +139,37 @@ class Paper:
             self.base_bytes,
             self.base[2],
             saved - self.base[2],
+            self.base[3],
+            checkpointed - self.base[3],
             self.base[0],
             self.base[1],
             forward - self.base[0],
             step - self.base[1],
         )
 
-    def _count(self, model: Any) -> tuple[int, int, int]:
-        """(operations of the forward pass, of both passes, bytes saved between them)."""
-        saved: dict[int, tuple[int, Tensor]] = {}
+    def _count(self, model: Any) -> tuple[int, int, int, int]:
+        """(operations of the forward pass, of both passes, bytes saved between them, the same with checkpointing)."""
         with _without_weights(model, self.mode):
             own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-
-            def pack(t: Tensor) -> Tensor:
-                storage = t.untyped_storage()
-                mask = t.dim() == 4 and t.shape[1] == 1 and tuple(t.shape[2:]) == (self.length, self.length)
-                if (
-                    storage._cdata not in own and not mask
-                ):  # transformers builds a causal mask only where it sees no values
-                    saved[storage._cdata] = (
-                        storage.nbytes(),
-                        t,
-                    )  # the tensor keeps its storage, whose address is the key
-                return t
-
+            saved = Saved(model, own, self.length)
             with self.mode, counter() as count:
                 ids = torch.zeros(self.batch, self.length, dtype=torch.long)
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                with saved.watch():
                     embeds = model.get_input_embeddings()(ids)  # trained, or made to need a gradient
                     embeds = embeds if embeds.requires_grad else embeds.detach().requires_grad_(True)
                     loss = model(inputs_embeds=embeds, labels=ids, use_cache=False).loss
                 forward = count.get_total_flops()
                 loss.backward()
-                return forward, count.get_total_flops(), sum(n for n, _ in saved.values())
+                return forward, count.get_total_flops(), saved.total(), saved.checkpointed()
 
 
 def cost(model: nn.Module, cfg: AdapterConfig, batch: int = 1, length: int = 2048) -> Cost:
     """What one training step of `batch` x `length` tokens costs with an adapter of this config, counted without weights.
 
     The page itself is run on shapes, forward and backward: nothing is stated method by method. Memory: bytes that autograd keeps between
-    the passes (unique storages, parameters not counted), with the attention kernel that torch picks on a CPU, which keeps no T x T matrix.
-    Operations: those of matrix products and attention, as `torch.utils.flop_counter` counts them.
+    the passes (unique storages, parameters not counted), with the attention kernel that torch picks on a CPU, which keeps no T x T matrix;
+    without gradient checkpointing, and (`*_checkpointed`) the most that lives at once when every block is checkpointed.
+    Operations: those of matrix products and attention, as `torch.utils.flop_counter` counts them; small factorisations are not counted.
 
     Raises:
         ConfigError: no transformers model; TargetError: as `ll.plan`.
