@@ -1,4 +1,4 @@
-"""Leading eigenvectors and singular triplets: block Lanczos with a proof of convergence, the dense decomposition otherwise."""
+"""Leading eigenvectors and singular triplets: block Lanczos with a proof of convergence, dense decompositions otherwise."""
 
 from __future__ import annotations
 
@@ -32,21 +32,33 @@ def top_svd(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     tall = M.shape[0] > M.shape[1]
     N = M if tall else M.mT  # iterate on the shorter side
     found = _lanczos(lambda v: N.mT @ (N @ v), M, N.shape[1], k)
-    if found is None:
+    Q = found[1] if found is not None else _gram(N, k)
+    if Q is None:
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         U, S, V = U[:, :k], S[:k], Vh[:k].mT
     else:  # N Q has the singular values of N itself, not their squares
-        Q = found[1]
         U, S, Wh = torch.linalg.svd(N @ Q, full_matrices=False)
         U, V = (U, Q @ Wh.mT) if tall else (Q @ Wh.mT, U)
     sign = fix_signs(V)
     return U * sign, S, V * sign
 
 
+def _gram(N: Tensor, k: int) -> Tensor | None:
+    """The k leading right singular vectors of a tall N as eigenvectors of NᵀN: a third to a half of the time of an SVD, and closer
+    to the truth, while the k-th singular value is not small beside the first, whose square buries it. Then fp64, or None."""
+    for dtype in (N.dtype, torch.float64) if N.dtype != torch.float64 else (N.dtype,):
+        T = N.to(dtype)
+        e, V = torch.linalg.eigh(T.mT @ T)
+        floor = 1e-2 if dtype == N.dtype else 1e-8
+        if bool(e[-k:][0] > floor * e[-1]):
+            return V[:, -k:].flip(1).to(N.dtype)
+    return None
+
+
 def _lanczos(apply: Callable[[Tensor], Tensor], like: Tensor, d: int, k: int) -> tuple[Tensor, Tensor] | None:
     """Ritz pairs of a symmetric operator on R^d in a block Krylov space, or None where that is no gain or has not converged."""
     width = k + OVERSAMPLE
-    if 4 * BLOCKS * width > 3 * d:
+    if 6 * BLOCKS * width > d:  # flat spectra do not converge, and then the time is lost
         return None
     start = torch.randn(d, width, generator=Generator().manual_seed(0)).to(like.device, like.dtype)
     Q = torch.linalg.qr(start).Q
@@ -61,6 +73,7 @@ def _lanczos(apply: Callable[[Tensor], Tensor], like: Tensor, d: int, k: int) ->
     T = V.mT @ apply(V)
     e, W = torch.linalg.eigh((T + T.mT) / 2)
     e, X = e[-k:].flip(0), V @ W[:, -k:].flip(1)
-    residual = torch.linalg.vector_norm(apply(X) - X * e, dim=0).max()
-    tolerance = 1e-5 if like.dtype == torch.float32 else 1e-9
-    return (e, X) if bool(residual <= tolerance * e[0].abs()) else None
+    residual = torch.linalg.vector_norm(apply(X) - X * e, dim=0)
+    tolerance = 3e-6 if like.dtype == torch.float32 else 1e-9
+    # as the backward error of singular triplets: measured by the first eigenvalue alone, a large first would hide errors in all others
+    return (e, X) if bool((residual <= tolerance * (e[0] * e.clamp_min(0)).sqrt()).all()) else None
