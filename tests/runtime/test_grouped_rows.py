@@ -36,6 +36,12 @@ def model_with(ranks: list[int]) -> nn.Module:
     return model
 
 
+def by_segments(monkeypatch):
+    monkeypatch.setattr(
+        "lora_lite.runtime.hooks.grouped", lambda layer, site, groups, x, y: (x if y is None else y, groups)
+    )
+
+
 ROWS = ["a1", None, "a0", "a2", "a1", None]
 
 
@@ -77,7 +83,7 @@ def test_gradients_equal_the_segments(monkeypatch, wide):
         for handle in ll.adapters(model).values():
             handle.trainable = True
         if not fast:
-            monkeypatch.setattr("lora_lite.runtime.hooks.grouped", lambda *a: None)
+            by_segments(monkeypatch)
         with ll.rows(model, ROWS):
             model(x).square().sum().backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if "lora_" in n})
@@ -106,3 +112,87 @@ def test_nan_stays_in_its_row():
     with torch.no_grad(), ll.rows(model, ["a0", "a1", None]):
         y = model(x)
     assert y[0].isfinite().all() and y[2].isfinite().all() and y[1].isnan().any()
+
+
+FEATURE_WISE = [v for v in ll.variants() if v.by_feature is not None and v.site == "linear"]
+
+
+def calls(monkeypatch, name):
+    """How often the grouped path ran one call for several adapters."""
+    seen, real = [], getattr(grouped, name)
+    monkeypatch.setattr(grouped, name, lambda *a: seen.append(len(a[2])) or real(*a))
+    return seen
+
+
+def mixed_model(configs, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = Flat().eval()
+    for i, cfg in enumerate(configs):
+        ll.attach(model, cfg, name=f"a{i}")
+    g = torch.Generator().manual_seed(3)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data.normal_(std=0.3, generator=g)
+    for handle in ll.adapters(model).values():
+        handle.trainable = True
+    return model.to(dtype)
+
+
+def test_the_feature_wise_methods_are_known():
+    assert [v.name for v in FEATURE_WISE] == ["bitfit", "ia3", "ia3_ff", "road"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("variant", FEATURE_WISE, ids=lambda v: v.name)
+def test_feature_wise_methods_go_in_one_call(monkeypatch, variant, flat, dtype):
+    cfg = variant.config(variant=variant.name, target_names=(r"layers\.\d",))
+    x = torch.randn(6, 4, 20, dtype=dtype)
+    x[1, 2, 3] = float("inf")  # a row without adapter keeps even this
+    outputs, grads = [], []
+    for fast in (True, False):
+        model = mixed_model([cfg] * 3, dtype)
+        seen = calls(monkeypatch, "_by_feature")
+        if not fast:
+            by_segments(monkeypatch)
+        with ll.rows(model, ROWS):
+            y = model(x, flat)
+            with torch.no_grad():
+                kept = [model(x, flat) for _ in range(2)][1]
+        with ll.active(model, None):
+            assert torch.equal(y[1], model(x, flat)[1])
+        torch.testing.assert_close(kept, y, equal_nan=True)
+        y[[0, 2, 3, 4, 5]].float().square().sum().backward()
+        outputs.append(y.detach())
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if "lora_" in n})
+        assert bool(seen) == fast and set(seen) <= {3}
+    tolerance = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    torch.testing.assert_close(outputs[0], outputs[1], equal_nan=True, **tolerance)
+    for name in grads[0]:
+        torch.testing.assert_close(
+            grads[0][name], grads[1][name], atol=1e-4 if dtype == torch.float32 else 0.5, rtol=0.05
+        )
+
+
+def test_many_methods_in_one_batch_go_by_kin(monkeypatch):
+    where = {"target_names": (r"layers\.\d",)}
+    configs = [
+        ll.LoRAConfig(r=3, alpha=7, **where),
+        ll.IA3Config(**where),
+        ll.LoRAConfig(r=2, alpha=5, **where),
+        ll.IA3Config(**where),
+        ll.IA3Config(side="input", **where),
+        ll.RoadConfig(group_size=4, **where),
+        ll.RoadConfig(group_size=2, **where),
+        ll.DoRAConfig(r=2, alpha=3, **where),
+    ]
+    model = mixed_model(configs)
+    rows = [*(f"a{i}" for i in range(8)), None]
+    x = torch.randn(9, 4, 20)
+    pairs, gates = calls(monkeypatch, "_low_rank"), calls(monkeypatch, "_by_feature")
+    with ll.rows(model, rows):
+        y = model(x)
+    assert set(pairs) == {2} and set(gates) == {2}
+    for i, name in enumerate(rows):
+        with ll.active(model, name):
+            torch.testing.assert_close(y[i], model(x)[i], atol=2e-6, rtol=1e-5)

@@ -66,6 +66,10 @@ class Variant:
     """`(layer) -> (A (k, d_in), B (d_out, k))` with y_new = y + x Aᵀ Bᵀ, scale folded in: exact export, sums of adapters, grouped rows."""
     from_factors: ClassVar[Callable[..., Any] | None] = None
     """`(layer, A, B)`: write the inverse of `factors` into the staged tensors; the method that holds combined adapters has it."""
+    by_feature: ClassVar[Callable[..., Any] | None] = None
+    """`(layer, side) -> vectors (d,)`, or None on the side ("input", "output") where it does nothing; and"""
+    act: ClassVar[Callable[..., Any] | None] = None
+    """`(cfg, v, *vectors) -> v_new`: what a method that works feature by feature does to x or y, also with one vector (n, 1, d) per row."""
     on_step: ClassVar[Callable[..., Any] | None] = None
     """`(targets, cfg, step)`: after every optimiser step, gradients still there. `step` counts from 1 to `targets.total_steps`
     over the whole run, also across save and load; `view.master("lora_A")` is the parameter, with `.grad`."""

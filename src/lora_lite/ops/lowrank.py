@@ -96,8 +96,9 @@ class _Scale(torch.autograd.Function):
 
 
 def scale_outputs(y: Tensor, h: Tensor, b: Tensor | None) -> Tensor:
-    """y + h (y − b): the outputs W x scaled by 1 + h (d_out,), the bias b (frozen) left alone. Rounds once; 1 + h is never formed."""
-    if not own_backward():
+    """y + h (y − b): the outputs W x scaled by 1 + h (d_out,), or (n, 1, d_out) with a gain per row; the bias b (frozen) is left alone.
+    Rounds once; 1 + h is never formed."""
+    if h.dim() > 1 or not own_backward():
         return torch.addcmul(y, y if b is None else y - b, h)
     return _Scale.apply(y, h, b)  # pyright: ignore[reportReturnType]
 

@@ -188,12 +188,12 @@ class _MixPairs(torch.autograd.Function):
 
 
 def mix_pairs(y: Tensor, c: Tensor, s: Tensor, group: int) -> Tensor:
-    """y + c∘y + s∘partner(y), c and s (d,): a 2x2 map of each pair, as its difference from the identity.
+    """y + c∘y + s∘partner(y), c and s (d,), or (n, 1, d) with vectors per row: a 2x2 map of each pair, as its difference from the identity.
 
     Coordinates of a group (first half, second half) are partners at distance group/2; what is left at the end is a smaller group. Its odd
     middle coordinate has the partner 0.
     """
-    if not own_backward():
+    if c.dim() > 1 or not own_backward():
         return _mix(y, c, s, group)
     return _MixPairs.apply(y, c, s, group)  # pyright: ignore[reportReturnType]
 

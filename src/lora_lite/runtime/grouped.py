@@ -1,8 +1,11 @@
-"""Many low-rank adapters in one batch without a loop over them: one wide masked GEMM, or batched GEMMs over gathered factors."""
+"""Many adapters in one batch without a loop over them. Low rank: one wide masked GEMM, or batched GEMMs over gathered factors.
+Feature by feature: one call with gathered vectors. What neither covers is left to the segments."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,86 +21,129 @@ WIDE = 96
 
 @dataclass
 class Stack:
-    """The factors of several adapters of one layer, kept while their tensors do not change."""
+    """What several adapters of one layer were laid side by side to, kept while their tensors do not change."""
 
     epoch: int
     own: list[Tensor]
     """The stored tensors that went in, and"""
     versions: int
     """the sum of their versions."""
-    mask: Tensor | None
-    """Wide: (n, R), True where a row may see a column."""
-    A: Tensor
-    """Wide: (R, d_in). Batched: one (r, d_in) per row."""
-    B: Tensor
-    """Wide: (d_out, R). Batched: one (r, d_out) per row."""
+    parts: tuple[Any, ...]
 
 
-def grouped(layer: nn.Module, site: Site, groups: list[RowGroup], x: Tensor, y: Tensor) -> Tensor | None:
-    """y + x A_iᵀ B_iᵀ with adapter i of each row, or None where the segment path must do it.
+def grouped(
+    layer: nn.Module, site: Site, groups: list[RowGroup], x: Tensor, y: Tensor | None
+) -> tuple[Tensor, list[RowGroup]]:
+    """The new y (the new x where y is None), and the groups that the segments must still do.
 
-    That is: a single adapter, a method that declares no factors, or dropout at work. Rows without adapter get an exact zero.
+    Those are: a method alone in the batch, one that declares neither factors nor vectors, and one with dropout at work. Rows without adapter keep their bits.
     """
+    value = x if y is None else y
     if len(groups) < 2 or x.shape[0] == 0:
-        return None
-    slots = [site.slots[group.name] for group in groups]
-    for slot in slots:
-        if slot.factors is None or slot.forward_input is not None or (slot.cfg.dropout and layer.training):
-            return None
-    wide = sum(slot.cfg.r for slot in slots) <= WIDE
-    stack = _stack(layer, site, slots, groups, wide, y.dtype)
-    if wide:
-        return _wide(stack, x, y)
-    z = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), stack.A.mT)
-    return torch.baddbmm(y.reshape(y.shape[0], -1, y.shape[-1]), z, stack.B).view(y.shape)
+        return value, groups
+    alike: dict[str, list[RowGroup]] = {}
+    for group in groups:
+        alike.setdefault(_kin(site.slots[group.name], layer.training, y is None), []).append(group)
+    left = alike.pop("", [])
+    for kin, some in alike.items():
+        if len(some) < 2:
+            left += some
+        elif kin == LOW_RANK:
+            assert y is not None
+            value = _low_rank(layer, site, some, x, value)
+        else:
+            value = _by_feature(layer, site, some, value, "input" if y is None else "output")
+    return value, left
 
 
-def _stack(
-    layer: nn.Module, site: Site, slots: list[Slot], groups: list[RowGroup], wide: bool, dtype: torch.dtype
-) -> Stack:
-    """The factors as `Stack` describes them. Without gradients the result serves all calls of one `ll.rows` block, unless a
-    tensor was changed in place meanwhile."""
+LOW_RANK = "low rank"
+
+
+def _kin(slot: Slot, training: bool, before: bool) -> str:
+    """Groups of one kin go together; "" goes alone."""
+    if slot.by_feature is not None:
+        return slot.kin
+    if before or slot.factors is None or slot.forward_input is not None or (slot.cfg.dropout and training):
+        return ""
+    return LOW_RANK
+
+
+def _kept(
+    layer: nn.Module, site: Site, slots: list[Slot], key: tuple[Any, ...], build: Callable[[], tuple[Any, ...]]
+) -> tuple[Any, ...]:
+    """`build()`; without gradients the result serves all calls of one `ll.rows` block, unless a tensor was changed in place meanwhile."""
     state = site.state
-    keep = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    key = (tuple(slot.name for slot in slots), wide, dtype, groups[0].member.shape[0])
-    old: Stack | None = site.stacks.get(key) if keep else None
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return build()
+    key = (tuple(slot.name for slot in slots), *key)
+    old: Stack | None = site.stacks.get(key)
     if old is not None and old.epoch == state.row_epoch and old.versions == sum(t._version for t in old.own):
-        return old
-    own: list[Tensor] = []
-    if keep:
-        own = [t for slot in slots for a in slot.keys.values() if (t := tensor_on(layer, a)) is not None]
-        keep = not any(t.is_inference() for t in own)  # inference tensors count no versions
-    versions = sum(t._version for t in own) if keep else 0
-    pairs = [slot.factors(LayerView(layer, slot, dtype)) for slot in slots]  # type: ignore[misc]
-    ranks = [A.shape[0] for A, _ in pairs]
-    mask = None
-    if wide:
-        A, B = torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1)
+        return old.parts
+    own = [t for slot in slots for a in slot.keys.values() if (t := tensor_on(layer, a)) is not None]
+    if any(t.is_inference() for t in own):  # these count no versions
+        return build()
+    versions = sum(t._version for t in own)
+    parts = build()
+    if len(site.stacks) > 3:
+        site.stacks.clear()
+    site.stacks[key] = Stack(state.row_epoch, own, versions, parts)
+    return parts
+
+
+def _low_rank(layer: nn.Module, site: Site, groups: list[RowGroup], x: Tensor, y: Tensor) -> Tensor:
+    """y + x A_iᵀ B_iᵀ with adapter i of each row, an exact zero elsewhere."""
+    slots = [site.slots[group.name] for group in groups]
+    wide = sum(slot.cfg.r for slot in slots) <= WIDE
+
+    def build() -> tuple[Any, ...]:
+        pairs = [slot.factors(LayerView(layer, slot, y.dtype)) for slot in slots]  # type: ignore[misc]
+        ranks = [A.shape[0] for A, _ in pairs]
+        if not wide:
+            return (*_per_row(pairs, ranks, groups), None)
         mask = torch.cat([g.member[:, None].expand(-1, r) for g, r in zip(groups, ranks, strict=True)], 1)
-    else:
-        A, B = _per_row(pairs, ranks, groups)
-    new = Stack(state.row_epoch, own, versions, mask, A, B)
-    if keep:
-        if len(site.stacks) > 1:
-            site.stacks.clear()
-        site.stacks[key] = new
-    return new
+        return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1), mask
+
+    A, B, mask = _kept(layer, site, slots, (wide, y.dtype, y.shape[0]), build)
+    if mask is not None:  # z = x [A_1; …; A_K]ᵀ, foreign columns set to zero, y + z [B_1 … B_K]ᵀ
+        z = torch.where(mask.view(mask.shape[0], *(1,) * (x.dim() - 2), mask.shape[1]), x @ A.mT, 0)
+        return add_lowrank(y, z, B)
+    z = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), A.mT)
+    return torch.baddbmm(y.reshape(y.shape[0], -1, y.shape[-1]), z, B).view(y.shape)
 
 
 def _per_row(pairs: list[tuple[Tensor, Tensor]], ranks: list[int], groups: list[RowGroup]) -> tuple[Tensor, Tensor]:
-    """Padded to one rank and gathered by row; a zero pair serves rows without adapter."""
+    """A (n, r, d_in) and Bᵀ (n, r, d_out), padded to one rank and gathered by row; a zero pair serves rows without adapter."""
     pad, r = torch.nn.functional.pad, max(ranks)
     A = torch.stack([pad(A, (0, 0, 0, r - A.shape[0])) for A, _ in pairs])
     B = torch.stack([pad(B.mT, (0, 0, 0, r - B.shape[1])) for _, B in pairs])
-    index = torch.full(groups[0].member.shape, len(groups), device=A.device)
+    which = _which(groups)
+    return torch.cat((A, torch.zeros_like(A[:1])))[which], torch.cat((B, torch.zeros_like(B[:1])))[which]
+
+
+def _by_feature(layer: nn.Module, site: Site, groups: list[RowGroup], value: Tensor, side: str) -> Tensor:
+    """The method's map of every feature with the vectors of each row's adapter."""
+    slots = [site.slots[group.name] for group in groups]
+    act, vectors = slots[0].act, slots[0].by_feature
+    assert act is not None and vectors is not None
+
+    def build() -> tuple[Any, ...]:
+        found = [vectors(LayerView(layer, slot, value.dtype), side) for slot in slots]
+        if found[0] is None:  # it acts on the other side
+            return (None,)
+        which, lead = _which(groups), (-1, *(1,) * (value.dim() - 2))
+        columns = [torch.stack(column).to(value.dtype) for column in zip(*found, strict=True)]
+        gathered = [torch.cat((c, torch.zeros_like(c[:1])))[which].view(*lead, c.shape[1]) for c in columns]
+        return (which.ne(len(groups)).view(*lead, 1), *gathered)
+
+    has, *gathered = _kept(layer, site, slots, (side, value.dtype, value.shape[:1], value.dim()), build)
+    if has is None:
+        return value
+    return torch.where(has, act(slots[0].cfg, value, *gathered), value)
+
+
+def _which(groups: list[RowGroup]) -> Tensor:
+    """(n,) number of each row's group, len(groups) where it has none."""
+    index = torch.full(groups[0].member.shape, len(groups), device=groups[0].member.device)
     for i, group in enumerate(groups):
         index = torch.where(group.member, i, index)
-    return torch.cat((A, torch.zeros_like(A[:1])))[index], torch.cat((B, torch.zeros_like(B[:1])))[index]
-
-
-def _wide(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
-    """z = x [A_1; …; A_K]ᵀ, foreign columns set to zero, y + z [B_1 … B_K]ᵀ."""
-    mask = stack.mask
-    assert mask is not None
-    z = torch.where(mask.view(mask.shape[0], *(1,) * (x.dim() - 2), mask.shape[1]), x @ stack.A.mT, 0)
-    return add_lowrank(y, z, stack.B)
+    return index

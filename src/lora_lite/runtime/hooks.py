@@ -86,9 +86,8 @@ def run(
                 value = new if slot.own_weight else blend(value, new, weight)
         return value
     groups = row_groups(site, rows, x)
-    fast = grouped(layer, site, groups, x, y) if y is not None and site.kind == "linear" else None
-    if fast is not None:
-        return fast
+    if site.kind == "linear":
+        value, groups = grouped(layer, site, groups, x, y)
     for group in groups:
         slot = site.slots[group.name]
         if (slot.forward_input if y is None else slot.forward) is None:

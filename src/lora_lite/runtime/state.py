@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,10 +78,15 @@ class Record:
         self.__dict__.update(data, variant=get_variant(data["variant"]))
 
 
+PAGES = ("forward", "forward_input", "factors", "by_feature", "act")
+
+
 class Slot:
     """One adapter as a layer's hook finds it."""
 
     __slots__ = (
+        "act",
+        "by_feature",
         "cfg",
         "d_in",
         "d_out",
@@ -88,6 +94,7 @@ class Slot:
         "forward",
         "forward_input",
         "keys",
+        "kin",
         "name",
         "own_weight",
         "owners",
@@ -97,21 +104,27 @@ class Slot:
     def __init__(self, record: Record, target: Target, owners: dict[str, nn.Module]) -> None:
         self.name, self.path, self.cfg = record.name, target.path, target.cfg
         self.d_in, self.d_out = target.d_in, target.d_out
-        variant = target.variant
-        self.forward, self.forward_input = variant.forward, variant.forward_input
-        self.factors, self.own_weight = variant.factors, variant.own_weight
+        self.own_weight = target.variant.own_weight
+        own = {f.name: getattr(self.cfg, f.name) for f in dataclasses.fields(self.cfg)}
+        common = {f.name for f in dataclasses.fields(AdapterConfig)} - {"variant"}
+        self.kin = repr({k: v for k, v in own.items() if k not in common})
+        """What slots must have in common to act with one call."""
+        self._pages(target.variant)
         self.keys = {short: stored_name(short, record.name) for short in (*target.specs, *target.shared)}
         self.owners = owners
         """Short name -> the layer that owns it, for shared tensors only."""
 
+    def _pages(self, variant: type[Variant]) -> None:
+        for page in PAGES:
+            setattr(self, page, getattr(variant, page))
+
     def __getstate__(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in self.__slots__ if k not in ("factors", "forward", "forward_input")}
+        return {k: getattr(self, k) for k in self.__slots__ if k not in PAGES}
 
     def __setstate__(self, data: dict[str, Any]) -> None:
-        variant = get_variant(data["cfg"].variant)
-        pages = {"factors": variant.factors, "forward": variant.forward, "forward_input": variant.forward_input}
-        for k, v in {**data, **pages}.items():
+        for k, v in data.items():
             setattr(self, k, v)
+        self._pages(get_variant(data["cfg"].variant))
 
 
 class Site:

@@ -37,5 +37,13 @@ class BitFit(Variant):
         return {"lora_b": ParamSpec((d_out,), decay=False)}
 
     @staticmethod
+    def by_feature(layer, side):
+        return (layer.lora_b,) if side == "output" else None
+
+    @staticmethod
+    def act(cfg, v, b):
+        return v + b
+
+    @staticmethod
     def forward(layer, x, y):
         return y + layer.lora_b

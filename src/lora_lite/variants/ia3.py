@@ -50,6 +50,14 @@ class IA3(Variant):
         return {"lora_g": ParamSpec((d_out if cfg.side == "output" else d_in,), decay=False)}
 
     @staticmethod
+    def by_feature(layer, side):
+        return (layer.lora_g,) if layer.cfg.side == side else None
+
+    @staticmethod
+    def act(cfg, v, g):
+        return scale_outputs(v, g, None)
+
+    @staticmethod
     def forward_input(layer, x):
         return scale_outputs(x, layer.lora_g, None) if layer.cfg.side == "input" else x
 

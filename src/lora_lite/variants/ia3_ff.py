@@ -35,5 +35,13 @@ class IA3FF(Variant):
         return {"lora_g": ParamSpec((d_in,), decay=False)}
 
     @staticmethod
+    def by_feature(layer, side):
+        return (layer.lora_g,) if side == "input" else None
+
+    @staticmethod
+    def act(cfg, v, g):
+        return scale_outputs(v, g, None)
+
+    @staticmethod
     def forward_input(layer, x):
         return scale_outputs(x, layer.lora_g, None)

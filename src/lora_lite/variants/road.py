@@ -53,15 +53,27 @@ class ROAD(Variant):
         return {"lora_theta": ParamSpec(shape, decay=False), "lora_alpha": ParamSpec(shape, decay=False)}
 
     @staticmethod
+    def by_feature(layer, side):
+        return pair_map(layer) if side == "output" else None
+
+    @staticmethod
+    def act(cfg, v, c, s):
+        return mix_pairs(v, c, s, cfg.group_size)
+
+    @staticmethod
     def forward(layer, x, y):
-        group = layer.cfg.group_size
-        c, s = layer.once("map", lambda: pair_map(layer, y.shape[-1], group))
-        return mix_pairs(y, c.to(y.dtype), s.to(y.dtype), group)
+        c, s = pair_map(layer)
+        return mix_pairs(y, c.to(y.dtype), s.to(y.dtype), layer.cfg.group_size)
 
 
-def pair_map(layer, d, group):
-    """What every output takes of itself beyond 1, and of its partner, (d,) each."""
-    a, theta = layer.tiny("lora_alpha"), layer.tiny("lora_theta")
-    cos, sin = a * theta.cos() - 2 * (theta / 2).sin() ** 2, (1 + a) * theta.sin()
-    c1, s1, s2, c2 = ROWS[layer.cfg.per_pair]
-    return pair_layout(cos[c1], cos[c2], d, group), pair_layout(-sin[s1], sin[s2], d, group)
+def pair_map(layer):
+    """What every output takes of itself beyond 1, and of its partner, (d_out,) each."""
+
+    def compute():
+        d, group = layer.out_features, layer.cfg.group_size
+        a, theta = layer.tiny("lora_alpha"), layer.tiny("lora_theta")
+        cos, sin = a * theta.cos() - 2 * (theta / 2).sin() ** 2, (1 + a) * theta.sin()
+        c1, s1, s2, c2 = ROWS[layer.cfg.per_pair]
+        return pair_layout(cos[c1], cos[c2], d, group), pair_layout(-sin[s1], sin[s2], d, group)
+
+    return layer.once("map", compute)
