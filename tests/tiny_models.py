@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -103,7 +104,7 @@ def build(name: str, **changes):
     if changes:
         config = type(config)(**{**config.to_dict(), **changes})
     torch.manual_seed(0)
-    return cls(config).eval()
+    return cls(copy.deepcopy(config)).eval()
 
 
 def batch(name: str, rows: int = 2, tokens: int = 7) -> dict[str, torch.Tensor]:

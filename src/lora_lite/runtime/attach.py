@@ -17,6 +17,7 @@ from .calibrate import Targets
 from .handle import Adapter
 from .hooks import post_hook, pre_hook, root_post_hook, root_pre_hook
 from .norms import read_norm
+from .outside import after_state_dict, before_load_state_dict, vocabulary_of
 from .plan import Plan, plan
 from .progress import track
 from .staging import StagedTarget, TrialView, stage
@@ -37,7 +38,12 @@ from .state import (
 from .virtual import PLACES, try_page
 
 HOOKS: dict[str, Callable[..., Any]] = {"_forward_pre_hooks": pre_hook, "_forward_hooks": post_hook}
-ROOT_HOOKS: dict[str, Callable[..., Any]] = {"_forward_pre_hooks": root_pre_hook, "_forward_hooks": root_post_hook}
+ROOT_HOOKS: dict[str, Callable[..., Any]] = {
+    "_forward_pre_hooks": root_pre_hook,
+    "_forward_hooks": root_post_hook,
+    "_load_state_dict_pre_hooks": before_load_state_dict,
+    "_state_dict_hooks": after_state_dict,
+}
 
 
 def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, name: str = DEFAULT) -> Adapter:
@@ -188,6 +194,9 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
         model.__dict__[STATE] = state
         model.register_forward_pre_hook(root_pre_hook, with_kwargs=True)
         model.register_forward_hook(root_post_hook, with_kwargs=True)
+        model.register_load_state_dict_pre_hook(before_load_state_dict)
+        model.register_state_dict_post_hook(after_state_dict)
+    state.vocabulary |= vocabulary_of(model, owners)
     state.records[record.name] = record
     state.active = ((record.name, 1.0),)
     state.row_epoch += 1
@@ -279,7 +288,7 @@ def _base_trainable(model: nn.Module) -> list[str]:
 def _remove_hooks(module: nn.Module, hooks: dict[str, Callable[..., Any]]) -> None:
     for table_name, function in hooks.items():
         table = getattr(module, table_name)
-        for key in [k for k, h in table.items() if h is function]:
+        for key in [k for k, h in table.items() if getattr(h, "hook", h) is function]:  # torch wraps some
             del table[key]
             for extra in ("_with_kwargs", "_always_called"):
                 getattr(module, table_name + extra, {}).pop(key, None)

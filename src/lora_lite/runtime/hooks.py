@@ -13,6 +13,7 @@ from ..core.errors import LoraLiteWarning, SelectionError, StateError, WeightErr
 from . import memo
 from .grouped import grouped
 from .layer import LayerView
+from .outside import watch_vocabulary
 from .positions import Call, locate
 from .recompute import selection_of
 from .rows import blend, row_groups
@@ -127,6 +128,8 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         state.call_grad = torch.is_grad_enabled()
         state.cut_by_checkpoint = False
         memo.begin(state, model, kwargs)
+        if state.vocabulary:
+            watch_vocabulary(model, state)
         if state.call_grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)

@@ -154,6 +154,8 @@ class ModelState:
         self.base_trainable: list[str] = []
         """Base parameters that required a gradient before the first attach; detach gives it back."""
         self.merged: Any = None
+        self.vocabulary: dict[str, int] = {}
+        """Rows of the adapted embeddings and heads when they were adapted, see `outside`."""
         self.batch: int | None = None
         """Batch size of the running root call."""
         self.call_grad = False
@@ -178,7 +180,7 @@ class ModelState:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy is in no call and no scope of the original
-        kept = ("records", "active", "row_epoch", "base_trainable", "merged")
+        kept = ("records", "active", "row_epoch", "base_trainable", "merged", "vocabulary")
         return {**ModelState().__dict__, **{k: self.__dict__[k] for k in kept}}
 
 
