@@ -77,8 +77,9 @@ def test_role_filters_choose_exactly_these_layers():
 def test_fused_experts_are_listed_not_forgotten():
     plan = ll.plan(tiny_models.build("mixtral"), ll.LoRAConfig())
     fused = {path: why for path, why in plan.unadapted if "experts" in path}
-    assert set(fused) == {f"model.layers.{i}.mlp.experts.{w}" for i in (0, 1) for w in ("gate_up_proj", "down_proj")}
-    assert all("2x" in why for why in fused.values())
+    names = ("lora_gate_up_proj", "lora_down_proj")
+    assert set(fused) == {f"model.layers.{i}.mlp.experts.{w}" for i in (0, 1) for w in names}
+    assert all("add it with target_kinds" in why for why in fused.values())
     assert "model.layers.0.mlp.gate.weight" in dict(plan.unadapted)
     assert "experts" in str(plan)
 

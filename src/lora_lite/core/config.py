@@ -16,7 +16,7 @@ import torch
 from .errors import ConfigError, did_you_mean
 
 Role = Literal["reader", "writer", "inner"]
-Kind = Literal["linear", "embedding", "conv", "norm"]
+Kind = Literal["linear", "embedding", "conv", "norm", "experts"]
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -43,7 +43,7 @@ class AdapterConfig:
     target_names: tuple[str, ...] | None = None
     """Regular expressions, each matched against the whole path or its tail after a dot. None: all linear layers of the blocks."""
     target_kinds: tuple[Kind, ...] = ("linear",)
-    """Also adapt embeddings, convolutions or norms: "linear", "embedding", "conv", "norm"."""
+    """What to adapt: "linear", "embedding", "conv", "norm", and "experts" whose weights are one fused parameter (mixtures of experts)."""
     exclude_names: tuple[str, ...] = ()
     """Regular expressions of targets to leave out, matched in the same way."""
     train_modules: tuple[str, ...] = ()
@@ -157,7 +157,8 @@ class AdapterConfig:
 
 def matches(pattern: str, path: str) -> bool:
     """Whether the regular expression matches the whole path or its tail after a dot."""
-    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path) is not None
+    # fused experts are targets under `experts.lora_gate_up_proj`, and everybody calls them `experts.gate_up_proj`
+    return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", p) for p in {path, path.replace(".lora_", ".")})
 
 
 _HINTS: dict[type, dict[str, Any]] = {}

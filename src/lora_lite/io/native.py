@@ -31,10 +31,11 @@ from ..core.errors import (
 )
 from ..core.registry import get_variant
 from ..runtime.attach import check_attachable, commit
+from ..runtime.bank import banks
 from ..runtime.compact import compacted
 from ..runtime.handle import Adapter
 from ..runtime.plan import add_shared, make_target
-from ..runtime.staging import StagedTarget, stage
+from ..runtime.staging import StagedTarget, modules_of, stage
 from ..runtime.state import DEFAULT, Record, Target, owned_tensors, record_of, state_of, unwrap
 from ..runtime.structure import describe
 from ..runtime.weights import extent, fingerprint, is_sharded
@@ -181,6 +182,7 @@ def header(record: Record) -> dict[str, Any]:
         entry: dict[str, Any] = {"d_in": t.d_in, "d_out": t.d_out, "r": t.cfg.r, "scale": t.cfg.scale, "base": t.base}
         beside = {"variant": t.cfg.variant} if defaults is not cfg else {}
         kind = {"kind": t.kind} if t.kind != "linear" else {}
+        kind |= {"experts": t.experts} if t.experts else {}
         tied = {"tied": t.tied} if t.tied else {}
         targets[t.path] = entry | ({"config": own} if own else {}) | kind | beside | tied
     return {
@@ -268,6 +270,8 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
     cfg = config_from_header(head, where)
     variant = get_variant(cfg.variant)
     modules = dict(model.named_modules())
+    if any(isinstance(e, dict) and e.get("kind") == "experts" for e in head["targets"].values()):
+        modules |= banks(model, describe(model).d_model)
     widths: dict[str, tuple[str, int, int]] = {}
     if variant.site == "block":
         structure = describe(model)
@@ -282,6 +286,7 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
         try:
             method = get_variant(entry["variant"]) if "variant" in entry else variant
             found = widths.get(path) if method.site == "block" else extent(modules[path])
+            experts = getattr(modules[path], "n_experts", 0) if found is not None and found[0] == "experts" else 0
             kind, d_in, d_out = str(entry.get("kind", "linear")), entry["d_in"], entry["d_out"]
             if found is None or found[0] != kind:
                 raise FileError(f"{path} is no {kind} layer in this model.")
@@ -291,7 +296,11 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
             known = {f.name for f in dataclasses.fields(defaults)}
             changes = {k: v for k, v in entry.get("config", {}).items() if k in known}
             own = method.config.from_dict({**defaults.to_dict(), **changes})
-            target = make_target(path, d_in, d_out, own, kind)
+            if entry.get("experts", 0) != experts:
+                raise FileError(
+                    f"{path} holds {experts} experts in this model and {entry.get('experts', 0)} in the file."
+                )
+            target = make_target(path, d_in, d_out, own, kind, experts)
             if abs(float(entry.get("scale", own.scale)) - own.scale) > 1e-6 * abs(own.scale):
                 raise FileError(
                     f"{path} was saved with scale {entry['scale']}, and its config makes {own.scale} of it: the config was edited."
@@ -370,11 +379,12 @@ def _check_keys(expected: dict[str, Any], got: dict[str, Tensor], where: str) ->
 
 def _check_base(model: nn.Module, record: Record, head: dict[str, Any], base_check: str, where: str) -> None:
     """Compare each target's fingerprint with the file's, within the coarser dtype's rounding; quantised bases only warn."""
+    modules = modules_of(model, record.targets.values())
     for target in record.targets.values():
         old = head["targets"][target.path].get("base")
         if target.kind == "block" or not isinstance(old, dict) or not isinstance(old.get("sample"), list):
             continue
-        new = fingerprint(model.get_submodule(target.path))
+        new = fingerprint(modules[target.path])
         if not new:
             continue
         if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in old["sample"]):

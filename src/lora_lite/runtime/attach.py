@@ -13,7 +13,9 @@ from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, StateError, TargetError, WeightError
 from ..core.registry import get_variant
 from . import weights
+from .bank import Bank
 from .calibrate import Targets
+from .experts import experts_post_hook, experts_pre_hook, init_each, try_experts
 from .handle import Adapter
 from .hooks import post_hook, pre_hook, root_post_hook, root_pre_hook
 from .norms import read_norm
@@ -38,6 +40,10 @@ from .state import (
 from .virtual import PLACES, try_page
 
 HOOKS: dict[str, Callable[..., Any]] = {"_forward_pre_hooks": pre_hook, "_forward_hooks": post_hook}
+EXPERT_HOOKS: dict[str, Callable[..., Any]] = {
+    "_forward_pre_hooks": experts_pre_hook,
+    "_forward_hooks": experts_post_hook,
+}
 ROOT_HOOKS: dict[str, Callable[..., Any]] = {
     "_forward_pre_hooks": root_pre_hook,
     "_forward_hooks": root_post_hook,
@@ -80,7 +86,11 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, n
         beside = [view for view in staged if view.cfg.variant != cfg.variant]
         for view in track(staged, f"{variant.name} init"):
             page, init, kind = view.target.variant.forward, view.target.variant.init, view.target.kind
-            if init is not None:
+            if isinstance(view.module, Bank):
+                if init is not None:
+                    init_each(view, view.module, init)
+                try_experts(view, view.module)
+            elif init is not None:
                 init(view, view.cfg)
             if kind in PLACES and page is not None and view.device.type != "meta":
                 try_page(page, TrialView(view), view.module, kind, view.device, view.target.d_out)
@@ -137,8 +147,10 @@ def check_readable(model: nn.Module, the_plan: Plan) -> None:
     if the_plan.cfg.dequantize:
         return
     for t in the_plan.targets:
+        if not t.variant.needs_weight or t.kind != "linear":
+            continue
         module = model.get_submodule(t.path)
-        if t.variant.needs_weight and t.kind == "linear" and weights.is_quantised(module):
+        if weights.is_quantised(module):
             raise WeightError(
                 f"{t.path}: variant {the_plan.cfg.variant!r} reads the dense weight, and this {type(module).__name__} is quantised. "
                 f"Allow reading it with {type(the_plan.cfg).__name__}(..., dequantize=True), or use a variant that does not need the weight."
@@ -185,8 +197,11 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
         site = layer.__dict__.get(SITE)
         if site is None:
             site = layer.__dict__[SITE] = Site(target.path, target.kind, state)
-            layer.register_forward_pre_hook(pre_hook, with_kwargs=True)
-            layer.register_forward_hook(post_hook, with_kwargs=True)
+            if isinstance(layer, Bank):
+                _join(layer, target.path.rpartition(".")[2])
+            else:
+                layer.register_forward_pre_hook(pre_hook, with_kwargs=True)
+                layer.register_forward_hook(post_hook, with_kwargs=True)
         site.norm = norms.get(target.path)
         site.slots[record.name] = Slot(record, target, {short: owners[path] for short, path in target.shared.items()})
         site.has_input = any(s.forward_input is not None for s in site.slots.values())
@@ -236,6 +251,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             if not site.slots:
                 del layer.__dict__[SITE]
                 _remove_hooks(layer, HOOKS)
+                if isinstance(layer, Bank):
+                    _leave(layer, target.path.rpartition(".")[2])
     state.active = tuple((n, w) for n, w in state.active if n in state.records)
     state.row_epoch += 1
     if not state.records:
@@ -246,6 +263,22 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         del model.__dict__[STATE]
         _remove_hooks(model, ROOT_HOOKS)
     reset_compiled()
+
+
+def _join(bank: Bank, name: str) -> None:
+    """Make a bank a child of the experts' module, whose hooks swap the adapted weights in."""
+    owner: nn.Module = bank.__dict__["owner"]
+    if not any(isinstance(m, Bank) for m in owner._modules.values()):
+        owner.register_forward_pre_hook(experts_pre_hook, with_kwargs=True)
+        owner.register_forward_hook(experts_post_hook, with_kwargs=True, always_call=True)
+    owner.add_module(name, bank)
+
+
+def _leave(bank: Bank, name: str) -> None:
+    owner: nn.Module = bank.__dict__["owner"]
+    del owner._modules[name]
+    if not any(isinstance(m, Bank) for m in owner._modules.values()):
+        _remove_hooks(owner, EXPERT_HOOKS)
 
 
 def rename(model: nn.Module, old: str, new: str) -> None:

@@ -74,6 +74,10 @@ def combine(
             raise StateError(
                 f"adapter {record.name!r} trains {record.beside[0].path!r} whole, which a sum of factors cannot hold. Activate both adapters instead: ll.activate(model, {dict(weights)})."
             )
+        if any(t.experts for t in record.targets.values()):
+            raise StateError(
+                f"adapter {record.name!r} stands on fused experts, which ll.combine does not sum. Activate the adapters together instead: ll.activate(model, {dict(weights)})."
+            )
         if record.variant.factors is None:
             raise StateError(
                 f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, so a weighted sum of it would be another model. Activate both instead: ll.activate(model, {dict(weights)})."

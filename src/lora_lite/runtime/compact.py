@@ -30,6 +30,8 @@ def compacted(
             targets[path] = target
             small |= {_key(path, short): t for short, t in own.items()}
             continue
+        if target.experts:
+            raise StateError(f"{path}: adapters on fused experts cannot be compacted; keep the adapter as it is.")
         view = StagedView(unwrap(model).get_submodule(path), Slot(record, target, {}), own)
         with torch.no_grad():
             result = record.variant.compact(view, rank)

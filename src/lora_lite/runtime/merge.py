@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ..core.errors import LoraLiteError, StateError, WeightError
 from . import weights
+from .bank import Bank
+from .experts import ExpertView, slices
+from .fold import fold
 from .layer import DenseView
 from .norms import norm_of
 from .progress import track
-from .rows import blend
 from .select import active as active_scope
 from .state import (
     SITE,
@@ -167,21 +169,7 @@ def merged_weight(
     b = None if b is None else b.detach().to(dtype)
     d_out, d_in = w.shape
     slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
-    views = []
-    for slot, weight in slots:
-        view = DenseView(layer, slot, w, b)
-        view.strength = weight
-        views.append((slot, 1.0 if slot.own_weight else weight, view))
-
-    def f(x: Any) -> Tensor:
-        for slot, weight, view in views:
-            if slot.forward_input is not None:
-                x = blend(x, slot.forward_input(view, x), weight)
-        y = x @ w.mT if b is None else x @ w.mT + b
-        for slot, weight, view in views:
-            if slot.forward is not None:
-                y = blend(y, slot.forward(view, x, y), weight)
-        return y
+    f = fold([(slot, weight, DenseView(layer, slot, w, b)) for slot, weight in slots], w, b)
 
     if site.kind == "norm":
         one, zero = (f(Normed(t)) for t in (torch.ones_like(w.mT), torch.zeros_like(w.mT)))
@@ -211,6 +199,9 @@ def _merge_layer(
     merged: Merged,
     report: MergeReport,
 ) -> None:
+    if isinstance(layer, Bank):
+        _merge_bank(path, layer, site, chosen, merged, report)
+        return
     was_training = layer.training
     layer.eval()
     try:
@@ -265,6 +256,35 @@ def _merge_layer(
         layer.register_parameter("bias", nn.Parameter(bias.to(dtype), requires_grad=False))
 
 
+def _merge_bank(
+    path: str, bank: Bank, site: Site, chosen: tuple[tuple[str, float], ...], merged: Merged, report: MergeReport
+) -> None:
+    """One expert after the other, so that one weight at a time stands in fp64."""
+    stored, bias = bank.dense().data, bank.bias
+    original = Original(path, bank.weight.detach().to("cpu", copy=True))
+    original.bias = None if bias is None else bias.detach().to("cpu", copy=True)
+    merged.originals.append(original)
+    dtype = torch.float32 if stored.device.type == "mps" else torch.float64
+    slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
+    change = size = rounding = 0.0
+    for e in range(bank.n_experts):
+        w, b = stored[e].to(dtype), None if bias is None else bias.detach()[e].to(dtype)
+        views = [(s, k, ExpertView(bank, s, w, b, {n: t[e] for n, t in slices(bank, s).items()})) for s, k in slots]
+        f = fold(views, w, b)
+        shift = f(w.new_zeros(1, bank.d_in))[0]
+        new = (f(torch.eye(bank.d_in, dtype=dtype, device=w.device)) - shift).mT
+        if not (torch.isfinite(new).all() and torch.isfinite(shift).all()):
+            raise StateError(
+                f"{path}: the merged weight of expert {e} is not finite; look at the adapter's tensors with ll.adapter_state_dict."
+            )
+        change, size = change + float((new - w).square().sum()), size + float(w.square().sum())
+        stored[e].copy_(new.to(stored.dtype))
+        rounding = max(rounding, float((stored[e].to(dtype) - new).abs().max() / new.abs().max().clamp_min(1e-30)))
+        if bias is not None:
+            bias.data[e].copy_(shift.to(bias.dtype))
+    report.change[path], report.rounding[path] = (change / max(size, 1e-60)) ** 0.5, rounding
+
+
 @torch.no_grad()
 def _restore(model: nn.Module, merged: Merged) -> None:
     for original in reversed(merged.originals):
@@ -308,6 +328,8 @@ def _mergeable(
             owners.setdefault(w.data_ptr(), []).append(path)
     for path, layer, site in sites:
         w = layer._parameters.get("weight")
+        if isinstance(layer, Bank):
+            continue  # no module but its owner knows the parameter
         plain = site.kind == "norm" or weights.is_plain(layer)
         if not plain and weights.is_quantised(layer) and not dequantize:
             raise WeightError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from ..core.errors import LoraLiteError, TargetError, did_you_mean, listing
 from ..core.registry import get_variant, resolve
 from ..core.spec import ParamSpec
 from . import weights
+from .bank import Bank
+from .experts import check_method
 from .state import SITE, Target, unwrap
 from .structure import Site, Structure, describe
 from .virtual import check_place
@@ -63,7 +66,8 @@ class Plan:
             path = (
                 t.path if layer is None else ".".join("*" if part == str(layer) else part for part in t.path.split("."))
             )
-            entry = table.setdefault((path, role, t.d_in, t.d_out, dtype + (" quantised" if quantised else "")), [0, 0])
+            stored = dtype + (" quantised" if quantised else "") + (f" x {t.experts}" if t.experts else "")
+            entry = table.setdefault((path, role, t.d_in, t.d_out, stored), [0, 0])
             entry[0] += 1
             entry[1] += sum(math.prod(s.shape) for s in t.specs.values() if s.is_trained)
         return [
@@ -215,10 +219,11 @@ def select(sites: list[Site], structure: Structure, cfg: AdapterConfig) -> tuple
 def target_of(site: Site, cfg: AdapterConfig) -> Target:
     """The target on one layer, for a config that `for_target` has been through."""
     cfg = cfg.for_layer(weights.bias_of(site.module) is not None)
-    return make_target(site.path, site.d_in, site.d_out, cfg, site.kind)
+    experts = site.module.n_experts if isinstance(site.module, Bank) else 0
+    return make_target(site.path, site.d_in, site.d_out, cfg, site.kind, experts)
 
 
-def make_target(path: str, d_in: int, d_out: int, cfg: AdapterConfig, kind: str = "linear") -> Target:
+def make_target(path: str, d_in: int, d_out: int, cfg: AdapterConfig, kind: str = "linear", experts: int = 0) -> Target:
     """The tensors that the variant wants on one layer, checked."""
     variant = get_variant(cfg.variant)
     try:
@@ -230,7 +235,9 @@ def make_target(path: str, d_in: int, d_out: int, cfg: AdapterConfig, kind: str 
             raise TargetError(
                 f"{variant.name}.param_specs names a tensor {short!r}; names begin with 'lora_' and hold neither '@' nor '.'."
             )
-    return Target(path, d_in, d_out, cfg, dict(specs), kind)
+    if experts:
+        specs = {k: dataclasses.replace(s, shape=(experts, *s.shape)) for k, s in specs.items()}
+    return Target(path, d_in, d_out, cfg, dict(specs), kind, experts)
 
 
 def add_shared(targets: list[Target], cfg: AdapterConfig) -> None:
@@ -258,6 +265,8 @@ def _check_site(site: Site, structure: Structure, cfg: AdapterConfig) -> None:
             raise TargetError(
                 f"{site.path}: dropout on the one-hot input of an embedding has no meaning; set dropout=0 or exclude it."
             )
+    if site.kind == "experts":
+        check_method(site.path, cfg)
     if site.uncalled:
         raise TargetError(
             f"{site.path} is never called as a module ({site.uncalled}), so an adapter there would do nothing. Add it to exclude_names."

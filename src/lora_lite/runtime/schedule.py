@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.errors import StateError
+from .experts import expert_views
 from .layer import LayerView
 from .state import SITE, Record, Slot, owned_tensors, record_of, state_of, unwrap
 
@@ -124,5 +125,6 @@ def penalty(model: nn.Module, name: str | None = None) -> Tensor:
     for record in records:
         if record.variant.penalty is not None:
             for view in layer_views(model, record):
-                total = total + record.variant.penalty(view).to(device)
+                for one in expert_views(view):
+                    total = total + record.variant.penalty(one).to(device)
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.errors import WeightError
 from . import weights
+from .bank import banks
 from .layer import StagedView, generator_for
 from .plan import make_target
 from .state import Record, Slot, Target
+from .structure import describe
 
 
 class StagedTarget(StagedView):
@@ -55,7 +58,11 @@ class StagedTarget(StagedView):
             t = torch.empty(
                 spec.shape, dtype=torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
             )
-            spec.fill(t, generator_for(self.cfg.seed, self.target.path, short))
+            if self.target.experts:  # one draw each, or a fan-in would be counted over all of them
+                for e, part in enumerate(t):
+                    spec.fill(part, generator_for(self.cfg.seed, self.target.path, short, str(e)))
+            else:
+                spec.fill(t, generator_for(self.cfg.seed, self.target.path, short))
             self._staged[short] = t.to(device=self.device, dtype=dtype)
 
 
@@ -68,14 +75,20 @@ class TrialView(StagedView):
         super().__init__(staged.module, staged._slot, cast)
 
 
+def modules_of(model: nn.Module, targets: Iterable[Target]) -> dict[str, nn.Module]:
+    """Path -> the target's layer; a bank of fused experts is made here, and joins the model when the attach succeeds."""
+    targets = list(targets)
+    fused = banks(model, describe(model).d_model) if any(t.experts for t in targets) else {}
+    return {t.path: fused[t.path] if t.experts else model.get_submodule(t.path) for t in targets}
+
+
 def stage(model: nn.Module, record: Record, fill: bool = True) -> list[StagedTarget]:
     """Unregistered tensors for every target of a record, drawn but not yet initialised by the variant."""
     offloaded = any("_hf_hook" in m.__dict__ for m in model.modules())  # accelerate may have put everything on meta
     whole_on_meta = not offloaded and all(p.is_meta for p in model.parameters())
-    staged = []
+    staged, modules = [], modules_of(model, record.targets.values())
     for target in record.targets.values():
-        module = model.get_submodule(target.path)
-        view = StagedTarget(module, record, target, fill)
+        view = StagedTarget(modules[target.path], record, target, fill)
         if view.device.type == "meta" and not whole_on_meta:
             raise WeightError(
                 f"{target.path}: its weight is on the meta device (accelerate offload), so the adapter would run on weights that are not there. "

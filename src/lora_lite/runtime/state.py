@@ -30,6 +30,8 @@ class Target:
     cfg: AdapterConfig
     specs: dict[str, ParamSpec]
     kind: str = "linear"
+    experts: int = 0
+    """Number of experts, whose tensors are stacked along dimension 0; 0 for anything else."""
     shared: dict[str, str] = field(default_factory=dict)
     """Short tensor name -> path of the target that owns it, for tensors shared between targets."""
     base: dict[str, Any] = field(default_factory=dict)

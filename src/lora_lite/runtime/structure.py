@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from . import weights
+from .bank import Bank, banks
 
 # A square layer says nothing by its shape. Common names decide; unknown ones are "inner".
 # Low-rank queries and keys, and the steps of state-space mixers, lie inside a block whatever their shape.
@@ -53,7 +54,7 @@ class Structure:
     blocks: list[tuple[str, int, nn.Module]] = field(default_factory=list)
     """(path, index, module) of every block."""
     raw: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
-    """(path, shape) of parameters with two or more dimensions that no linear-like layer, embedding or norm owns (fused experts, convolutions)."""
+    """(path, shape) of parameters with two or more dimensions that no linear-like layer, embedding, norm or bank of experts owns."""
     aliases: dict[int, list[str]] = field(default_factory=dict)
     """id of a module -> all its paths, where there are several."""
 
@@ -90,10 +91,19 @@ def describe(model: nn.Module) -> Structure:
         )
         for path, module, size in found
     ]
-    places = [(path, m, e) for path, m in model.named_modules() if (e := weights.extent(m)) and e[0] != "linear"]
+    fused = banks(model, d_model)
+    for path, bank in fused.items():
+        layer, role = _block_index(path, stacks), role_of(path, bank.d_in, bank.d_out, d_model)
+        sites.append(Site(path, bank, bank.d_in, bank.d_out, layer, role, kind="experts"))
+    places = [
+        (path, m, e)
+        for path, m in model.named_modules()
+        if (e := weights.extent(m)) and e[0] != "linear" and not isinstance(m, Bank)
+    ]
     sites += [Site(path, m, e[1], e[2], _block_index(path, stacks), "inner", kind=e[0]) for path, m, e in places]
     owned = {id(p) for s in sites for p in s.module.parameters()}
-    owned |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    owned |= {id(p) for m in model.modules() if isinstance(m, (nn.Embedding, Bank)) for p in m.parameters()}
+    owned |= {id(t) for bank in fused.values() for t in (bank.weight, bank.bias)}
     raw = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in owned]
     return Structure(
         sites,

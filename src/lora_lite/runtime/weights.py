@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import WeightError
+from .bank import Bank
 from .norms import norm_width
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +52,9 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def extent(module: nn.Module) -> tuple[str, int, int] | None:
     """(kind, d_in, d_out) of anything that multiplies with one matrix: "linear", "embedding" (of one-hot rows), "conv" (of
-    unfolded patches, d_in = C·k) or "norm" (of one input per feature, d_in = 1); None for any other module."""
+    unfolded patches, d_in = C·k), "norm" (of one input per feature, d_in = 1) or "experts" (each of them); None for any other module."""
+    if isinstance(module, Bank):
+        return "experts", module.d_in, module.d_out
     if isinstance(module, nn.Embedding):
         return "embedding", module.num_embeddings, module.embedding_dim
     if isinstance(module, CONVS):
@@ -63,7 +66,9 @@ def extent(module: nn.Module) -> tuple[str, int, int] | None:
 
 
 def dense_view(module: nn.Module) -> Tensor:
-    """A plain layer's stored weight seen as (d_out, d_in), without a copy."""
+    """A plain layer's stored weight seen as (d_out, d_in), or (E, d_out, d_in), without a copy."""
+    if isinstance(module, Bank):
+        return module.dense()
     w = stored_weight(module)
     return w.mT if is_conv1d(module) or isinstance(module, nn.Embedding) else w.flatten(1)
 
@@ -95,6 +100,8 @@ def is_quantised(module: nn.Module) -> bool:
     size: tuple[int, ...] = (extent(module) or ("",))[1:]
     if not isinstance(w, Tensor) or len(size) != 2:
         return True
+    if isinstance(module, Bank):
+        return False  # only plain parameters become banks
     packed_type = type(w) not in (nn.Parameter, Tensor) and not is_sharded(w)
     return packed_type or w.dtype not in FLOATS or w.numel() != size[0] * size[1]
 
@@ -108,6 +115,8 @@ def device_of(module: nn.Module) -> torch.device:
         *module.buffers(),
     ):
         return t.device
+    if isinstance(module, Bank):
+        return module.weight.device
     for value in vars(module).values():  # HQQ keeps its packed weight as a plain attribute
         if isinstance(value, Tensor):
             return value.device
@@ -229,7 +238,10 @@ def fingerprint(module: nn.Module) -> dict[str, object]:
     w = getattr(module, "weight", None)
     if isinstance(w, Tensor) and (w.is_meta or is_sharded(w)):
         return {}
-    if is_plain(module) or kind != "linear":
+    if isinstance(module, Bank):
+        which = [(k * module.n_experts) // 16 for k in range(16)]
+        sample = module.dense().detach()[which, rows][:, cols]
+    elif is_plain(module) or kind != "linear":
         sample = (dense_view(module) if kind != "norm" else stored_weight(module)[:, None]).detach()[rows][:, cols]
     else:
         eye = torch.zeros(4, d_in, device=device_of(module))
