@@ -27,11 +27,14 @@ def top_eigh(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return e.clamp_min(0), V * fix_signs(V)
 
 
-def top_svd(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest singular triplets of M (m, n): U (m, k), S (k,) descending, V (n, k), signs fixed by V."""
+def top_svd(M: Tensor, k: int, decays: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest singular triplets of M (m, n): U (m, k), S (k,) descending, V (n, k), signs fixed by V.
+
+    `decays`: the spectrum is known to fall off, as a gradient's does, so Lanczos is worth trying on smaller matrices.
+    """
     tall = M.shape[0] > M.shape[1]
     N = M if tall else M.mT  # iterate on the shorter side
-    found = _lanczos(lambda v: N.mT @ (N @ v), M, N.shape[1], k)
+    found = _lanczos(lambda v: N.mT @ (N @ v), M, N.shape[1], k, 2 if decays else 6)
     Q = found[1] if found is not None else _gram(N, k)
     if Q is None:
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
@@ -55,10 +58,12 @@ def _gram(N: Tensor, k: int) -> Tensor | None:
     return None
 
 
-def _lanczos(apply: Callable[[Tensor], Tensor], like: Tensor, d: int, k: int) -> tuple[Tensor, Tensor] | None:
+def _lanczos(
+    apply: Callable[[Tensor], Tensor], like: Tensor, d: int, k: int, worth: int = 6
+) -> tuple[Tensor, Tensor] | None:
     """Ritz pairs of a symmetric operator on R^d in a block Krylov space, or None where that is no gain or has not converged."""
     width = k + OVERSAMPLE
-    if 6 * BLOCKS * width > d:  # flat spectra do not converge, and then the time is lost
+    if worth * BLOCKS * width > d:  # flat spectra do not converge, and then the time is lost
         return None
     start = torch.randn(d, width, generator=Generator().manual_seed(0)).to(like.device, like.dtype)
     Q = torch.linalg.qr(start).Q

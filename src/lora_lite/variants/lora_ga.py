@@ -57,5 +57,5 @@ class LoRAGA(Deviation):
     def group_init(model, targets, cfg, calibration_data):
         for view, G in targets.each_gradient(calibration_data):
             r, c = view.cfg.r, view.out_features**0.25 / view.cfg.gamma**0.5
-            U, _, V = top_svd(G, 2 * r)
+            U, _, V = top_svd(G, 2 * r, decays=True)
             view.lora_A0, view.lora_B0 = c * V[:, :r].mT, c * U[:, r:]

@@ -56,7 +56,7 @@ class LoRAOne(Variant):
     @staticmethod
     def group_init(model, targets, cfg, calibration_data):
         for view, G in targets.each_gradient(calibration_data):
-            U, S, V = top_svd(G, view.cfg.r)
+            U, S, V = top_svd(G, view.cfg.r, decays=True)
             if not S[0] > 0:
                 raise ConfigError(
                     f"{view.path}: the calibration loss has no gradient there, so A and B would stay 0; add it to exclude_names."
