@@ -140,6 +140,7 @@ ELSEWHERE = {
     "epochs": "test_epochs", "gradient_checkpointing": "test_gradient_checkpointing", "best": "test_best",
     "calibration_batches": "test_calibration", "trainer": "test_sft", "threads": "test_threads", "resume": "test_resume",
     "overwrite": "test_a_run_is_not_overwritten_in_silence", "dry_run": "test_dry_run", "debug": "test_debug",
+    "reference_weights": "test_reference_weights",
 }  # fmt: skip
 
 
@@ -157,6 +158,16 @@ def test_the_flag_acts(flag, files, plain, tmp_path):
         assert not run.same_tensors(plain)
     else:
         assert getattr(run, observed) != getattr(plain, observed)
+
+
+def test_reference_weights(files, plain, tmp_path, capsys):
+    full = tiny_llm.model()
+    with torch.no_grad():
+        for p in full.parameters():
+            p.add_(0.05 * p.std() * torch.randn_like(p))
+    full.save_pretrained(tmp_path / "full")
+    run = do_train(files, tmp_path / "run", **{"reference-weights": str(tmp_path / "full")})
+    assert not run.same_tensors(plain)
 
 
 def test_the_same_flags_give_the_same_adapter(files, plain, tmp_path):

@@ -118,12 +118,13 @@ def attach(
     size: int,
     tokenizer: Any,
     pairs: bool = False,
+    reference: str | None = None,
 ) -> ll.Adapter:
     """`ll.attach` with the calibration data that the method asks for; contrast pairs are made of the rows only if `pairs`."""
     variant = ll.get_variant(cfg.variant)
     if not variant.needs_pairs:
         data = calibration(variant, wanted, rows, size, tokenizer)
-        return ll.attach(model, cfg, calibration_data=data) if data is not None else ll.attach(model, cfg)
+        return ll.attach(model, cfg, calibration_data=data, reference_weights=reference)
     if not pairs:
         raise ll.ConfigError(
             f"method {variant.name!r} is fitted from contrast pairs, which a file of examples does not hold. "

@@ -67,6 +67,8 @@ class Train:
     """Recompute activations in the backward pass: less memory, a third more time."""
     calibration_batches: int | None = None
     """Batches of training rows for methods that start from data; None: 8 for those."""
+    reference_weights: str | None = None
+    """Full-precision checkpoint of a quantised --model (file, folder, hub id): LoRA starts by taking back what quantising lost."""
     eval_every: int = 50
     """Steps between two evaluations; 0: none."""
     save_every: int = 50
@@ -130,7 +132,9 @@ def run(args: Train) -> int:
 
     if resume is not None:
         session.check_same_run(args.out, facts)
-    adapter = session.attach(model, cfg, args.calibration_batches, train, args.batch_size, tokenizer)
+    adapter = session.attach(
+        model, cfg, args.calibration_batches, train, args.batch_size, tokenizer, reference=args.reference_weights
+    )
     if resume is None:
         session.open_folder(args.out, args.overwrite)
         session.write_run(args.out, facts)

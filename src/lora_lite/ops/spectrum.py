@@ -34,7 +34,7 @@ def top_svd(M: Tensor, k: int, decays: bool = False) -> tuple[Tensor, Tensor, Te
     """
     tall = M.shape[0] > M.shape[1]
     N = M if tall else M.mT  # iterate on the shorter side
-    found = _lanczos(lambda v: N.mT @ (N @ v), M, N.shape[1], k, 2 if decays else 6)
+    found = _lanczos(lambda v: N.mT @ (N @ v), M, N.shape[1], k, 3 if decays else 6)
     Q = found[1] if found is not None else _gram(N, k)
     if Q is None:
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .norms import read_norm
 from .outside import after_state_dict, before_load_state_dict, vocabulary_of
 from .plan import Plan, plan
 from .progress import track
+from .reference import check_reference, start_from_reference
 from .staging import StagedTarget, TrialView, stage
 from .state import (
     DEFAULT,
@@ -52,7 +54,13 @@ ROOT_HOOKS: dict[str, Callable[..., Any]] = {
 }
 
 
-def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, name: str = DEFAULT) -> Adapter:
+def attach(
+    model: nn.Module,
+    cfg: AdapterConfig,
+    calibration_data: Any = None,
+    name: str = DEFAULT,
+    reference_weights: str | Path | None = None,
+) -> Adapter:
     """Freeze the base, add one adapter to the chosen layers and make it the one active adapter.
 
     Args:
@@ -60,6 +68,8 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, n
         cfg: what to attach and where.
         calibration_data: batches for methods that start from data: an iterable of dicts (`model(**batch)`), tuples or tensors. Never stored.
         name: letters, digits, `_` and `-`; several adapters of one model have different names.
+        reference_weights: a full-precision checkpoint of the same model (safetensors file, folder, hub id), read one tensor at a time. LoRA then starts
+            at the best rank-r part of W_ref − W, and so takes back most of what quantising the base lost (the aim of LoftQ, arXiv 2310.08659).
 
     Returns:
         The adapter's handle: `parameters()`, `param_groups(lr)`, `trainable`, and it prints as the plan.
@@ -78,6 +88,8 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, n
         )
     if calibration_data is not None and variant.group_init is None:
         raise ConfigError(f"variant {variant.name!r} uses no calibration data; leave calibration_data out.")
+    if reference_weights is not None:
+        check_reference(variant)
     if variant.needs_weight:
         check_readable(model, the_plan)
     record = Record(name, variant, cfg, {t.path: t for t in the_plan.targets})
@@ -101,6 +113,9 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, n
             if not targets:
                 raise TargetError(f"variant {variant.name!r} kept no target after calibration.")
             the_plan.keep([view.target for view in staged])
+        if reference_weights is not None:
+            own = [view for view in staged if view not in beside]
+            the_plan.notes.append(str(start_from_reference(model, own, reference_weights)))
     handle = commit(model, record, staged, trainable=True)
     handle._plan = the_plan
     return handle
