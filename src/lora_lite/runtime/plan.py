@@ -19,7 +19,7 @@ from .bank import Bank
 from .experts import check_method
 from .state import SITE, Target, unwrap
 from .structure import Site, Structure, describe
-from .virtual import check_place
+from .virtual import article, check_place
 from .whole import only_input_embedding, tied_notes, tied_sites, whole_config, whole_sites
 
 
@@ -116,6 +116,10 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     model, cfg = unwrap(model), resolve(cfg)
     variant = get_variant(cfg.variant)
     structure = describe(model)
+    if variant.site == "block" and cfg.target_kinds != type(cfg)(variant=cfg.variant).target_kinds:
+        raise TargetError(
+            f"variant {variant.name!r} hooks the residual stream after blocks, so target_kinds={cfg.target_kinds!r} says nothing to it; leave it out."
+        )
     sites = (
         _block_sites(structure)
         if variant.site == "block"
@@ -259,7 +263,7 @@ def _check_site(site: Site, structure: Structure, cfg: AdapterConfig) -> None:
         if variant.forward_input is not None or variant.group_init is not None:
             why = "rewrites its layer's input" if variant.forward_input is not None else "starts from data"
             raise TargetError(
-                f"{site.path}: variant {variant.name!r} {why}, which an {site.kind} does not offer; take it out of target_kinds."
+                f"{site.path}: variant {variant.name!r} {why}, which {article(site.kind)} does not offer; take it out of target_kinds."
             )
         if site.kind == "embedding" and cfg.dropout:
             raise TargetError(

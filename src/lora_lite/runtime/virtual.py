@@ -99,6 +99,7 @@ class Patches(VirtualInput):
         return out.movedim(1, -1)
 
     def index_select(self, dim: int, index: Tensor) -> Patches:
+        _rows_only(dim)
         return Patches(self.module, self.x.index_select(dim, index), self.shape[1:-1])
 
     def dropout(self, p: float) -> Patches:
@@ -118,10 +119,16 @@ class Normed(VirtualInput):
         return self.n * other[0]
 
     def index_select(self, dim: int, index: Tensor) -> Normed:
+        _rows_only(dim)
         return Normed(self.n.index_select(dim, index))
 
     def dropout(self, p: float) -> Normed:
         return Normed(F.dropout(self.n, p, True))
+
+
+def _rows_only(dim: int) -> None:
+    if dim != 0:
+        raise TypeError(f"x.index_select({dim}, index)")
 
 
 def wrap(module: nn.Module, kind: str, x: Tensor, y: Tensor) -> tuple[VirtualInput, Tensor]:
@@ -178,9 +185,10 @@ def try_page(page: Any, view: Any, module: nn.Module, kind: str, device: torch.d
     except (TypeError, NotImplementedError) as e:
         raise TargetError(
             f"{view.path}: variant {view.cfg.variant!r} does more with its input than multiply it by a matrix ({e}), so it cannot adapt "
-            f"{_article(kind)}; take it out of target_kinds."
+            f"{article(kind)}; take it out of target_kinds."
         ) from None
 
 
-def _article(kind: str) -> str:
+def article(kind: str) -> str:
+    """ "an embedding", "a norm"."""
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

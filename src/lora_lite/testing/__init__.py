@@ -9,6 +9,10 @@ import torch
 
 from ..core.registry import get_variant
 from ..core.variant import Variant
+from .abilities import ABILITIES as ABILITIES
+from .abilities import Outcome as Outcome
+from .abilities import outcome as outcome
+from .abilities import what_works as what_works
 from .case import Case as Case
 from .checks import CHECKS as CHECKS
 from .checks import PROMISES as PROMISES

@@ -62,3 +62,7 @@ class LoRAFA(Variant):
     @staticmethod
     def factors(layer):
         return layer.lora_A, layer.cfg.scale * layer.lora_B
+
+    @staticmethod
+    def from_factors(layer, A, B):
+        layer.lora_A, layer.lora_B = A, B / layer.cfg.scale
