@@ -168,3 +168,31 @@ def test_a_dead_selection_is_not_kept(recwarn):
         loss.backward()
     agree(model, plain)
     assert isinstance(model, nn.Module)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+def test_blocks_compiled_inside_a_checkpoint_are_warned_about():
+    """They are run again in backward under the selection of that moment, which no hook inside compiled code can notice."""
+
+    def step(change):
+        torch.compiler.reset()
+        model = toy().train()
+        for i, name in enumerate(("a", "b")):
+            ll.attach(model, ll.LoRAConfig(r=3, alpha=7), name=name)
+            randomise(model, name, seed=i)
+        ll.activate(model, "a")
+        h = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        for layer in model.layers:
+            h = checkpoint(torch.compile(layer, backend="eager"), h, use_reentrant=False)
+        if change:
+            with pytest.warns(ll.LoraLiteWarning, match="call backward before the selection"):
+                ll.activate(model, "b")
+        h.square().sum().backward()
+        if not change:
+            with pytest.warns(ll.LoraLiteWarning, match="compile the whole model"), ll.active(model, "b"):
+                pass
+        return model.get_parameter("layers.1.up.lora_A@a").grad
+
+    assert step(False) is not None
+    step(True)
+    torch.compiler.reset()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 
-from ..core.errors import SelectionError
+from ..core.errors import LoraLiteWarning, SelectionError
 from .state import ModelState
 
 Selection = tuple[tuple[tuple[str, float], ...], "tuple[str | None, ...] | None", Any]
@@ -20,6 +21,8 @@ def selection_of(state: ModelState) -> Selection:
     """
     chosen: Selection = (state.active, state.rows, state.call)
     if torch.compiler.is_compiling():
+        if inside_saved_tensor_hooks() and not state.compiled_checkpoint:
+            state.compiled_checkpoint = True
         return chosen
     if torch._C._current_graph_task_id() == -1:
         if in_checkpoint(state):
@@ -39,6 +42,27 @@ def selection_of(state: ModelState) -> Selection:
         return chosen
     state.pending_done = True
     return state.pending[0]
+
+
+def inside_saved_tensor_hooks() -> bool:
+    """Whether a compiler traces a block inside a checkpoint; asked while it traces, a constant of the graph."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
+
+
+inside_saved_tensor_hooks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result would load the compiler
+
+
+def changed(state: ModelState) -> None:
+    """Say once that compiled blocks inside a checkpoint are recomputed under the selection of the backward pass, which nothing can tell from inside."""
+    if state.compiled_checkpoint and torch.is_grad_enabled() and not state.compiled_checkpoint_noted:
+        state.compiled_checkpoint_noted = True
+        warnings.warn(
+            "blocks were compiled inside gradient checkpoints, which run them again in backward under the selection of that moment: call backward before "
+            "the selection of adapters changes, or compile the whole model instead of its blocks.",
+            LoraLiteWarning,
+            stacklevel=4,
+        )
 
 
 def in_checkpoint(state: ModelState) -> bool:

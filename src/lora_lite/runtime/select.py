@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..core.errors import SelectionError, StateError, did_you_mean
+from .recompute import changed
 from .state import ModelState, outside_scope, state_of
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
@@ -25,7 +26,9 @@ def activate(model: nn.Module, choice: Choice) -> None:
     """
     state = state_of(model)
     outside_scope(state, "ll.activate")
-    state.active = _resolve(state, choice)
+    state.active, old = _resolve(state, choice), state.active
+    if state.active != old:
+        changed(state)
 
 
 @contextmanager
@@ -70,9 +73,12 @@ def _scope(state: ModelState) -> Iterator[None]:
     try:
         yield
     finally:
+        inside = state.active, state.rows
         state.active, state.rows = tuple((n, w) for n, w in saved[0] if n in state.records), saved[1]
         state.batch, state.call = running  # after an exception inside a forward too
         state.scope_depth -= 1
+        if (state.active, state.rows) != inside:
+            changed(state)
 
 
 def _resolve(state: ModelState, choice: Choice) -> tuple[tuple[str, float], ...]:

@@ -177,6 +177,9 @@ class ModelState:
         self.pending: list[Any] = []
         """Selections under which checkpointed forwards ran and wait for their recomputation."""
         self.pending_done = False
+        self.compiled_checkpoint = False
+        """A compiler traced a hook inside a checkpoint."""
+        self.compiled_checkpoint_noted = False
         self.scope_thread: int | None = None
         self.scope_depth = 0
 
