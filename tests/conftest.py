@@ -32,5 +32,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
     for marker in item.iter_markers("optional_backend"):
         for module in marker.args:
-            if importlib.util.find_spec(module) is None:
+            if importlib.util.find_spec(module.partition(".")[0]) is None or importlib.util.find_spec(module) is None:
                 pytest.skip(f"needs the package {module}, which the constraints leave out")

@@ -198,3 +198,39 @@ def test_exact_wrapping_of_forward_is_no_obstacle():
     v = torch.randn(4, 12)
     want = 2 * (v @ layer.weight.mT + layer.bias) + 7 / 3 * (v @ layer.lora_A.mT) @ layer.lora_B.mT
     torch.testing.assert_close(model(v), want)
+
+
+class Packed(torch.Tensor):
+    """A weight-only quantised parameter as torchao makes them: a tensor subclass without memory of its own, on an ordinary nn.Linear."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        t = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32, device="cpu")
+        t.codes, t.scale = codes, scale
+        return t
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Packed(args[0].codes, args[0].scale)
+        dense = [a.codes.float() * a.scale if isinstance(a, Packed) else a for a in args]
+        return func(*dense, **(kwargs or {}))
+
+
+def test_packed_parameters_without_an_address_are_not_taken_for_tied_ones():
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 128), nn.Linear(128, 64)]
+    for layer in layers:
+        scale = layer.weight.detach().abs().max() / 127
+        layer.weight = nn.Parameter(Packed((layer.weight.detach() / scale).round(), scale), requires_grad=False)
+    model = Two(*layers)
+    assert model.a.weight.data_ptr() == model.b.weight.data_ptr() == 0
+    ll.attach(model, ll.LoRAConfig(r=3, alpha=7, target_names=("a", "b")))
+    randomise(model)
+    want = model(x()).detach()
+    with pytest.raises(ll.WeightError, match="dequantize=True"):
+        ll.merge(model)
+    assert ll.merge(model, dequantize=True).dequantised == ["a", "b"]
+    torch.testing.assert_close(model(x()), want, atol=1e-5, rtol=1e-5)
+    ll.unmerge(model)
+    assert torch.equal(model(x()), want)

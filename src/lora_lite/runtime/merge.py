@@ -325,7 +325,7 @@ def _mergeable(
     for path, module in model.named_modules():
         w = module._parameters.get("weight")
         if w is not None and not w.is_meta:
-            owners.setdefault(w.data_ptr(), []).append(path)
+            owners.setdefault(_storage(w), []).append(path)
     for path, layer, site in sites:
         w = layer._parameters.get("weight")
         if isinstance(layer, Bank):
@@ -339,7 +339,7 @@ def _mergeable(
             raise WeightError(
                 f"{path}: a {type(layer).__name__} with a forward of its own cannot be merged; keep the adapter attached."
             )
-        tied = owners.get(w.data_ptr(), []) if w is not None and not w.is_meta and w.numel() else []
+        tied = owners.get(_storage(w), []) if w is not None and not w.is_meta and w.numel() else []
         if len(tied) > 1 and not _moves_together([state.records[n] for n, _ in chosen], tied):
             others = [t for t in tied if t != path]
             raise WeightError(
@@ -352,6 +352,11 @@ def _mergeable(
         for p, layer, site in sites
         if not _tied_to(state, chosen, p) or id(layer._parameters.get("weight")) not in shared  # written once
     ]
+
+
+def _storage(w: Tensor) -> int:
+    """What tied weights have in common. Tensor subclasses, as torchao's, all say that they lie at address 0."""
+    return w.data_ptr() if type(w.data) is Tensor else id(w)
 
 
 def _tied_to(state: ModelState, chosen: tuple[tuple[str, float], ...], path: str) -> str:
