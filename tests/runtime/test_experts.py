@@ -310,5 +310,47 @@ def test_what_cannot_be_is_refused(tmp_path):
     model = two_adapters()
     with pytest.raises(ll.StateError, match="stands on fused experts"):
         ll.combine(model, {"a": 0.5}, name="c")
-    with pytest.raises(ll.StateError):
-        ll.export(model, tmp_path, name="a")
+    with pytest.raises(ll.StateError, match="no pair of low-rank factors"):
+        ll.export(model, tmp_path, name="b")
+
+
+# ---- PEFT's target_parameters
+
+
+@pytest.mark.parametrize("cfg", ["lora", "pissa"])
+@pytest.mark.parametrize("names", [("q_proj", "experts.*"), ("experts.down_proj",), ("experts.*",)], ids="-".join)
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_reads_what_we_write_and_we_what_peft_writes(name, names, cfg, tmp_path):
+    import peft
+
+    variant = ll.get_variant(cfg)
+    kinds = ("linear", "experts") if "q_proj" in names else KIND
+    model = adapted(name, variant.config(variant=cfg, r=3, alpha=7, target_kinds=kinds, target_names=names))
+    want = logits(model)
+    assert (want - logits(build(name))).abs().max() > 1e-3
+    ll.export(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs), want, atol=1e-5, rtol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        ours = build(name)
+        ll.load(ours, tmp_path / folder)
+        torch.testing.assert_close(logits(ours), want, atol=1e-5, rtol=1e-4)
+
+
+def test_folders_of_peft_that_do_not_fit_are_refused(tmp_path):
+    import json
+
+    ll.export(adapted(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    with pytest.raises(ll.FileError, match=r"gate_up_proj is 6 x \(24->32\), but its factors of rank 3 are \(12, 24\)"):
+        ll.load(build(num_local_experts=6), tmp_path)
+
+    def written(**changes):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+        return tmp_path
+
+    with pytest.raises(ll.FileError, match="'experts.nothing', which are no fused experts"):
+        ll.load(build(), written(target_parameters=["experts.nothing"]))
+    with pytest.raises(ll.FileError, match="holds no lora_A and lora_B|but its factors|has no module"):
+        ll.load(build(), written(target_parameters=config["target_parameters"][1:]))

@@ -27,13 +27,13 @@ from ..runtime.staging import stage
 from ..runtime.state import Record, Target, record_of, state_of, unwrap
 from ..runtime.weights import dims
 from .native import _write
+from .peft_experts import expert_factors, packed, unpacked
 from .peft_whole import called, full_values, patterns, split_whole, whole_targets
 
 PREFIX = "base_model.model."
 REFUSED = {
     "use_dora": "DoRA magnitudes",
     "layer_replication": "replicated layers",
-    "target_parameters": "adapted bare parameters",
     "trainable_token_indices": "trained token rows",
     "lora_bias": "a bias on B",
     "alora_invocation_tokens": "activated LoRA",
@@ -64,17 +64,20 @@ def export(
             f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, so the LoRA layout cannot hold it. "
             f"Export the merged model (ll.merge, then model.save_pretrained), or use one of {', '.join(able)}."
         )
-    other = [t.path for t in record.targets.values() if t.kind != "linear" and t not in record.beside]
+    other = [t.path for t in record.targets.values() if t.kind not in ("linear", "experts") and t not in record.beside]
     if other:
         raise StateError(
             f"adapter {record.name!r} also adapts {listing(other)}, which this export does not write; merge it and export the model."
         )
+    views = layer_views(model, record)
     with torch.no_grad():
         factors = {
             v.path: tuple(t.detach().float().cpu() for t in record.variant.factors(v))
-            for v in layer_views(model, record)
+            for v in views
+            if not record.targets[v.path].experts
         }
-    r = max(A.shape[0] for A, _ in factors.values())
+        of_experts = expert_factors(record.variant, [v for v in views if record.targets[v.path].experts])
+    r = max(A.shape[0] for A, _ in (*factors.values(), *(pair for pairs in of_experts.values() for pair in pairs)))
     kinds = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in factors))
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
@@ -85,6 +88,8 @@ def export(
         pad = r - A.shape[0]
         tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat((A, A.new_zeros(pad, size[0]))).contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat((B, B.new_zeros(size[1], pad)), 1).contiguous()
+    stacked, parameters = packed(model, of_experts, r)
+    tensors |= {f"{PREFIX}{key}": t for key, t in stacked.items()}
     with torch.no_grad():
         tensors |= {f"{PREFIX}{key}": t for key, t in full_values(model, record).items()}
     config = {
@@ -95,6 +100,7 @@ def export(
         "lora_alpha": r,
         "lora_dropout": 0.0,
         "target_modules": sorted(kinds),
+        **({"target_parameters": parameters} if parameters else {}),
         "bias": "none",
         "fan_in_fan_out": any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in factors),
         "use_rslora": False,
@@ -139,6 +145,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
                 f"{folder}: tensor {key!r} is not a lora_A or lora_B weight; this adapter holds more than LoRA, which is not read."
             )
         pairs.setdefault(path, {})[letter] = t
+    of_experts, stacked = unpacked(model, config, pairs, cfg, folder)
     for path, pair in pairs.items():
         if path not in modules:
             raise FileError(f"{folder}: the model has no module {path!r}.{did_you_mean(path, modules)}")
@@ -157,6 +164,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
         alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
         targets[path] = make_target(path, *size, cls(**{**cfg.to_dict(), "r": r, "alpha": alpha}))
         values[path] = (A, B)
+    targets |= of_experts
     if not targets:
         raise FileError(f"{folder}: adapter_model.safetensors holds no tensor.")
     whole, differences = whole_targets(saved, modules, cfg, folder)
@@ -168,7 +176,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
                 for short, t in differences[view.path].items():
                     setattr(view, short, t)
             else:
-                view.lora_A, view.lora_B = values[view.path]
+                view.lora_A, view.lora_B = {**values, **stacked}[view.path]
     return commit(model, record, staged, trainable)
 
 
