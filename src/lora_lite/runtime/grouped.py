@@ -41,19 +41,34 @@ def grouped(
     value = x if y is None else y
     if len(groups) < 2 or x.shape[0] == 0:
         return value, groups
-    alike: dict[str, list[RowGroup]] = {}
-    for group in groups:
-        alike.setdefault(_kin(site.slots[group.name], layer.training, y is None), []).append(group)
-    left = alike.pop("", [])
-    for kin, some in alike.items():
-        if len(some) < 2:
-            left += some
-        elif kin == LOW_RANK:
+    together, left = _parted(layer, site, groups, y is None, x.shape[0])
+    for kin, some in together:
+        if kin == LOW_RANK:
             assert y is not None
             value = _low_rank(layer, site, some, x, value)
         else:
             value = _by_feature(layer, site, some, value, "input" if y is None else "output")
     return value, left
+
+
+Parted = tuple[list[tuple[str, list[RowGroup]]], list[RowGroup]]
+
+
+def _parted(layer: nn.Module, site: Site, groups: list[RowGroup], before: bool, n: int) -> Parted:
+    """Groups of several adapters that go together, and the groups that go alone; the same in all calls of one `ll.rows` block."""
+    keep = not torch.compiler.is_compiling()
+    key = ("kin", before, layer.training, n)
+    old: Stack | None = site.stacks.get(key) if keep else None
+    if old is not None and old.epoch == site.state.row_epoch:
+        return old.parts  # type: ignore[return-value]
+    alike: dict[str, list[RowGroup]] = {}
+    for group in groups:
+        alike.setdefault(_kin(site.slots[group.name], layer.training, before), []).append(group)
+    left = alike.pop("", []) + [g for some in alike.values() if len(some) < 2 for g in some]
+    parted = [(kin, some) for kin, some in alike.items() if len(some) > 1], left
+    if keep:
+        _store(site, key, [], 0, parted)
+    return parted
 
 
 LOW_RANK = "low rank"
@@ -77,17 +92,21 @@ def _kept(
         return build()
     key = (tuple(slot.name for slot in slots), *key)
     old: Stack | None = site.stacks.get(key)
-    if old is not None and old.epoch == state.row_epoch and old.versions == sum(t._version for t in old.own):
+    if old is not None and old.epoch == state.row_epoch and old.versions == sum([t._version for t in old.own]):
         return old.parts
     own = [t for slot in slots for a in slot.keys.values() if (t := tensor_on(layer, a)) is not None]
     if any(t.is_inference() for t in own):  # these count no versions
         return build()
     versions = sum(t._version for t in own)
     parts = build()
-    if len(site.stacks) > 3:
-        site.stacks.clear()
-    site.stacks[key] = Stack(state.row_epoch, own, versions, parts)
+    _store(site, key, own, versions, parts)
     return parts
+
+
+def _store(site: Site, key: tuple[Any, ...], own: list[Tensor], versions: int, parts: tuple[Any, ...]) -> None:
+    if len(site.stacks) > 7:
+        site.stacks.clear()
+    site.stacks[key] = Stack(site.state.row_epoch, own, versions, parts)
 
 
 def _low_rank(layer: nn.Module, site: Site, groups: list[RowGroup], x: Tensor, y: Tensor) -> Tensor:
