@@ -261,6 +261,29 @@ def test_checkpointing(reentrant):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["lora", "hra"])
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_one_graph(implementation, variant):
+    torch.compiler.reset()
+    model = adapted(cfg=ll.get_variant(variant).config(variant=variant, r=2, target_kinds=KIND))
+    model.set_experts_implementation(implementation)
+    fast = torch.compile(model, backend="eager", fullgraph=True)
+    grads = []
+    for call in (model, fast):
+        call(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        parameters = list(ll.adapters(model)["default"].parameters())
+        grads.append([p.grad for p in parameters])
+        for p in parameters:
+            p.grad = None
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(input_ids=IDS, use_cache=False).logits, logits(model), atol=1e-6, rtol=1e-5)
+        ll.activate(model, None)
+        assert torch.equal(fast(input_ids=IDS, use_cache=False).logits, logits(model))
+    torch.compiler.reset()
+
+
 def test_bf16_and_training():
     model = build(dtype="bfloat16").to(torch.bfloat16)
     base = logits(model)
