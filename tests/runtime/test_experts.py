@@ -284,6 +284,32 @@ def test_one_graph(implementation, variant):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("variant", ["lora", "hra", "dora"])
+def test_autocast_sees_weights_of_the_base_dtype(variant):
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        base = logits(model)
+    ll.attach(model, ll.get_variant(variant).config(variant=variant, r=2, target_kinds=KIND))
+    experts, seen = model.model.layers[0].mlp.experts, []
+    experts.register_forward_pre_hook(lambda m, a: seen.append(m.__dict__["down_proj"].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        fresh = logits(model)
+        if ll.get_variant(variant).exact_identity:
+            assert torch.equal(fresh, base)
+        randomise(model, seed=2)
+        low = logits(model)
+    assert set(seen) == {torch.float32}
+    torch.testing.assert_close(low.float(), logits(model), atol=0.03, rtol=0.1)
+
+
+def test_a_merged_model_is_saved_as_a_plain_one(tmp_path):
+    model = adapted()
+    want = logits(model)
+    ll.merge(model)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path).eval()), want, atol=1e-6, rtol=1e-5)
+
+
 def test_bf16_and_training():
     model = build(dtype="bfloat16").to(torch.bfloat16)
     base = logits(model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.errors import SelectionError, StateError, TargetError
 from ..core.registry import get_variant
+from ..ops.orthogonal import full_precision
 from .bank import Bank
 from .fold import fold
 from .layer import DenseView, LayerView, StagedView
@@ -161,7 +162,8 @@ def _stand_before(owner: nn.Module, chosen: Chosen) -> None:
     for bank in _owned(owner):
         site: Site = bank.__dict__[SITE]
         if any(n in site.slots for n, _ in chosen):
-            w, b = adapted(bank, site, chosen)
+            with full_precision(bank.weight):  # or autocast would hand the experts weights of another dtype than theirs
+                w, b = adapted(bank, site, chosen)
             new[bank.parameter] = bank.stored(w)
             if b is not None:
                 new[f"{bank.parameter}_bias"] = b
