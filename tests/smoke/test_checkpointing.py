@@ -196,3 +196,31 @@ def test_blocks_compiled_inside_a_checkpoint_are_warned_about():
     assert step(False) is not None
     step(True)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_blocks_called_without_their_model(reentrant):
+    """No hook of the model marks the call, and the recomputation still has the selection of its forward."""
+
+    def grads(checkpointed):
+        model = toy().train()
+        for i, name in enumerate(("a", "b")):
+            ll.attach(model, CFG, name=name)
+            ll.adapters(model)[name].trainable = True
+            randomise(model, name, seed=i)
+        h = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.no_grad():  # an evaluation before it is no checkpoint
+            for layer in model.layers:
+                layer(h)
+        with ll.active(model, "a"):
+            for layer in model.layers:
+                h = checkpoint(layer, h, use_reentrant=reentrant) if checkpointed else layer(h)
+        h.square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
+
+    want, got = grads(False), grads(True)
+    for name, g in want.items():
+        assert (g is None) == (got[name] is None), name
+        if g is not None:
+            torch.testing.assert_close(got[name], g)
+    assert want["layers.0.up.lora_A@a"] is not None and want["layers.0.up.lora_A@b"] is None

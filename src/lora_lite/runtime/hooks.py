@@ -125,7 +125,7 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Note the batch size, the gradient mode and, where an adapter asks, the token positions of a call of the whole model."""
     state: ModelState = model.__dict__[STATE]
     if not torch.compiler.is_compiling():
-        state.call_grad = torch.is_grad_enabled()
+        state.in_call, state.call_grad = True, torch.is_grad_enabled()
         state.cut_by_checkpoint = False
         memo.begin(state, model, kwargs)
         if state.vocabulary:
@@ -153,7 +153,9 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if torch.compiler.is_compiling():
         return
     state.batch = state.memo = None
-    if not (state.cut_by_checkpoint and model.training and torch.is_grad_enabled()):
+    state.in_call, had_grad = False, state.call_grad
+    state.call_grad = False
+    if not (had_grad and state.cut_by_checkpoint and model.training and torch.is_grad_enabled()):
         return
     values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else (output,)
     if any(isinstance(v, Tensor) and v.requires_grad for v in values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -75,6 +76,16 @@ def in_checkpoint(state: ModelState) -> bool:
     ):  # the root call had gradients and they are off here: a reentrant checkpoint, or the model's own no_grad
         state.cut_by_checkpoint = True
         return True
+    return not state.in_call and _reentrant()
+
+
+def _reentrant() -> bool:
+    """Whether a reentrant checkpoint runs its forward pass some frames up: asked only where blocks are called without their model."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
     return False
 
 

@@ -160,6 +160,8 @@ class ModelState:
         """Rows of the adapted embeddings and heads when they were adapted, see `outside`."""
         self.batch: int | None = None
         """Batch size of the running root call."""
+        self.in_call = False
+        """A call of the whole model is running."""
         self.call_grad = False
         """Whether the running root call was entered with gradients enabled."""
         self.cut_by_checkpoint = False
