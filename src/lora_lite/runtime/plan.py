@@ -166,8 +166,18 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
         (path, f"bare parameter of shape {'x'.join(map(str, shape))}, not a linear layer")
         for path, shape in structure.raw
     ]
-    notes = tied_notes(model, chosen)
+    notes = tied_notes(model, chosen) + _expert_notes(chosen)
     return Plan(cfg, targets, hits, unadapted, sum(_numel(p) for p in _base_parameters(model)), rows, notes)
+
+
+def _expert_notes(chosen: list[Site]) -> list[str]:
+    """What swapped-in weights cost while training."""
+    size = sum(s.module.weight.numel() * s.module.weight.element_size() for s in chosen if isinstance(s.module, Bank))
+    if not size:
+        return []
+    return [
+        f"fused experts: training keeps their adapted weights ({size_text(size)} over all layers) for the backward pass; with gradient checkpointing those of one layer at a time"
+    ]
 
 
 def _hits(cfg: AdapterConfig, fields: tuple[str, ...] | None, sites: list[Site], what: str) -> dict[str, int]:
