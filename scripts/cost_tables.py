@@ -11,7 +11,7 @@ from pathlib import Path
 import lora_lite as ll
 from lora_lite.cli._console import markdown
 from lora_lite.cli.plan import COLUMNS, cells, heading, skeleton
-from lora_lite.runtime.cost import Paper
+from lora_lite.cost.paper import Paper
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "cost.md"
 SOME = ["lora", "dora", "pissa", "delora", "oft", "boft", "hra", "road", "ia3"]

@@ -17,31 +17,31 @@ from .core.registry import register as register
 from .core.registry import variants as _registered
 from .core.spec import ParamSpec as ParamSpec
 from .core.variant import Variant as Variant
+from .cost.paper import Cost as Cost
+from .cost.paper import cost as cost
+from .io.load import load as load
 from .io.native import adapter_state_dict as adapter_state_dict
-from .io.native import load as load
 from .io.native import load_adapter_state_dict as load_adapter_state_dict
 from .io.native import save as save
 from .io.peft import export as export
 from .runtime.attach import attach as attach
-from .runtime.attach import detach as detach
-from .runtime.attach import rename as rename
 from .runtime.check import check as check
 from .runtime.combine import combine as combine
+from .runtime.commit import detach as detach
+from .runtime.commit import rename as rename
 from .runtime.compact import compact as compact
-from .runtime.cost import Cost as Cost
-from .runtime.cost import cost as cost
 from .runtime.handle import Adapter as Adapter
 from .runtime.handle import adapters as adapters
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
 from .runtime.plan import Plan as Plan
 from .runtime.plan import plan as plan
-from .runtime.positions import prompt as prompt
 from .runtime.precondition import precondition as precondition
 from .runtime.schedule import penalty as penalty
 from .runtime.schedule import schedule as schedule
 from .runtime.select import activate as activate
 from .runtime.select import active as active
+from .runtime.select import prompt as prompt
 from .runtime.select import rows as rows
 from .variants import *  # noqa: F403  (the config classes, one per method)
 

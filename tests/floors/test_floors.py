@@ -20,6 +20,7 @@ FLOORS = {
     "ops": 1,
     "variants": 2,
     "runtime": 2,
+    "cost": 3,
     "io": 3,
     "interop": 4,
     "testing": 4,
@@ -27,6 +28,9 @@ FLOORS = {
     "bench": 4,
     "cli": 5,
 }
+WINGS = {"progress": 1, "model": 1, "layers": 2, "view": 3, "targets": 3, "call": 4, "start": 5}
+"""Inside `runtime`: a wing imports wings of lower numbers and itself. Files that stand in no wing are the verbs, above all of them."""
+VERB = 6
 FREE = {"_version"}
 """Anybody may import these: they import nothing."""
 FACADE = 3
@@ -103,6 +107,50 @@ def violations(src: Path) -> list[str]:
     return found
 
 
+def wing_violations(src: Path) -> list[str]:
+    """Every import inside `runtime` that goes up or sideways between wings, as "file:line: why"."""
+    found = []
+    for module, path, line, target in own_imports(src):
+        if not (module.startswith("runtime.") and target.startswith("runtime.")):
+            continue
+        mine, other = module.split(".")[1], target.split(".")[1]
+        if mine != other and WINGS.get(other, VERB) >= WINGS.get(mine, VERB) and mine in WINGS:
+            found.append(f"{path}:{line}: {mine} imports {target}")
+    return found
+
+
+def own_imports(src: Path) -> Iterator[tuple[str, str, int, str]]:
+    """(module, its file, line, imported module) of every import of our own in a tree."""
+    listing = files(src)
+    modules = {module for module, _ in listing}
+    for module, path in listing:
+        package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+        for line, target in imported(ast.parse(path.read_text()), [p for p in package if p], modules):
+            yield module, path.relative_to(src).as_posix(), line, target
+
+
+def circles(src: Path) -> list[str]:
+    """Files that import each other, directly or around; `__init__` of the package and of a room stand for themselves."""
+    uses: dict[str, set[str]] = {}
+    for module, _, _, target in own_imports(src):
+        if target != module and "" not in (target, module):  # the facade stands apart, see `violations`
+            uses.setdefault(module, set()).add(target)
+    order: dict[str, int] = {}
+    found: list[str] = []
+
+    def visit(module: str, way: list[str]) -> None:
+        if module in way:
+            found.append(" -> ".join([*way[way.index(module) :], module]))
+        elif module not in order:
+            order[module] = len(order)
+            for target in sorted(uses.get(module, ())):
+                visit(target, [*way, module])
+
+    for module in sorted(uses):
+        visit(module, [])
+    return found
+
+
 def plain_strings(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, value) of the string constants that are no docstring, of a module, class, function or attribute."""
     bare = {
@@ -170,11 +218,22 @@ def own_methods() -> list[type]:
 
 def test_every_room_is_there():
     rooms = {module.split(".")[0] for module, _ in files(SRC)} - {""} - FREE
-    assert rooms >= {"core", "ops", "variants", "runtime", "io", "interop", "demo", "cli"}
+    assert rooms >= {"core", "ops", "variants", "runtime", "cost", "io", "interop", "demo", "cli"}
 
 
 def test_imports_go_down():
     assert not (found := violations(SRC)), "\n".join(found)
+
+
+def test_wings_of_the_runtime_import_downwards():
+    assert {
+        module.split(".")[1] for module, _ in files(SRC) if module.count(".") == 2 and module.startswith("runtime.")
+    } == {wing for wing in WINGS if wing != "progress"}
+    assert not (found := wing_violations(SRC)), "\n".join(found)
+
+
+def test_no_files_import_each_other():
+    assert not (found := circles(SRC)), "\n".join(found)
 
 
 def test_no_method_is_named_below_io():
@@ -221,7 +280,12 @@ GOOD = {
     "variants/_family.py": "from ..core.registry import x\n",
     "variants/lora.py": "from ._family import page\nfrom ..ops import svd\nname = 'lora'\n",
     "variants/dora.py": "from ._family import page\n",
-    "runtime/hooks.py": "from ..core import registry\nfrom .names import n\n",
+    "runtime/hooks.py": "from ..core import registry\nfrom .names import n\nfrom .call import root\n",
+    "runtime/model/state.py": "from ...core import registry\nfrom . import site\n",
+    "runtime/model/site.py": "",
+    "runtime/view/layer.py": "from ..model.state import s\n",
+    "runtime/call/root.py": "from ..view.layer import v\nfrom ..progress import track\n",
+    "runtime/progress.py": "",
     "runtime/names.py": "def f():\n    'lora'\n    return 'lora_A'\n",
     "io/native.py": "import io\nfrom ..runtime import hooks\nmodel.eval()\nre.compile('a')\nsafe.load(x)\n",
     "testing.py": "from . import runtime\n",
@@ -241,6 +305,7 @@ def test_the_checkers_accept_a_good_tree(tmp_path):
     src = planted(tmp_path)
     assert violations(src) == []
     assert unsafe(src) == []
+    assert wing_violations(src) == [] and circles(src) == []
     assert quoted_names(src, ["core", "ops", "runtime"], {"lora", "dora"}) == []
 
 
@@ -278,6 +343,30 @@ def test_the_checkers_accept_a_good_tree(tmp_path):
 def test_the_import_rule_finds_a_planted_fault(tmp_path, file, text):
     (found,) = violations(planted(tmp_path, **{file: text}))
     assert found.startswith(f"{file}:")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("runtime/model/state.py", "from ..view.layer import v"),
+        ("runtime/view/layer.py", "from ..call import root"),
+        ("runtime/view/layer.py", "def f():\n    from ..call.root import r"),
+        ("runtime/view/layer.py", "from ..targets.choose import t"),
+        ("runtime/call/root.py", "from ..hooks import h"),
+        ("runtime/progress.py", "from .hooks import h"),
+    ],
+)
+def test_the_wing_rule_finds_a_planted_fault(tmp_path, file, text):
+    src = planted(tmp_path, **{file: text, "runtime/targets/choose.py": ""})
+    (found,) = wing_violations(src)
+    assert found.startswith(f"{file}:")
+
+
+def test_the_circle_rule_finds_a_planted_fault(tmp_path):
+    src = planted(
+        tmp_path, **{"runtime/names.py": "from .call.root import r", "runtime/call/root.py": "from ..names import n"}
+    )
+    assert circles(src) == ["runtime.call.root -> runtime.names -> runtime.call.root"]
 
 
 def test_the_name_rule_finds_a_planted_fault(tmp_path):

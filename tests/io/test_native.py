@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.io.native import read, read_header
+from lora_lite.io.header import read_header
+from lora_lite.io.native import read
 from lora_lite.testing.case import randomise
 from lora_lite.testing.toy import Snapshot, toy
 
@@ -390,27 +391,27 @@ def test_the_base_is_compared_within_its_rounding(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    from lora_lite.io import native
+    from lora_lite.io import tensors
 
     model = adapted()
     path = ll.save(model, tmp_path / "x")
     old = path.read_bytes()
     randomise(model, seed=4)
 
-    def broken(tensors, file, meta):
+    def broken(new, file, meta):
         with open(file, "wb") as f:
             f.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(native, "save_file", broken)
+    monkeypatch.setattr(tensors, "save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         ll.save(model, path)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == [path.name]
 
-    def wrong(tensors, file, meta):
-        save_file({k: t + 1 for k, t in tensors.items()}, file, meta)
+    def wrong(new, file, meta):
+        save_file({k: t + 1 for k, t in new.items()}, file, meta)
 
-    monkeypatch.setattr(native, "save_file", wrong)
+    monkeypatch.setattr(tensors, "save_file", wrong)
     with pytest.raises(ll.FileError, match="does not read back"):
         ll.save(model, path)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -424,13 +425,13 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
 import os, signal, sys
 sys.path[:0] = {[p for p in sys.path if p]!r}
 import lora_lite as ll
-from lora_lite.io import native
+from lora_lite.io import tensors
 from lora_lite.testing.case import randomise
 from lora_lite.testing.toy import toy
 model = toy()
 ll.attach(model, ll.LoRAConfig(r=3))
 randomise(model)
-native.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+tensors.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 ll.save(model, {str(path)!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
 from lora_lite.core.errors import ConfigError, StateError
-from lora_lite.runtime.calibrate import Targets
+from lora_lite.runtime.model.record import Record
 from lora_lite.runtime.plan import plan
-from lora_lite.runtime.staging import stage
-from lora_lite.runtime.state import Record
+from lora_lite.runtime.start.calibrate import Targets
+from lora_lite.runtime.start.staging import stage
 
 VOCAB = 50
 

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lora_lite as ll
 import tiny_models
 from lora_lite.bench import speed
-from lora_lite.runtime.cost import Paper
-from lora_lite.runtime.counting import counter
+from lora_lite.cost.counting import counter
+from lora_lite.cost.paper import Paper
 
 B, T = 2, 48
 SIZES = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.runtime import grouped
+from lora_lite.runtime.call import grouped
 
 
 class Flat(nn.Module):
@@ -38,7 +38,7 @@ def model_with(ranks: list[int]) -> nn.Module:
 
 def by_segments(monkeypatch):
     monkeypatch.setattr(
-        "lora_lite.runtime.hooks.grouped", lambda layer, site, groups, x, y: (x if y is None else y, groups)
+        "lora_lite.runtime.call.hooks.grouped", lambda layer, site, groups, x, y: (x if y is None else y, groups)
     )
 
 

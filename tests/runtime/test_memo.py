@@ -152,5 +152,5 @@ def test_generation_is_the_same_with_and_without(method, monkeypatch):
     randomise(model)
     kept = generate(model)
     assert model._lora_lite_state.memo is None
-    monkeypatch.setattr("lora_lite.runtime.layer.memo_of", lambda module: None)
+    monkeypatch.setattr("lora_lite.runtime.view.layer.memo_of", lambda module: None)
     torch.testing.assert_close(kept, generate(model), rtol=0, atol=0)

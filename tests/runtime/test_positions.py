@@ -436,11 +436,11 @@ def test_under_an_sft_trainer(tmp_path, option, monkeypatch):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     import tiny_llm
     from lora_lite.interop.trainer import adapter_trainer
-    from lora_lite.runtime import hooks
+    from lora_lite.runtime.call import root
 
-    model, found, locate = tiny_llm.model(), [], hooks.locate
+    model, found, locate = tiny_llm.model(), [], root.locate
     ll.attach(model, ll.LoReFTConfig(r=2, positions="prompt"))
-    monkeypatch.setattr(hooks, "locate", lambda *args: found.append(locate(*args)) or found[-1])
+    monkeypatch.setattr(root, "locate", lambda *args: found.append(locate(*args)) or found[-1])
     rows = [{"prompt": "ab" * (1 + i % 3) + "=", "completion": "cd"} for i in range(8)]
     args = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],

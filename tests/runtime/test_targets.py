@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_lite as ll
 import tiny_models
-from lora_lite.runtime.structure import describe, role_of
+from lora_lite.runtime.targets.structure import describe, role_of
 from lora_lite.testing.toy import Toy, toy
 
 EVERY = list(tiny_models.MODELS)

@@ -129,7 +129,7 @@ def test_which_rows_by_default_and_which_embedding():
 
 
 def test_what_is_refused(tmp_path):
-    from lora_lite.testing.checks import _read, _write_file
+    from lora_lite.testing.checks.suite import read_file, write_file
 
     model = tiny_models.build("llama", tie_word_embeddings=True)
     before = Snapshot(model)
@@ -138,11 +138,11 @@ def test_what_is_refused(tmp_path):
     for ids in ((3, 3), (-1,)):
         with pytest.raises(ll.ConfigError, match="distinct and not negative"):
             ll.TokenRowsConfig(token_ids=ids)
-    head, tensors = _read(ll.save(llama(), tmp_path / "x"))
+    head, tensors = read_file(ll.save(llama(), tmp_path / "x"))
     for owner in ("nothing", "lm_head", 3, []):
         head["targets"]["lm_head"]["tied"] = owner
         with pytest.raises(ll.FileError, match="lm_head is tied to"):
-            ll.load(model, _write_file(tmp_path / "bad.safetensors", head, tensors))
+            ll.load(model, write_file(tmp_path / "bad.safetensors", head, tensors))
     assert not (d := before.difference(model)), d
     mixed = llama()
     ll.attach(mixed, ll.LoRAConfig(r=2, target_names=("lm_head",)), name="lora")

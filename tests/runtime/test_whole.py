@@ -395,22 +395,22 @@ def test_sums_refuse():
 
 
 def test_a_damaged_entry_of_the_file(tmp_path):
-    from lora_lite.testing.checks import _read, _write_file
+    from lora_lite.testing.checks.suite import read_file, write_file
 
     path = ll.save(llama(), tmp_path / "x")
-    head, tensors = _read(path)
+    head, tensors = read_file(path)
     assert head["requires"] == ["target_variants"]
     model = tiny_models.build("llama")
     before = Snapshot(model)
     for value in ("nobody", 7, [], None):
         head["targets"]["lm_head"]["variant"] = value
-        bad = _write_file(tmp_path / "bad.safetensors", head, tensors)
+        bad = write_file(tmp_path / "bad.safetensors", head, tensors)
         with pytest.raises(ll.FileError):
             ll.load(model, bad)
     head["targets"]["lm_head"]["variant"] = "whole"
     head["requires"] = ["target_variants", "more"]
     with pytest.raises(ll.FileError, match="newer version"):
-        ll.load(model, _write_file(tmp_path / "bad.safetensors", head, tensors))
+        ll.load(model, write_file(tmp_path / "bad.safetensors", head, tensors))
     assert not (d := before.difference(model)), d
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_lite as ll
 import tiny_models
-from lora_lite.runtime import weights
+from lora_lite.runtime.layers import read as weights
 from lora_lite.testing.case import randomise
 from lora_lite.testing.toy import FakeQuantLinear, Snapshot
 

@@ -10,7 +10,7 @@ from typing import Any
 import lora_lite as ll
 
 from ..core.errors import did_you_mean
-from ..runtime.cost import Paper
+from ..cost.paper import Paper
 from ..runtime.plan import size_text
 from ._console import Bar, say, table
 from ._method import build_config

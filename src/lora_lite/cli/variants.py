@@ -9,7 +9,7 @@ from typing import Any
 
 import lora_lite as ll
 
-from ..runtime.plan import make_target
+from ..runtime.targets.choose import make_target
 from ._console import markdown, say, table
 
 WIDTH, RANK = 768, 8

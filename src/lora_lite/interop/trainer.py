@@ -14,10 +14,11 @@ from torch import nn
 
 import lora_lite as ll
 
-from ..core.errors import FileError, StateError, listing
+from ..core.errors import FileError, StateError
 from ..io import native
-from ..runtime.state import DEFAULT, owned_tensors, state_of, unwrap
-from ..runtime.weights import is_sharded
+from ..io.header import config_from_header
+from ..runtime.layers.kinds import is_sharded
+from ..runtime.model.state import DEFAULT, state_of, unwrap
 
 _Base: Any = object
 """The trainer's class, as the mixin sees it: known only where a subclass names it."""
@@ -142,20 +143,14 @@ def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         if not path.is_file():
             raise FileError(f"{folder} is no checkpoint of adapter {handle.name!r}: it holds no {path.name}.")
         head, tensors = native.read(path)
-        theirs, ours = native.config_from_header(head, str(path)).to_dict(), handle.cfg.to_dict()
+        theirs, ours = config_from_header(head, str(path)).to_dict(), handle.cfg.to_dict()
         other = [f"{k}={theirs.get(k)!r}, not {v!r}" for k, v in ours.items() if theirs.get(k) != v]
         if other:
             raise FileError(
                 f"{path} was trained with another config ({'; '.join(other)}); attach with the same one to resume."
             )
-        native._check_base(model, handle.record, head, "error", str(path))
-        shapes = {
-            f"{t.path}.{short}" if t.path else short: tensor.shape
-            for t, short, _, tensor in owned_tensors(model, handle.record)
-        }
-        wrong = [k for k in shapes.keys() | tensors.keys() if k not in tensors or shapes.get(k) != tensors[k].shape]
-        if wrong:
-            raise FileError(f"{path} does not fit adapter {handle.name!r}: {listing(sorted(wrong))}.")
+        native.check_base(model, handle.record, head, "error", str(path))
+        native.check_keys(native.expected(handle.record), tensors, str(path))
         found.append((handle, head, tensors))
     for handle, head, tensors in found:
         ll.load_adapter_state_dict(model, handle.name, tensors)

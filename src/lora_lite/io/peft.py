@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .._version import __version__
 from ..core.config import matches
 from ..core.errors import FileError, StateError, did_you_mean, listing
+from ..core.files import read_tensors
 from ..core.registry import get_variant, variants
-from ..runtime.attach import commit
+from ..runtime.commit import commit
 from ..runtime.handle import Adapter
-from ..runtime.plan import make_target
-from ..runtime.schedule import layer_views
-from ..runtime.staging import stage
-from ..runtime.state import Record, Target, record_of, state_of, unwrap
-from ..runtime.weights import dims
-from .native import _write
+from ..runtime.layers.kinds import dims
+from ..runtime.model.record import Record, Target
+from ..runtime.model.state import record_of, state_of, unwrap
+from ..runtime.start.staging import stage
+from ..runtime.targets.choose import make_target
+from ..runtime.view.expert import layer_views
 from .peft_experts import expert_factors, packed, unpacked
 from .peft_whole import called, full_values, patterns, split_whole, whole_targets
+from .tensors import write_tensors
 
 PREFIX = "base_model.model."
 REFUSED = {
@@ -111,7 +112,9 @@ def export(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "adapter_model.safetensors", tensors, {"format": "pt", "written_by": f"lora_lite {__version__}"})
+    write_tensors(
+        folder / "adapter_model.safetensors", tensors, {"format": "pt", "written_by": f"lora_lite {__version__}"}
+    )
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
 
@@ -221,15 +224,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise FileError(
             f"{folder} holds no adapter_model.safetensors; pickled adapters (adapter_model.bin) are never read."
         )
-    try:
-        with safe_open(str(path), "pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    except SafetensorError as e:
-        raise FileError(f"{path} is damaged ({e}).") from None
-    bad = [k for k, t in tensors.items() if not bool(torch.isfinite(t.float()).all())]
-    if bad:
-        raise FileError(f"{path} holds values that are not finite: {listing(bad)}.")
-    return tensors
+    return read_tensors(path)
 
 
 def _pattern(patterns: Any, path: str, default: Any) -> Any:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.errors import FileError, did_you_mean
 from ..core.variant import Variant
-from ..runtime.bank import PREFIX, Bank, banks
-from ..runtime.experts import expert_views
-from ..runtime.layer import LayerView
-from ..runtime.plan import make_target
-from ..runtime.state import Target
-from ..runtime.structure import describe
+from ..runtime.layers.bank import PREFIX, Bank, banks
+from ..runtime.model.record import Target
+from ..runtime.targets.choose import make_target
+from ..runtime.targets.structure import describe
+from ..runtime.view.expert import expert_views
+from ..runtime.view.layer import LayerView
 
 WRAPPED = ".base_layer"
 Stacked = tuple[Tensor, Tensor]

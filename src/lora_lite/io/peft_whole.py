@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
 from ..core.errors import FileError
-from ..runtime.norms import read_norm
-from ..runtime.plan import make_target
-from ..runtime.state import Record, Target, stored_name, tensor_on
-from ..runtime.weights import bias_of, extent, is_conv1d, read_weight, stored_weight
-from ..runtime.whole import whole_config
+from ..runtime.layers.kinds import bias_of, extent, is_conv1d, stored_weight
+from ..runtime.layers.norm import read_norm
+from ..runtime.layers.read import read_weight
+from ..runtime.model.record import Record, Target
+from ..runtime.model.site import stored_name, tensor_on
+from ..runtime.targets.beside import whole_config
+from ..runtime.targets.choose import make_target
 
 Values = dict[str, dict[str, Tensor]]
 

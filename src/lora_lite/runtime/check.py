@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core.errors import StateError, listing
-from .state import owned_tensors, state_of, unwrap
+from .model.site import owned_tensors
+from .model.state import state_of, unwrap
 
 
 @dataclass

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError, StateError
 from ..core.registry import variants
-from .attach import check_attachable, commit
+from .commit import check_attachable, commit
 from .handle import Adapter
-from .layer import generator_for
-from .plan import make_target
+from .model.record import Record
+from .model.state import record_of, state_of, unwrap
 from .progress import track
-from .schedule import layer_views
-from .staging import stage
-from .state import Record, record_of, state_of, unwrap
+from .start.staging import stage
+from .targets.choose import make_target
+from .view.expert import layer_views
+from .view.layer import generator_for
 
 Method = Literal["sum", "ties", "dare", "dare_ties"]
 Pair = tuple[Tensor, Tensor]

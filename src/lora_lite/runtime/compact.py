@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import StateError
-from .attach import commit, detach
+from .commit import commit, detach
 from .handle import Adapter
-from .layer import StagedView
-from .plan import make_target
-from .staging import stage
-from .state import Record, Slot, Target, owned_tensors, record_of, state_of, unwrap
+from .model.record import Record, Target
+from .model.site import Slot, owned_tensors
+from .model.state import record_of, state_of, unwrap
+from .start.staging import stage
+from .targets.choose import make_target
+from .view.layer import StagedView
 
 
 def compacted(

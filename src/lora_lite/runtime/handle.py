@@ -9,7 +9,9 @@ from torch import nn
 
 from ..core.config import AdapterConfig
 from ..core.errors import StateError
-from .state import Record, owned_tensors, record_of, state_of
+from .model.record import Record
+from .model.site import owned_tensors
+from .model.state import record_of, state_of
 
 
 class Adapter:

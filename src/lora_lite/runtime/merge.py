@@ -9,27 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import LoraLiteError, StateError, WeightError
-from . import weights
-from .bank import Bank
-from .experts import ExpertView, slices
-from .fold import fold
-from .layer import DenseView
-from .norms import norm_of
+from .layers.bank import Bank
+from .layers.kinds import CONVS, bias_of, dense_view, device_of, is_plain, is_quantised, is_sharded, stored_weight
+from .layers.norm import norm_of
+from .layers.read import probe_dtype, read_weight
+from .layers.virtual import Lookup, Normed
+from .model.record import Record
+from .model.site import Site, owned_tensors
+from .model.state import SITE, ModelState, outside_scope, record_of, reset_compiled, state_of, unwrap
 from .progress import track
 from .select import active as active_scope
-from .state import (
-    SITE,
-    ModelState,
-    Record,
-    Site,
-    outside_scope,
-    owned_tensors,
-    record_of,
-    reset_compiled,
-    state_of,
-    unwrap,
-)
-from .virtual import Lookup, Normed
+from .view.composed import composed
+from .view.expert import ExpertView, slices
+from .view.layer import DenseView
 
 COLUMNS = 1024  # of the identity, pushed through the pages at a time
 
@@ -163,13 +155,13 @@ def merged_weight(
     layer: nn.Module, path: str, site: Site, chosen: tuple[tuple[str, float], ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(W, W', b') in fp64 (fp32 where the device has no fp64): F(v) = pages(base(pages_in(v))), b' = F(0), W'ᵀ = F(I) − F(0)."""
-    dtype = torch.float32 if weights.device_of(layer).type == "mps" else torch.float64
-    w = weights.read_weight(layer, path, dtype) if site.kind != "norm" else norm_of(layer).gain(layer, dtype)[:, None]
-    b = weights.bias_of(layer)
+    dtype = torch.float32 if device_of(layer).type == "mps" else torch.float64
+    w = read_weight(layer, path, dtype) if site.kind != "norm" else norm_of(layer).gain(layer, dtype)[:, None]
+    b = bias_of(layer)
     b = None if b is None else b.detach().to(dtype)
     d_out, d_in = w.shape
     slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
-    f = fold([(slot, weight, DenseView(layer, slot, w, b)) for slot, weight in slots], w, b)
+    f = composed([(slot, weight, DenseView(layer, slot, w, b)) for slot, weight in slots], w, b)
 
     if site.kind == "norm":
         one, zero = (f(Normed(t)) for t in (torch.ones_like(w.mT), torch.zeros_like(w.mT)))
@@ -212,9 +204,9 @@ def _merge_layer(
         raise StateError(
             f"{path}: the merged weight is not finite; look at the adapter's tensors with ll.adapter_state_dict."
         )
-    old_bias = weights.bias_of(layer)
-    plain = site.kind == "norm" or weights.is_plain(layer)
-    dtype = weights.stored_weight(layer).dtype if plain else weights._probe_dtype(layer)
+    old_bias = bias_of(layer)
+    plain = site.kind == "norm" or is_plain(layer)
+    dtype = stored_weight(layer).dtype if plain else probe_dtype(layer)
     report.change[path] = float((new - w).norm() / w.norm().clamp_min(1e-30))
     new = new - norm_of(layer).offset if site.kind == "norm" else new
     stored = new.to(dtype)
@@ -237,7 +229,7 @@ def _merge_layer(
         report.dequantised.append(path)
         _set_submodule(model, path, dense)
         return
-    weight = weights.stored_weight(layer)
+    weight = stored_weight(layer)
     original = Original(
         path,
         weight.detach().to("cpu", copy=True),
@@ -245,10 +237,10 @@ def _merge_layer(
         old_bias is not None,
     )
     merged.originals.append(original)
-    if site.kind == "norm" or isinstance(layer, weights.CONVS):
+    if site.kind == "norm" or isinstance(layer, CONVS):
         weight.copy_(stored.view_as(weight))
     else:
-        weights.dense_view(layer).copy_(stored)
+        dense_view(layer).copy_(stored)
     if old_bias is not None:
         old_bias.copy_(bias.to(old_bias.dtype))
     elif needs_bias:
@@ -270,7 +262,7 @@ def _merge_bank(
     for e in range(bank.n_experts):
         w, b = stored[e].to(dtype), None if bias is None else bias.detach()[e].to(dtype)
         views = [(s, k, ExpertView(bank, s, w, b, {n: t[e] for n, t in slices(bank, s).items()})) for s, k in slots]
-        f = fold(views, w, b)
+        f = composed(views, w, b)
         shift = f(w.new_zeros(1, bank.d_in))[0]
         new = (f(torch.eye(bank.d_in, dtype=dtype, device=w.device)) - shift).mT
         if not (torch.isfinite(new).all() and torch.isfinite(shift).all()):
@@ -293,12 +285,12 @@ def _restore(model: nn.Module, merged: Merged) -> None:
             continue
         layer = model.get_submodule(original.path)
         assert original.weight is not None
-        weights.stored_weight(layer).copy_(original.weight)
+        stored_weight(layer).copy_(original.weight)
         if original.bias is not None:
-            bias = weights.bias_of(layer)
+            bias = bias_of(layer)
             assert bias is not None
             bias.copy_(original.bias)
-        elif not original.had_bias and weights.bias_of(layer) is not None:
+        elif not original.had_bias and bias_of(layer) is not None:
             layer.register_parameter("bias", None)
 
 
@@ -315,7 +307,7 @@ def _mergeable(
     paths = [p for p in dict.fromkeys(p for n, _ in chosen for p in state.records[n].targets)]
     for n, _ in chosen:
         list(owned_tensors(model, state.records[n]))  # raises where a layer was replaced
-    sharded = next((n for n, p in model.named_parameters() if weights.is_sharded(p)), None)
+    sharded = next((n for n, p in model.named_parameters() if is_sharded(p)), None)
     if sharded is not None:
         raise WeightError(
             f"the model is sharded ({sharded}). Save the adapter, load it into an unsharded model and merge there."
@@ -330,8 +322,8 @@ def _mergeable(
         w = layer._parameters.get("weight")
         if isinstance(layer, Bank):
             continue  # no module but its owner knows the parameter
-        plain = site.kind == "norm" or weights.is_plain(layer)
-        if not plain and weights.is_quantised(layer) and not dequantize:
+        plain = site.kind == "norm" or is_plain(layer)
+        if not plain and is_quantised(layer) and not dequantize:
             raise WeightError(
                 f"{path}: the weight of this {type(layer).__name__} is quantised. ll.merge(model, dequantize=True) replaces such layers by dense ones and reports the error."
             )

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from ..core.config import AdapterConfig, matches
-from ..core.errors import LoraLiteError, TargetError, did_you_mean, listing
+from ..core.config import AdapterConfig
+from ..core.errors import TargetError, listing
 from ..core.registry import get_variant, resolve
 from ..core.spec import ParamSpec
-from . import weights
-from .bank import Bank
-from .experts import check_method
-from .state import SITE, Target, unwrap
-from .structure import Site, Structure, describe
-from .virtual import article, check_place
-from .whole import only_input_embedding, tied_notes, tied_sites, whole_config, whole_sites
+from .layers.bank import Bank
+from .layers.kinds import is_quantised
+from .model.record import Target
+from .model.state import SITE, unwrap
+from .targets.beside import whole_config, whole_sites
+from .targets.choose import (
+    add_shared,
+    block_sites,
+    check_site,
+    count_hits,
+    make_target,
+    select,
+    target_of,
+)
+from .targets.structure import Place, describe
+from .targets.tied import only_input_embedding, tied_notes, tied_sites
 
 
 @dataclass
@@ -121,22 +128,22 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
             f"variant {variant.name!r} hooks the residual stream after blocks, so target_kinds={cfg.target_kinds!r} says nothing to it; leave it out."
         )
     sites = (
-        _block_sites(structure)
+        block_sites(structure)
         if variant.site == "block"
         else [s for s in structure.sites if s.kind in cfg.target_kinds]
     )
     if variant.site == "embedding" and cfg.target_names is None:
         sites = only_input_embedding(model, sites)
-    hits = _hits(cfg, ("target_names", "exclude_names"), sites, "layers")
+    hits = count_hits(cfg, ("target_names", "exclude_names"), sites, "layers")
     whole = whole_sites(model, structure, cfg, hits)
     beside = {s.path for s in whole}
     chosen, unadapted = select([s for s in sites if s.path not in beside], structure, cfg)
     for site in chosen:
-        _check_site(site, structure, cfg)
+        check_site(site, structure, cfg)
     if variant.site != "block":
         others = [s for s in structure.sites if s.kind not in (*cfg.target_kinds, "norm") and s.path not in beside]
         unadapted += [(s.path, f"{s.kind}; add it with target_kinds") for s in others]
-    hits |= _hits(cfg, None, chosen, "targets")
+    hits |= count_hits(cfg, None, chosen, "targets")
     targets = [target_of(s, cfg.for_target(s.path, s.role)) for s in chosen]
     if variant.shared_specs is not None:
         add_shared(targets, cfg)
@@ -149,7 +156,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     if whole:
         own = whole_config(cfg)
         for site in whole:
-            _check_site(site, structure, own)
+            check_site(site, structure, own)
         targets += [target_of(s, own) for s in whole]
         chosen = chosen + whole
     rows = [
@@ -158,7 +165,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
             s.role,
             s.layer,
             _dtype_name(s.module),
-            variant.site == "linear" and weights.is_quantised(s.module),
+            variant.site == "linear" and is_quantised(s.module),
         )
         for s in chosen
     ]
@@ -170,7 +177,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     return Plan(cfg, targets, hits, unadapted, sum(_numel(p) for p in _base_parameters(model)), rows, notes)
 
 
-def _expert_notes(chosen: list[Site]) -> list[str]:
+def _expert_notes(chosen: list[Place]) -> list[str]:
     """What swapped-in weights cost while training."""
     size = sum(s.module.weight.numel() * s.module.weight.element_size() for s in chosen if isinstance(s.module, Bank))
     if not size:
@@ -178,147 +185,6 @@ def _expert_notes(chosen: list[Site]) -> list[str]:
     return [
         f"fused experts: training keeps their adapted weights ({size_text(size)} over all layers) for the backward pass; with gradient checkpointing those of one layer at a time"
     ]
-
-
-def _hits(cfg: AdapterConfig, fields: tuple[str, ...] | None, sites: list[Site], what: str) -> dict[str, int]:
-    """Pattern -> number of matches, for the named fields or for all others; a pattern without a match raises."""
-    names = ("target_names", "exclude_names", "train_modules")
-    hits: dict[str, int] = {}
-    for name, pattern in cfg.patterns():
-        if (name in fields) if fields is not None else (name not in names):
-            hits[f"{name} {pattern!r}"] = n = sum(matches(pattern, s.path) for s in sites)
-            if n == 0:
-                raise TargetError(
-                    f"{name}: {pattern!r} matches none of the {len(sites)} {what}.{did_you_mean(pattern, _tails(sites))} ll.plan(model, ll.{type(cfg).__name__}()) shows all of them."
-                )
-    return hits
-
-
-def select(sites: list[Site], structure: Structure, cfg: AdapterConfig) -> tuple[list[Site], list[tuple[str, str]]]:
-    """The chosen layers, and (path, reason) of the others. Names are filtered first, roles looked at afterwards."""
-    wanted_layers = _layer_set(cfg, structure, sites)
-    in_blocks = any(s.layer is not None for s in sites)
-    chosen, left = [], []
-    for s in sites:
-        named = cfg.target_names is not None and any(matches(p, s.path) for p in cfg.target_names)
-        if cfg.target_names is not None and not named:
-            left.append((s.path, "not matched by target_names"))
-        elif any(matches(p, s.path) for p in cfg.exclude_names):
-            left.append((s.path, "exclude_names"))
-        elif cfg.target_names is None and s.is_head:
-            left.append((s.path, "output head; name it in target_names to adapt it"))
-        elif cfg.target_names is None and in_blocks and s.layer is None and s.kind == "linear":
-            left.append((s.path, "outside of the blocks; name it in target_names to adapt it"))
-        elif wanted_layers is not None and s.layer not in wanted_layers:
-            left.append((s.path, "not in layers"))
-        elif cfg.target_roles is not None and s.role not in cfg.target_roles:
-            left.append((s.path, f"role {s.role}"))
-        elif s.uncalled and not named:
-            left.append((s.path, f"never called as a module: {s.uncalled}"))
-        else:
-            chosen.append(s)
-    if not chosen:
-        why = Counter(reason for _, reason in left)
-        cure = (
-            f"Print ll.plan(model, ll.{type(cfg).__name__}()) to see names and roles."
-            if left
-            else "lora_lite adapts linear-like layers; this model has none."
-        )
-        raise TargetError(
-            f"the config chooses none of the model's {len(sites)} layers ({', '.join(f'{n} {r}' for r, n in why.most_common(3)) or 'none found'}). {cure}"
-        )
-    return chosen, left
-
-
-def target_of(site: Site, cfg: AdapterConfig) -> Target:
-    """The target on one layer, for a config that `for_target` has been through."""
-    cfg = cfg.for_layer(weights.bias_of(site.module) is not None)
-    experts = site.module.n_experts if isinstance(site.module, Bank) else 0
-    return make_target(site.path, site.d_in, site.d_out, cfg, site.kind, experts)
-
-
-def make_target(path: str, d_in: int, d_out: int, cfg: AdapterConfig, kind: str = "linear", experts: int = 0) -> Target:
-    """The tensors that the variant wants on one layer, checked."""
-    variant = get_variant(cfg.variant)
-    try:
-        specs = variant.param_specs(d_in, d_out, cfg)
-    except LoraLiteError as e:
-        raise type(e)(f"{path}: {e}") from None
-    for short in specs:
-        if not short.startswith("lora_") or "@" in short or "." in short:
-            raise TargetError(
-                f"{variant.name}.param_specs names a tensor {short!r}; names begin with 'lora_' and hold neither '@' nor '.'."
-            )
-    if experts:
-        specs = {k: dataclasses.replace(s, shape=(experts, *s.shape)) for k, s in specs.items()}
-    return Target(path, d_in, d_out, cfg, dict(specs), kind, experts)
-
-
-def add_shared(targets: list[Target], cfg: AdapterConfig) -> None:
-    """Give the shared tensors to the first target and point the others to it."""
-    shared = get_variant(cfg.variant).shared_specs(targets, cfg)  # type: ignore[misc]
-    targets[0].specs.update(shared)
-    for t in targets[1:]:
-        t.shared = dict.fromkeys(shared, targets[0].path)
-
-
-def _check_site(site: Site, structure: Structure, cfg: AdapterConfig) -> None:
-    variant = get_variant(cfg.variant)
-    if site.kind == "norm" and not variant.norms:
-        raise TargetError(
-            f"{site.path}: variant {variant.name!r} cannot stand on a norm; take it out of target_kinds, or train norms whole: train_modules=({site.path.rsplit('.', 1)[-1]!r},)."
-        )
-    if site.kind in ("embedding", "conv"):
-        check_place(site.module, site.path)
-        if variant.forward_input is not None or variant.group_init is not None:
-            why = "rewrites its layer's input" if variant.forward_input is not None else "starts from data"
-            raise TargetError(
-                f"{site.path}: variant {variant.name!r} {why}, which {article(site.kind)} does not offer; take it out of target_kinds."
-            )
-        if site.kind == "embedding" and cfg.dropout:
-            raise TargetError(
-                f"{site.path}: dropout on the one-hot input of an embedding has no meaning; set dropout=0 or exclude it."
-            )
-    if site.kind == "experts":
-        check_method(site.path, cfg)
-    if site.uncalled:
-        raise TargetError(
-            f"{site.path} is never called as a module ({site.uncalled}), so an adapter there would do nothing. Add it to exclude_names."
-        )
-    paths = structure.aliases.get(id(site.module))
-    if paths:
-        raise TargetError(
-            f"one module has {len(paths)} paths ({listing(paths)}); an adapter on it would act at all of them. Add it to exclude_names, or give the model two modules."
-        )
-
-
-def _layer_set(cfg: AdapterConfig, structure: Structure, sites: list[Site]) -> set[int] | None:
-    if cfg.layers is None:
-        return None
-    there = {s.layer for s in sites if s.layer is not None}
-    n = structure.n_layers
-    wanted = {i + n if i < 0 else i for i in cfg.layers}
-    if not there or wanted - there:
-        missing = sorted(wanted - there)
-        raise TargetError(
-            f"layers: the model has no block {missing or list(cfg.layers)}; it has {n} blocks, 0 to {n - 1}."
-            if there
-            else "layers: the model has no stack of blocks to count; use target_names."
-        )
-    return wanted
-
-
-def _block_sites(structure: Structure) -> list[Site]:
-    if not structure.blocks or structure.d_model is None:
-        raise TargetError(
-            "this variant hooks the residual stream after blocks, and the model has no list of blocks such as model.layers."
-        )
-    d = structure.d_model
-    return [Site(path, module, d, d, index, "block", kind="block") for path, index, module in structure.blocks]
-
-
-def _tails(sites: list[Site]) -> list[str]:
-    return list(dict.fromkeys(part for s in sites for part in (s.path.rsplit(".", 1)[-1], s.path)))
 
 
 def _base_parameters(model: nn.Module) -> list[torch.Tensor]:

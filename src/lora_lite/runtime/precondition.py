@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..core.errors import StateError
-from .layer import LayerView
-from .schedule import layer_views, torch_optimizer, within_step
-from .state import record_of, state_of
+from .model.state import record_of, state_of
+from .schedule import torch_optimizer, within_step
+from .view.expert import layer_views
+from .view.layer import LayerView
 
 A, B = "lora_A", "lora_B"
 """The factors of an update BA, by the name that every low-rank method gives them; `lora_A0` is a frozen start beside its deviation."""

@@ -11,17 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.errors import StateError
-from .experts import expert_views
-from .layer import LayerView
-from .state import SITE, Record, Slot, owned_tensors, record_of, state_of, unwrap
-
-
-class StillView(LayerView):
-    """A view outside of any forward: dropout and other noise of training do not exist for it."""
-
-    @property
-    def training(self) -> bool:
-        return False
+from .model.record import Record
+from .model.site import owned_tensors
+from .model.state import record_of, state_of
+from .view.expert import expert_views, layer_views
+from .view.layer import LayerView
 
 
 class StepTargets(list[LayerView]):
@@ -30,19 +24,6 @@ class StepTargets(list[LayerView]):
     def __init__(self, views: Iterable[LayerView], total_steps: int) -> None:
         super().__init__(views)
         self.total_steps = total_steps
-
-
-def layer_views(model: nn.Module, record: Record) -> list[LayerView]:
-    """One view per target of the adapter's own method, at storage precision, not in training."""
-    model = unwrap(model)
-    found: list[LayerView] = []
-    for path, target in record.targets.items():
-        if target.cfg.variant != record.cfg.variant:
-            continue
-        layer = model.get_submodule(path)
-        slot: Slot = layer.__dict__[SITE].slots[record.name]
-        found.append(StillView(layer, slot, None))
-    return found
 
 
 def schedule(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..core.errors import SelectionError, StateError, did_you_mean
-from .recompute import changed
-from .state import ModelState, outside_scope, state_of
+from .call.positions import Prompt
+from .call.recompute import changed
+from .call.scope import scope
+from .model.state import ModelState, outside_scope, state_of
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
 
@@ -35,7 +37,7 @@ def activate(model: nn.Module, choice: Choice) -> None:
 def active(model: nn.Module, choice: Choice) -> Iterator[None]:
     """`with ll.active(model, "a"):` acts like `activate` inside the block and restores the selection afterwards, after exceptions too."""
     state = state_of(model)
-    with _scope(state):
+    with scope(state):
         state.active, state.rows = _resolve(state, choice), None
         yield
 
@@ -54,31 +56,10 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         if name is not None:
             _known(state, name)
     _not_merged(state)
-    with _scope(state):
+    with scope(state):
         state.rows = tuple(names)
         state.row_epoch += 1
         yield
-
-
-@contextmanager
-def _scope(state: ModelState) -> Iterator[None]:
-    me = threading.get_ident()
-    if state.scope_depth and state.scope_thread != me:
-        raise SelectionError(
-            "another thread is inside a `with ll.active(...)` or `with ll.rows(...)` block of this model; one model serves one selection at a time."
-        )
-    saved = state.active, state.rows
-    running = state.batch, state.call
-    state.scope_thread, state.scope_depth = me, state.scope_depth + 1
-    try:
-        yield
-    finally:
-        inside = state.active, state.rows
-        state.active, state.rows = tuple((n, w) for n, w in saved[0] if n in state.records), saved[1]
-        state.batch, state.call = running  # after an exception inside a forward too
-        state.scope_depth -= 1
-        if (state.active, state.rows) != inside:
-            changed(state)
 
 
 def _resolve(state: ModelState, choice: Choice) -> tuple[tuple[str, float], ...]:
@@ -108,3 +89,29 @@ def _known(state: ModelState, name: str) -> None:
 def _not_merged(state: ModelState) -> None:
     if state.merged is not None:
         raise StateError("the model is merged; call ll.unmerge(model) before choosing adapters.")
+
+
+@contextmanager
+def prompt(model: nn.Module, lengths: Sequence[int] | Tensor | None) -> Iterator[None]:
+    """`with ll.prompt(model, [7, 4]):` the first 7 and 4 tokens of the rows are their prompts, padding not counted. None: every token is.
+
+    Methods at block sites that edit prompt positions or generated ones read it. Without it, labels tell the prompt (their leading -100s),
+    or it is all that a call without labels and without cached tokens brings, as in the first call of `generate`. A batch k times as long repeats each row k times (beam search).
+
+    Raises:
+        SelectionError: lengths that are no list of whole numbers; in a call, a batch that they do not fit.
+    """
+    state = state_of(model)
+    if lengths is not None:
+        found = lengths.detach().cpu() if isinstance(lengths, Tensor) else torch.as_tensor(list(lengths))
+        if found.dim() != 1 or not len(found) or found.is_floating_point() or int(found.min()) < 0:
+            raise SelectionError(
+                f"ll.prompt takes one whole number per batch row, the length of its prompt, or None; got {lengths!r}."
+            )
+        lengths = found.long()
+    saved = state.prompt
+    state.prompt = Prompt(lengths)
+    try:
+        yield
+    finally:
+        state.prompt = saved

@@ -14,9 +14,9 @@ from .abilities import Outcome as Outcome
 from .abilities import outcome as outcome
 from .abilities import what_works as what_works
 from .case import Case as Case
-from .checks import CHECKS as CHECKS
-from .checks import PROMISES as PROMISES
-from .checks import applies as applies
+from .checks.suite import CHECKS as CHECKS
+from .checks.suite import PROMISES as PROMISES
+from .checks.suite import applies as applies
 from .toy import batches as batches
 from .toy import toy as toy
 

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from ..core.errors import LoraLiteError
 from ..core.registry import get_variant
 from ..core.variant import Variant
-from ..io.native import adapter_state_dict, load, load_adapter_state_dict
+from ..io.load import load
+from ..io.native import adapter_state_dict, load_adapter_state_dict
 from ..io.peft import export
 from ..runtime.attach import attach
 from ..runtime.combine import combine
@@ -25,7 +26,7 @@ from ..runtime.handle import adapters
 from ..runtime.merge import merge, unmerge
 from ..runtime.select import activate, active, rows
 from .case import SIZES, Case, randomise, run
-from .checks import CHECKS, relative
+from .checks.suite import CHECKS, relative
 from .toy import HIDDEN, VOCABULARY, WIDTH, FakeQuantLinear, Toy
 
 Ability = Callable[[Case], float]

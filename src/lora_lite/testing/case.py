@@ -15,9 +15,10 @@ from ..core.errors import LoraLiteError
 from ..core.variant import Variant
 from ..runtime.attach import attach
 from ..runtime.handle import Adapter
+from ..runtime.model.site import owned_tensors
+from ..runtime.model.state import record_of
 from ..runtime.plan import plan
 from ..runtime.schedule import schedule
-from ..runtime.state import owned_tensors, record_of
 from .toy import WIDTH, Toy, batches, pairs, toy
 
 SIZES = ((3, 7.0), (4, 6.0), (2, 5.0), (12, 5.0), (1, 3.0))

@@ -1,0 +1,1 @@
+"""While the model runs: hooks, rows, positions, recomputation."""

@@ -1,0 +1,244 @@
+"""Token positions for methods that edit the residual stream: where the prompt lies in a call, whatever is padded or cached.
+
+The root's pre-hook works this out once per call, and only while an adapter that asks for positions acts; the hooks of the blocks look it up.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import SelectionError
+from ...core.positions import parse_positions
+from ..model.state import ModelState
+from ..view.spans import Call
+
+IGNORED = -100
+CURE = "Name the prompts: with ll.prompt(model, lengths): ... (one length per row, padding not counted; None: every token belongs to the prompt)."
+
+
+class Prompt:
+    """What a `with ll.prompt(...)` block says."""
+
+    def __init__(self, lengths: Tensor | None) -> None:
+        self.lengths = lengths
+        """(rows,) on the CPU; None: all tokens of a call that are no padding."""
+        self.ends: int | None = None
+        """Column at which the prompts of the present generation are known to be over."""
+
+
+def locate(state: ModelState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """Where the acting adapters' positions lie in this call; None when none of them asks.
+
+    Raises:
+        SelectionError: the prompt cannot be told from the call, and a guess would be a silent mistake.
+    """
+    texts = {}
+    for name in state.rows if state.rows is not None else [n for n, _ in state.active]:
+        text = "all" if name is None else getattr(state.records[name].cfg, "positions", "all")
+        if text != "all":
+            texts[text] = name
+    if not texts:
+        return None
+    who = ", ".join(f"adapter {name!r} (positions={text!r})" for text, name in texts.items())
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise SelectionError(
+            f"{who}: an encoder-decoder model has two sequences and no prompt in either; use positions='all'."
+        )
+    named = _named(model, args, kwargs)
+    tokens = _tokens(named)
+    if tokens is None:
+        raise SelectionError(f"{who}: the call brings no tensor of shape (batch, tokens, ...). Use positions='all'.")
+    (B, T), device = tokens.shape[:2], tokens.device
+    past = _past(named, who)
+    found = {}
+    if _is_over(state.prompt, past, T):
+        for text in texts:
+            found[text] = (None, None, 0) if text == "generated" else ()
+        return Call((B, T), found)
+    mask = _mask(named.get("attention_mask"), B, T, past, who)
+    count = None if mask is None else mask.to(device).long().cumsum(1)
+    n = _lengths(state, model, named, tokens, count, past, who)
+    for text in texts:
+        spec = parse_positions(text)
+        if not isinstance(spec, str):
+            found[text] = _prompt_tokens(*spec, n, count, T, past)
+            continue
+        column = torch.arange(T, device=device) + past
+        rank = column.expand(B, T) if count is None else count.index_select(1, column) - 1
+        keep = (rank < n[:, None]) if spec == "prompt" else (rank >= n[:, None])
+        found[text] = (None, keep if mask is None else keep & mask.to(device).index_select(1, column), 0)
+    return Call((B, T), found)
+
+
+def _is_over(given: Prompt | None, past: Any, T: int) -> bool:
+    """Whether the prompt is known to lie before this call: a step of cached generation."""
+    if not isinstance(past, int) or past == 0:
+        return False
+    if given is None or given.lengths is None:
+        return T == 1
+    return given.ends is not None and past >= given.ends
+
+
+def _prompt_tokens(p: int, s: int, n: Tensor, count: Tensor | None, T: int, past: Any) -> tuple[Tensor, Tensor, int]:
+    """(columns (B, p + s), which of them are there, p) of the first p and last s of n tokens; n//2 of each at most where both are asked for."""
+    cap = (n // 2 if p and s else n)[:, None]
+    k, j = torch.arange(p, device=n.device), torch.arange(s, device=n.device)
+    which = torch.cat(((k + 0 * cap), (n[:, None] - s + j)), 1)  # the which-th token of the row
+    keep = torch.cat((k < cap, s - j <= cap), 1)
+    column = which.clamp_min(0)
+    if count is not None:
+        column = torch.searchsorted(count, column + 1)
+    column = column - past
+    return column.clamp(0, T - 1), keep & (column >= 0) & (column < T), p
+
+
+def _lengths(
+    state: ModelState,
+    model: nn.Module,
+    named: Mapping[str, Any],
+    tokens: Tensor,
+    count: Tensor | None,
+    past: Any,
+    who: str,
+) -> Tensor:
+    """(B,) number of prompt tokens per row: what `ll.prompt` says, else what the labels say, else all tokens of a first call."""
+    B, T = tokens.shape[:2]
+    total = count[:, -1] if count is not None else torch.full((B,), T, device=tokens.device) + past
+    given: Prompt | None = state.prompt
+    eager = not torch.compiler.is_compiling()
+    if given is not None and given.lengths is not None:
+        if B % len(given.lengths):
+            raise SelectionError(f"ll.prompt names {len(given.lengths)} rows, and the batch has {B}.")
+        n = given.lengths.to(tokens.device).repeat_interleave(B // len(given.lengths))
+        if eager and isinstance(past, int) and past == 0:
+            fits = bool((n <= total).all())
+            given.ends = T if fits else None
+            if not fits and named.get("past_key_values") is None and not named.get("use_cache"):
+                raise SelectionError(
+                    f"ll.prompt names prompts of {given.lengths.tolist()} tokens, and the batch has rows of {total.tolist()} tokens."
+                )
+        return n
+    if given is not None and isinstance(past, int) and past == 0:
+        return total
+    if _packed(named, eager):
+        raise SelectionError(
+            f"{who}: the batch packs several sequences into one row, and a prompt cannot be found in it. Turn packing (padding-free batches) off."
+        )
+    labels = named.get("labels")
+    if isinstance(labels, Tensor) and tuple(labels.shape[:2]) == (B, T) and isinstance(past, int) and past == 0:
+        free = (labels != IGNORED).long().cumsum(1) == 0
+        if count is not None:
+            free = free & (count.diff(dim=1, prepend=count.new_zeros(B, 1)) > 0)[:, :T]
+        n = free.sum(1)
+        if eager and bool((n == 0).any()):
+            raise SelectionError(
+                f"{who}: labels are given, and a row of them does not start with {IGNORED}, so where its prompt ends cannot be told. "
+                f"Mask the prompt in the labels with {IGNORED} (TRL: completion_only_loss=True), or name it. {CURE}"
+            )
+        return n
+    if model.training and torch.is_grad_enabled() and not isinstance(labels, Tensor):
+        raise SelectionError(f"{who}: a training call without labels does not tell where the prompts end. {CURE}")
+    if not isinstance(past, int):  # a static cache in compiled code: its length is a tensor
+        return torch.where(past == 0, total, torch.zeros_like(total))
+    if past == 0:
+        if eager:
+            _watch_growth(state, named, tokens, who)
+        return total
+    if T > 1:
+        raise SelectionError(
+            f"{who}: {T} new tokens follow {past} cached ones; whether they are prompt or answer cannot be told. {CURE}"
+        )
+    return torch.zeros_like(total)
+
+
+def _watch_growth(state: ModelState, named: Mapping[str, Any], tokens: Tensor, who: str) -> None:
+    """Generation without a cache calls the model with ever longer sequences; from the second on the prompt cannot be told."""
+    if named.get("use_cache") is not False or tokens.is_floating_point():
+        state.previous = None
+        return
+    old, state.previous = state.previous, tokens
+    if (
+        old is not None
+        and old.shape[0] == tokens.shape[0]
+        and old.shape[1] + 1 == tokens.shape[1]
+        and torch.equal(old, tokens[:, :-1])
+    ):
+        state.previous = None
+        raise SelectionError(
+            f"{who}: this looks like generation without a cache, where prompt and answer come as one sequence. {CURE}"
+        )
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if len(args) < 2:  # the input itself: found by its shape
+        return {"": args[0], **kwargs} if args else kwargs
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _tokens(named: Mapping[str, Any]) -> Tensor | None:
+    """The input with one entry per token."""
+    for value in (named.get("input_ids"), named.get("inputs_embeds"), *named.values()):
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return value
+    return None
+
+
+def _past(named: Mapping[str, Any], who: str) -> Any:
+    """Number of cached tokens before this call."""
+    cache, n = named.get("past_key_values"), None
+    if named.get("cache_params") is not None and named.get("cache_position") is None:
+        raise SelectionError(
+            f"{who}: the model's state (cache_params) does not tell how many tokens came before; use positions='all'."
+        )
+    if hasattr(cache, "get_seq_length"):
+        n = cache.get_seq_length()  # type: ignore[union-attr]
+    elif isinstance(cache, (tuple, list)) and cache:
+        n = cache[0][0].shape[-2]
+    elif isinstance(named.get("cache_position"), Tensor):
+        n = named["cache_position"][0]
+    if n is None:
+        return 0
+    return int(n) if isinstance(n, Tensor) and not torch.compiler.is_compiling() else n
+
+
+def _mask(mask: Any, B: int, T: int, past: Any, who: str) -> Tensor | None:
+    """(B, columns so far) bool, True at tokens that are no padding; None when there is no mask."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", mask)
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.dim() == 4:  # what the newest token may see: all but padding
+        row = mask[:, 0, -1, :].expand(B, -1)
+        mask = row > torch.finfo(row.dtype).min / 2 if row.is_floating_point() else row.bool()
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() != 2
+        or mask.shape[0] != B
+        or (isinstance(past, int) and mask.shape[1] < past + T)
+    ):
+        what = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
+        raise SelectionError(
+            f"{who}: attention_mask {what}; to find the prompt it must be (batch, tokens), cached tokens included."
+        )
+    return mask.bool()
+
+
+def _packed(named: Mapping[str, Any], eager: bool) -> bool:
+    if any(named.get(k) is not None for k in ("cu_seq_lens_q", "cu_seqlens", "seq_idx")):
+        return True
+    at = named.get("position_ids")
+    if (
+        not eager
+        or named.get("attention_mask") is not None
+        or not isinstance(at, Tensor)
+        or at.dim() != 2
+        or at.shape[1] < 2
+    ):
+        return False
+    return bool((at[:, 1:] < at[:, :-1]).any())

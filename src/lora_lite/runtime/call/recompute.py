@@ -1,0 +1,94 @@
+"""Which selection a hook must use, also when gradient checkpointing runs a forward again inside backward."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+from ...core.errors import LoraLiteWarning, SelectionError
+from ..model.state import ModelState
+
+Selection = tuple[tuple[tuple[str, float], ...], "tuple[str | None, ...] | None", Any]
+
+
+def selection_of(state: ModelState) -> Selection:
+    """(active adapters with weights, one adapter per row or None, token positions or None) for the running forward.
+
+    A recomputation in backward may run after the `with` block of its forward and on another thread: it gets the selection of
+    the checkpointed forward that waits for it. Two such forwards under different selections cannot be told apart, so they raise.
+    """
+    chosen: Selection = (state.active, state.rows, state.call)
+    if torch.compiler.is_compiling():
+        if inside_saved_tensor_hooks() and not state.compiled_checkpoint:
+            state.compiled_checkpoint = True
+        return chosen
+    if torch._C._current_graph_task_id() == -1:
+        if in_checkpoint(state):
+            if state.pending_done:
+                state.pending, state.pending_done = [], False
+            if chosen not in state.pending:
+                state.pending.append(chosen)
+        return chosen
+    if len(state.pending) > 1:
+        state.pending_done = True  # the next step starts anew
+        raise SelectionError(
+            "gradient checkpointing recomputes a forward in backward, but checkpointed forwards ran under several adapter selections or prompts "
+            f"({', '.join(_show(s) for s in state.pending)}) and it cannot be told which one this is. "
+            "Call backward before the next forward, run reference passes under torch.no_grad(), or switch gradient checkpointing off."
+        )
+    if not state.pending:
+        return chosen
+    state.pending_done = True
+    return state.pending[0]
+
+
+def inside_saved_tensor_hooks() -> bool:
+    """Whether a compiler traces a block inside a checkpoint; asked while it traces, a constant of the graph."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
+
+
+inside_saved_tensor_hooks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result would load the compiler
+
+
+def changed(state: ModelState) -> None:
+    """Say once that compiled blocks inside a checkpoint are recomputed under the selection of the backward pass, which nothing can tell from inside."""
+    if state.compiled_checkpoint and torch.is_grad_enabled() and not state.compiled_checkpoint_noted:
+        state.compiled_checkpoint_noted = True
+        warnings.warn(
+            "blocks were compiled inside gradient checkpoints, which run them again in backward under the selection of that moment: call backward before "
+            "the selection of adapters changes, or compile the whole model instead of its blocks.",
+            LoraLiteWarning,
+            stacklevel=4,
+        )
+
+
+def in_checkpoint(state: ModelState) -> bool:
+    """Whether a checkpointed region is running forward for the first time."""
+    if torch.is_grad_enabled():
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+        return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
+    if (
+        state.call_grad
+    ):  # the root call had gradients and they are off here: a reentrant checkpoint, or the model's own no_grad
+        state.cut_by_checkpoint = True
+        return True
+    return not state.in_call and _reentrant()
+
+
+def _reentrant() -> bool:
+    """Whether a reentrant checkpoint runs its forward pass some frames up: asked only where blocks are called without their model."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _show(selection: Any) -> str:
+    active, rows, _ = selection
+    return f"rows {list(rows)}" if rows is not None else str([n for n, _ in active] or None)

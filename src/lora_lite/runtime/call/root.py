@@ -1,0 +1,94 @@
+"""The two hooks of the whole model: what is noted, watched and refused once per call."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import LoraLiteWarning, SelectionError, StateError
+from ..model.site import stored_name, tensor_on
+from ..model.state import STATE, ModelState
+from ..view import kept as memo
+from .positions import locate
+from .vocabulary import watch_vocabulary
+
+
+def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Note the batch size, the gradient mode and, where an adapter asks, the token positions of a call of the whole model."""
+    state: ModelState = model.__dict__[STATE]
+    if not torch.compiler.is_compiling():
+        state.in_call, state.call_grad = True, torch.is_grad_enabled()
+        state.cut_by_checkpoint = False
+        memo.begin(state, model, kwargs)
+        if state.vocabulary:
+            watch_vocabulary(model, state)
+        if state.call_grad and model.training:
+            _watch_schedules(state)
+            _watch_dtypes(model, state)
+    call = locate(state, model, args, kwargs)
+    if call is not state.call:  # an exporter follows no needless change
+        state.call = call
+    if state.rows is None:  # reading the size would make a compiled model depend on it
+        return
+    state.batch = None
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            state.batch = int(value.shape[0])
+            break
+
+
+def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Raise when a reentrant checkpoint left the whole training call without a gradient."""
+    state: ModelState = model.__dict__[STATE]
+    if state.call is not None:
+        state.call = None
+    if torch.compiler.is_compiling():
+        return
+    state.batch = state.memo = None
+    state.in_call, had_grad = False, state.call_grad
+    state.call_grad = False
+    if not (had_grad and state.cut_by_checkpoint and model.training and torch.is_grad_enabled()):
+        return
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else (output,)
+    if any(isinstance(v, Tensor) and v.requires_grad for v in values):
+        return
+    raise SelectionError(
+        "gradient checkpointing with use_reentrant=True runs the blocks without gradient because no input requires one, so no adapter would train. "
+        "Call model.enable_input_require_grads(), or enable checkpointing with use_reentrant=False."
+    )
+
+
+def _watch_schedules(state: ModelState) -> None:
+    """A method with a schedule that nobody drives is silently another method: raise at its second training forward."""
+    for name, _ in state.active:
+        record = state.records[name]
+        if record.variant.on_step is None or record.scheduled or not record.trainable:
+            continue
+        record.train_calls += 1
+        if record.train_calls > 1:
+            raise StateError(
+                f"adapter {name!r}: variant {record.variant.name!r} has a schedule and nothing steps it. "
+                "Call ll.schedule(model, optimizer, total_steps) before training (again after loading or copying the model)."
+            )
+
+
+def _watch_dtypes(model: nn.Module, state: ModelState) -> None:
+    """`model.to(dtype)` casts adapters too; in 16 bits small steps are rounded away, so say it once."""
+    for name, _ in state.active:
+        record = state.records[name]
+        if record.cast_noticed or not record.trainable:
+            continue
+        path, target = next(iter(record.targets.items()))
+        short = next((k for k, spec in target.specs.items() if spec.is_trained and spec.dtype is None), None)
+        tensor = tensor_on(model.get_submodule(path), stored_name(short, name)) if short is not None else None
+        if tensor is not None and tensor.dtype != target.cfg.torch_dtype:
+            record.cast_noticed = True
+            warnings.warn(
+                f"adapter {name!r} was attached in {target.cfg.dtype} and is {str(tensor.dtype).removeprefix('torch.')} now, because "
+                f"model.to(dtype) casts adapters too; small steps may be rounded away. ll.adapters(model)[{name!r}].restore_dtype() casts it back.",
+                LoraLiteWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,68 @@
+"""Which rows of a batch see which adapter: gather the rows of one adapter, call its page, put them back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...core.errors import SelectionError
+from ..model.site import Site
+from ..model.state import ModelState
+
+
+@dataclass
+class RowGroup:
+    """The rows of one adapter along dim 0."""
+
+    name: str
+    index: Tensor
+    """(k,) positions of its rows."""
+    member: Tensor
+    """(n,) bool, True at its rows."""
+
+
+def row_groups(site: Site, rows: tuple[str | None, ...], x: Tensor) -> list[RowGroup]:
+    """The rows of each adapter on this layer, in attach order.
+
+    A batch k times as long as `rows` repeats each row k times (beam search); a 2-D x with a multiple of the batch is the flattened
+    (batch * time, d) that some models use.
+
+    Raises:
+        SelectionError: the leading dimension does not fit.
+    """
+    n = x.shape[0]
+    batch = site.state.batch or (n if x.dim() > 2 else len(rows))
+    if batch % len(rows) or (n != batch and (x.dim() != 2 or n % batch)):
+        raise SelectionError(
+            f"{site.path}: ll.rows names {len(rows)} rows, but the layer got an input of shape {tuple(x.shape)}"
+            f"{f' in a batch of {batch}' if site.state.batch else ''}. Give one name per batch row; batch-first layers only."
+        )
+    all_groups = _groups(site.state, rows, n // len(rows), x.device)
+    return [all_groups[name] for name in site.slots if name in all_groups]
+
+
+def _groups(state: ModelState, rows: tuple[str | None, ...], each: int, device: torch.device) -> dict[str, RowGroup]:
+    """Name -> its rows, where every entry of `rows` stands for `each` rows; the same for all layers, so it is kept."""
+    if torch.compiler.is_compiling():
+        return _build(rows, each, device)
+    key = (rows, each, device)
+    if key not in state.row_cache:
+        if len(state.row_cache) > 8:
+            state.row_cache.clear()
+        with torch.inference_mode(False):  # an inference tensor could not serve a later training call
+            state.row_cache[key] = _build(rows, each, device)
+    return state.row_cache[key]
+
+
+def _build(rows: tuple[str | None, ...], each: int, device: torch.device) -> dict[str, RowGroup]:
+    groups = {}
+    for name in dict.fromkeys(rows):
+        if name is not None:
+            member = torch.tensor([row == name for row in rows for _ in range(each)], device=device)
+            index = torch.tensor(
+                [i * each + k for i, row in enumerate(rows) if row == name for k in range(each)], device=device
+            )
+            groups[name] = RowGroup(name, index, member)
+    return groups

@@ -1,0 +1,1 @@
+"""Kinds of layers, and what each is made of."""

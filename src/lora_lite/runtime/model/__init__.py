@@ -1,0 +1,1 @@
+"""What the model remembers of its adapters."""

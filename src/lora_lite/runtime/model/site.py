@@ -1,0 +1,109 @@
+"""What a layer remembers: the adapters that stand on it, in attach order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...core.config import AdapterConfig
+from ...core.errors import StateError
+from ...core.registry import get_variant
+from ...core.variant import Variant
+from .record import Record, Target
+from .state import DEFAULT, SITE, ModelState, unwrap
+
+PAGES = ("forward", "forward_input", "factors", "by_feature", "act")
+
+
+class Slot:
+    """One adapter as a layer's hook finds it."""
+
+    __slots__ = (
+        "act",
+        "by_feature",
+        "cfg",
+        "d_in",
+        "d_out",
+        "factors",
+        "forward",
+        "forward_input",
+        "keys",
+        "kin",
+        "name",
+        "own_weight",
+        "owners",
+        "path",
+    )
+
+    def __init__(self, record: Record, target: Target, owners: dict[str, nn.Module]) -> None:
+        self.name, self.path, self.cfg = record.name, target.path, target.cfg
+        self.d_in, self.d_out = target.d_in, target.d_out
+        self.own_weight = target.variant.own_weight
+        own = {f.name: getattr(self.cfg, f.name) for f in dataclasses.fields(self.cfg)}
+        common = {f.name for f in dataclasses.fields(AdapterConfig)} - {"variant"}
+        self.kin = repr({k: v for k, v in own.items() if k not in common})
+        """What slots must have in common to act with one call."""
+        self._pages(target.variant)
+        self.keys = {short: stored_name(short, record.name) for short in (*target.specs, *target.shared)}
+        self.owners = owners
+        """Short name -> the layer that owns it, for shared tensors only."""
+
+    def _pages(self, variant: type[Variant]) -> None:
+        for page in PAGES:
+            setattr(self, page, getattr(variant, page))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in self.__slots__ if k not in PAGES}
+
+    def __setstate__(self, data: dict[str, Any]) -> None:
+        for k, v in data.items():
+            setattr(self, k, v)
+        self._pages(get_variant(data["cfg"].variant))
+
+
+class Site:
+    """All adapters of one layer, in the order in which they were attached. Lives on the layer, outside its submodules."""
+
+    def __init__(self, path: str, kind: str, state: ModelState) -> None:
+        self.path, self.kind, self.state = path, kind, state
+        self.slots: dict[str, Slot] = {}
+        self.has_input = False
+        self.norm: Any = None
+        """What the layer normalises by, where it is a norm; see `norms`."""
+        self.stacks: dict[Any, Any] = {}
+        """Factors of several adapters side by side, see `grouped`."""
+
+
+def stored_name(short: str, adapter: str) -> str:
+    """Attribute under which a layer stores an adapter's tensor: `lora_A`, or `lora_A@name` for any but `default`."""
+    return short if adapter == DEFAULT else f"{short}@{adapter}"
+
+
+def adapter_attributes(module: nn.Module) -> set[str]:
+    """The attributes of a layer that hold tensors of adapters."""
+    site: Site | None = module.__dict__.get(SITE)
+    return set() if site is None else {a for slot in site.slots.values() for a in slot.keys.values()}
+
+
+def tensor_on(module: nn.Module, attribute: str) -> Tensor | None:
+    """A parameter or buffer of this module by its attribute name."""
+    found = module._parameters.get(attribute)
+    return found if found is not None else module._buffers.get(attribute)
+
+
+def owned_tensors(model: nn.Module, record: Record) -> Iterator[tuple[Target, str, nn.Module, Tensor]]:
+    """(target, short name, layer, tensor) of everything an adapter owns, shared tensors once."""
+    model = unwrap(model)
+    for target in record.targets.values():
+        layer = model.get_submodule(target.path)
+        for short in target.specs:
+            tensor = tensor_on(layer, stored_name(short, record.name))
+            if tensor is None:
+                raise StateError(
+                    f"adapter {record.name!r}: {target.path}.{stored_name(short, record.name)} is gone; something replaced the layer "
+                    "or deleted its parameters. Detach and load the adapter again."
+                )
+            yield target, short, layer, tensor

@@ -1,0 +1,119 @@
+"""What the model remembers of its adapters: plain data on the root module, no references to modules, so it survives deepcopy and pickle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.errors import SelectionError, StateError, did_you_mean
+from .record import Record
+
+STATE, SITE = "_lora_lite_state", "_lora_lite_site"
+DEFAULT = "default"
+
+
+class ModelState:
+    """All adapters of one model, and which of them act."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self.active: tuple[tuple[str, float], ...] = ()
+        self.rows: tuple[str | None, ...] | None = None
+        self.row_cache: dict[Any, Any] = {}
+        """Index tensors of recent row selections."""
+        self.row_epoch = 0
+        """Counts `ll.rows` blocks: what one of them stacked is not used by the next."""
+        self.base_trainable: list[str] = []
+        """Base parameters that required a gradient before the first attach; detach gives it back."""
+        self.merged: Any = None
+        self.vocabulary: dict[str, int] = {}
+        """Rows of the adapted embeddings and heads when they were adapted, see `outside`."""
+        self.batch: int | None = None
+        """Batch size of the running root call."""
+        self.in_call = False
+        """A call of the whole model is running."""
+        self.call_grad = False
+        """Whether the running root call was entered with gradients enabled."""
+        self.cut_by_checkpoint = False
+        """A reentrant checkpoint ran in the present root call."""
+        self.prompt: Any = None
+        """What `ll.prompt` says, see `positions`."""
+        self.call: Any = None
+        """Token positions in the running root call, for the adapters that ask for some."""
+        self.previous: Any = None
+        """Tokens of the last call, where the next one may show that they were a prompt growing without a cache."""
+        self.memo: dict[Any, Any] | None = None
+        """What pages keep from one step of cached decoding to the next, see `memo`; None where nothing may be kept."""
+        self.decoding: Any = None
+        """(weak reference to the key-value cache that is being continued, its memo)."""
+        self.pending: list[Any] = []
+        """Selections under which checkpointed forwards ran and wait for their recomputation."""
+        self.pending_done = False
+        self.compiled_checkpoint = False
+        """A compiler traced a hook inside a checkpoint."""
+        self.compiled_checkpoint_noted = False
+        self.scope_thread: int | None = None
+        self.scope_depth = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is in no call and no scope of the original
+        kept = ("records", "active", "row_epoch", "base_trainable", "merged", "vocabulary")
+        return {**ModelState().__dict__, **{k: self.__dict__[k] for k in kept}}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif (
+            type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+            and "module" in model._modules
+        ):
+            model = model._modules["module"]  # type: ignore[assignment]
+        else:
+            return model
+
+
+def state_of(model: nn.Module, create: bool = False) -> ModelState:
+    """The model's adapter state; raises `StateError` when it has none."""
+    model = unwrap(model)
+    state = model.__dict__.get(STATE)
+    if state is None:
+        if not create:
+            raise StateError("the model has no adapter. Attach one with ll.attach(model, cfg) or ll.load(model, path).")
+        return ModelState()
+    return state
+
+
+def outside_scope(state: ModelState, what: str) -> None:
+    """Raise inside a `with ll.active(...)` or `with ll.rows(...)` block, whose end would undo or contradict the change."""
+    if state.scope_depth:
+        raise SelectionError(
+            f"{what} inside a `with ll.active(...)` or `with ll.rows(...)` block would be undone at its end; leave the block first."
+        )
+
+
+def record_of(model: nn.Module, name: str | None = None) -> Record:
+    """The adapter called `name`; None means the only one attached, or the only active one."""
+    state = state_of(model)
+    if name is None:
+        names = list(state.records) if len(state.records) == 1 else [n for n, _ in state.active]
+        if len(names) != 1:
+            raise StateError(f"name the adapter: name=..., one of {list(state.records)}.")
+        name = names[0]
+    if name not in state.records:
+        raise StateError(
+            f"no adapter is called {name!r}.{did_you_mean(name, state.records)} Attached: {list(state.records)}."
+        )
+    return state.records[name]
+
+
+def reset_compiled() -> None:
+    """Forget compiled code: torch does not guard on added or removed hooks."""
+    import sys
+
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

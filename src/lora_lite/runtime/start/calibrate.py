@@ -1,0 +1,360 @@
+"""One pass of data over the untouched model, and what a method can learn from it: streamed, padding masked, hooks always removed.
+
+Every rank of a distributed run should be given the same batches, so that all start from the same adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import ConfigError, StateError
+from ..call.hooks import first_name
+from ..call.scope import nobody_acts
+from ..layers.kinds import dims, is_quantised
+from ..model.state import STATE
+from ..progress import track
+from .staging import StagedTarget
+
+Visit = Callable[[StagedTarget, Tensor, Tensor], None]
+VisitWhole = Callable[[StagedTarget, Tensor, Tensor, "Tensor | None"], None]
+IGNORED = -100
+"""The label that a loss leaves out."""
+
+
+@dataclass
+class Moments:
+    """Sums over the tokens that a target saw: count, Σx, Σ|x|, Σx² per input feature, in fp32 or better."""
+
+    n: int
+    sum: Tensor
+    abs: Tensor
+    square: Tensor
+
+
+@dataclass
+class Gram:
+    """Σ xᵀx (d_in, d_in) over n tokens, in fp32 or better, of the targets that receive one and the same tensor."""
+
+    views: list[StagedTarget]
+    n: int
+    C: Tensor
+
+
+class Targets(list[StagedTarget]):
+    """The staged targets of a `group_init`, with statistics of a pass of the data through the bare model.
+
+    Take targets out of this list to leave them unadapted; `view.resize(r=...)` changes a rank. A batch is a dict (`model(**batch)`),
+    a tuple or a tensor. A dict's `attention_mask` (batch, tokens) says which tokens count. Layers that see routed tokens
+    (mixtures of experts) count all they receive.
+    """
+
+    def __init__(self, model: nn.Module, views: Iterable[StagedTarget]) -> None:
+        super().__init__(views)
+        self.model = model
+
+    def stream(self, data: Any, visit: Visit, labelled: bool = False) -> None:
+        """Run the batches in eval mode and call `visit(target, x, y)` with x (n, d_in) and y (n, d_out): the tokens that are no padding.
+
+        `labelled` also leaves out the tokens whose label is -100.
+        """
+        self.stream_whole(data, lambda view, x, y, mask: visit(view, _tokens(x, mask), _tokens(y, mask)), labelled)
+
+    def stream_whole(
+        self, data: Any, visit: VisitWhole, labelled: bool = False, views: list[StagedTarget] | None = None
+    ) -> None:
+        """The same with unflattened tensors and the batch's mask (batch, tokens) or None: `visit(target, x, y, mask)`."""
+        with torch.no_grad(), _untouched(self.model):
+            for batch, mask in _batches(self.model, data, labelled):
+                self._run(batch, lambda view, x, y, mask=mask: visit(view, x, y, mask), views or self)
+
+    def each_gram(self, data: Any, labelled: bool = False, budget: int | None = None) -> Iterator[Gram]:
+        """C = Σ xᵀx of one distinct input after the other. Layers that receive the very same tensor share one sum.
+
+        At most `budget` bytes of sums are held at once (default: half of the free memory); what does not fit waits for another
+        pass of the data, so data that can be read only once raises then. Keep no sum longer than needed.
+        """
+        budget = _free_bytes(self) if budget is None else budget
+        pending = list(self)
+        while pending:
+            grams, leader = _grams_of_pass(self, data, labelled, budget, pending)
+            self._check_seen(leader, pending)
+            pending = [v for v in pending if leader[v.path] not in grams]
+            for path in list(grams):
+                gram = grams.pop(path)
+                _check_finite(gram.C, path)
+                yield gram
+
+    def gram(self, data: Any, labelled: bool = False) -> dict[str, Tensor]:
+        """Path -> C = Σ xᵀx, (d_in, d_in), all at once; targets that receive the very same tensor share one C."""
+        grams = list(self.each_gram(data, labelled, budget=1 << 62))
+        return {view.path: g.C for g in grams for view in g.views}
+
+    def moments(self, data: Any, labelled: bool = False) -> dict[str, Moments]:
+        """Path -> first and second moments of every input feature."""
+        found: dict[str, Moments] = {}
+
+        def visit(view: StagedTarget, x: Tensor, y: Tensor) -> None:
+            x = _precise(x)
+            m = found.setdefault(view.path, Moments(0, *(x.new_zeros(x.shape[-1]) for _ in range(3))))
+            m.n += x.shape[0]
+            m.sum += x.sum(0)
+            m.abs += x.abs().sum(0)
+            m.square += x.square().sum(0)
+
+        self.stream(data, visit, labelled)
+        self._check_seen(found)
+        return found
+
+    def each_gradient(
+        self, data: Any, loss: Callable[[Any], Tensor] | None = None, budget: int | None = None
+    ) -> Iterator[tuple[StagedTarget, Tensor]]:
+        """(target, ∂loss/∂W (d_out, d_in) in fp32 or better), averaged over the batches: Σ gᵀx from hooks, so W itself never needs a gradient.
+
+        `loss` maps the model's output to a scalar; by default its `.loss`, so put labels into the batches (labels of padding are ignored).
+        At most `budget` bytes of gradients are held at once, as in `each_gram`.
+        """
+        budget = _free_bytes(self) if budget is None else budget
+        pending = list(self)
+        while pending:
+            group, used = [], 0
+            while pending and (not group or used + _bytes(pending[0]) <= budget):
+                used += _bytes(pending[0])
+                group.append(pending.pop(0))
+            sums = self._gradients(data, loss, group)
+            for view in group:
+                g = sums.pop(view.path)
+                _check_finite(g, view.path)
+                yield view, g
+
+    def gradients(self, data: Any, loss: Callable[[Any], Tensor] | None = None) -> dict[str, Tensor]:
+        """Path -> ∂loss/∂W, all at once; see `each_gradient`."""
+        return {view.path: g for view, g in self.each_gradient(data, loss, budget=1 << 62)}
+
+    def _gradients(
+        self, data: Any, loss: Callable[[Any], Tensor] | None, views: list[StagedTarget]
+    ) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        count = 0
+
+        def visit(view: StagedTarget, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+            if not y.requires_grad:  # a frozen base builds no graph: start one here
+                y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
+            x = x.detach()
+
+            def on_grad(g: Tensor) -> None:
+                g, tokens = _precise(_tokens(g, mask)), _precise(_tokens(x, mask))
+                if view.path not in sums:
+                    sums[view.path] = g.new_zeros(g.shape[-1], tokens.shape[-1])
+                sums[view.path].addmm_(g.mT, tokens)
+
+            y.register_hook(on_grad)
+            return y
+
+        with torch.enable_grad(), _untouched(self.model), _frozen(self.model):
+            for batch, mask in _batches(self.model, data):
+                out = self._run(batch, lambda view, x, y, mask=mask: visit(view, x, y, mask), views)
+                value = loss(out) if loss is not None else getattr(out, "loss", None)
+                if not isinstance(value, Tensor):
+                    raise ConfigError(
+                        "the gradient needs a loss: put labels into the calibration batches, so that the model's output has .loss."
+                    )
+                if value.requires_grad:
+                    torch.autograd.backward(value)
+                count += 1
+        self._check_seen(sums, views)
+        return {path: g / count for path, g in sums.items()}
+
+    def _run(self, batch: Any, visit: Callable[..., Any], views: list[StagedTarget]) -> Any:
+        handles = []
+
+        def hook_for(view: StagedTarget) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+                x = args[0] if args else kwargs[first_name(module, kwargs)]
+                y = output[0] if isinstance(output, tuple) else output
+                new = visit(view, x, y)
+                return None if new is None else (new, *output[1:]) if isinstance(output, tuple) else new
+
+            return hook
+
+        try:
+            for view in views:
+                handles.append(view.module.register_forward_hook(hook_for(view), with_kwargs=True))
+            if isinstance(batch, Mapping):
+                return self.model(**batch)
+            return self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch)
+        finally:
+            for h in handles:
+                h.remove()
+
+    def _check_seen(self, found: Iterable[str], views: list[StagedTarget] | None = None) -> None:
+        seen = set(found)
+        missing = [v.path for v in views or self if v.path not in seen]
+        if missing:
+            more = f" and {len(missing) - 1} more targets" if len(missing) > 1 else ""
+            raise StateError(f"the calibration data never reached {missing[0]!r}{more}; add them to exclude_names.")
+
+
+def _grams_of_pass(
+    targets: Targets, data: Any, labelled: bool, budget: int, views: list[StagedTarget]
+) -> tuple[dict[str, Gram], dict[str, str]]:
+    """Sums of those inputs that fit into the budget, and path -> path of the target whose input it shares."""
+    by_path = {v.path: v for v in views}
+    grams: dict[str, Gram] = {}
+    leader: dict[str, str] = {}
+    postponed: set[str] = set()
+    last: dict[str, Any] = {"x": None, "version": -1, "path": ""}
+    used = 0
+
+    def visit(view: StagedTarget, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+        nonlocal used
+        version = 0 if x.is_inference() else x._version  # the same object may have been changed in place
+        first = last["path"] if last["x"] is x and last["version"] == version else view.path
+        if leader.setdefault(view.path, first) != first:
+            raise StateError(
+                f"{view.path}: shared its input with another layer in one batch and not in the next; calibrate with batches of one kind."
+            )
+        last.update(x=x, version=version, path=first)
+        if first != view.path or first in postponed:
+            return
+        tokens = _precise(_tokens(x, mask))
+        if first not in grams:
+            size = tokens.shape[-1] ** 2 * tokens.element_size()
+            if grams and used + size > budget:
+                postponed.add(first)
+                return
+            used += size
+            grams[first] = Gram([], 0, tokens.new_zeros(tokens.shape[-1], tokens.shape[-1]))
+        grams[first].n += tokens.shape[0]
+        grams[first].C.addmm_(tokens.mT, tokens)
+
+    targets.stream_whole(data, visit, labelled, views)
+    for path, first in leader.items():
+        if first in grams:
+            grams[first].views.append(by_path[path])
+    return grams, leader
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode, with every module's own mode restored; existing adapters do not act."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    for m in modes:
+        if dims(m) is not None and is_quantised(m):
+            m.training = True  # bitsandbytes repacks the weight of a layer on the CPU that evaluates
+    try:
+        if STATE in model.__dict__:
+            with nobody_acts(model.__dict__[STATE]):
+                yield
+        else:
+            yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter collects a gradient inside; the flags come back afterwards."""
+    flagged = [p for p in model.parameters() if p.requires_grad]
+    for p in flagged:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in flagged:
+            p.requires_grad_(True)
+
+
+def _batches(model: nn.Module, data: Any, labelled: bool = False) -> Iterator[tuple[Any, Tensor | None]]:
+    """(batch on the model's device, the (batch, tokens) mask of the tokens that count) of every batch."""
+    if isinstance(data, (Mapping, Tensor)):
+        data = [data]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    cache = "use_cache" in inspect.signature(model.forward).parameters  # a cache would only cost memory
+    n = 0
+    for batch in track(data, "calibration") if hasattr(data, "__len__") else data:
+        n += 1
+        if isinstance(batch, Mapping):
+            if not any(isinstance(v, Tensor) for v in batch.values()):
+                raise ConfigError(
+                    f"a calibration batch holds no tensor (keys {sorted(batch)}): tokenize with return_tensors='pt', or pass a DataLoader."
+                )
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            mask = _mask(batch, labelled)
+            yield ({"use_cache": False} if cache else {}) | batch, mask
+        elif isinstance(batch, (tuple, list)):
+            yield [v.to(device) if isinstance(v, Tensor) else v for v in batch], None
+        elif isinstance(batch, Tensor):
+            yield batch.to(device), None
+        else:
+            raise ConfigError(f"a calibration batch is a dict, a tuple or a tensor; got {type(batch).__name__}.")
+    if n == 0:
+        raise ConfigError("calibration_data is empty, or an iterator that was used up; pass a list or a DataLoader.")
+
+
+def _mask(batch: dict[str, Any], labelled: bool) -> Tensor | None:
+    """The tokens that count. Labels of padding are set to -100 in the batch, so that no loss can see them."""
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if mask is not None and mask.dim() != 2:
+        raise ConfigError(
+            f"attention_mask has shape {tuple(mask.shape)}; calibration needs (batch, tokens), to leave padding out."
+        )
+    mask = None if mask is None else mask.bool()
+    if (
+        mask is not None
+        and isinstance(labels, Tensor)
+        and labels.shape == mask.shape
+        and not labels.is_floating_point()
+    ):
+        batch["labels"] = labels = labels.masked_fill(~mask, IGNORED)
+    if labelled:
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
+            raise ConfigError(
+                "only labelled tokens were asked for, and a calibration batch has no labels (batch, tokens)."
+            )
+        mask = labels != IGNORED if mask is None else mask & (labels != IGNORED)
+    return None if mask is None or bool(mask.all()) else mask
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(n, d): all tokens of x, without those that the mask leaves out."""
+    if mask is not None and x.dim() >= 3 and x.shape[:2] == mask.shape:
+        x = x[mask.to(x.device)]
+    elif mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
+        x = x[mask.to(x.device).flatten()]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(torch.float32, x.dtype))
+
+
+def _check_finite(t: Tensor, path: str) -> None:
+    if not bool(torch.isfinite(t).all()):
+        raise StateError(
+            f"{path}: the calibration data gave values that are not finite; look at the batches and the model's dtype."
+        )
+
+
+def _bytes(view: StagedTarget) -> int:
+    return 4 * view.in_features * view.out_features
+
+
+def _free_bytes(views: list[StagedTarget]) -> int:
+    """Half of the free memory where the layers lie; no limit where that is unknown."""
+    device = views[0].device
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + unused) // 2
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return max(1 << 30, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return 1 << 62

@@ -1,0 +1,1 @@
+"""What a page sees of its layer."""

@@ -1,0 +1,41 @@
+"""What pages compute from their parameters alone, kept while a model generates token by token.
+
+A call that continues a key-value cache comes from the same generation as the call before it, so a rotation or a norm need not be computed
+again. Nothing is kept between calls without a cache, in training, with gradients or in compiled code.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.site import Slot, tensor_on
+from ..model.state import SITE, ModelState
+
+
+def begin(state: ModelState, model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Open the memo for a root call: the last one's where the call continues the same cache, otherwise an empty one, or none."""
+    state.memo = None
+    cache = kwargs.get("past_key_values")
+    if cache is None or model.training or torch.is_grad_enabled() or type(cache) is tuple:
+        state.decoding = None
+        return
+    last = state.decoding
+    if last is None or last[0]() is not cache:
+        state.decoding = last = (weakref.ref(cache), {})
+    state.memo = last[1]
+
+
+def memo_of(module: nn.Module) -> dict[Any, Any] | None:
+    """The memo of the running root call, None where nothing may be kept."""
+    site = module.__dict__.get(SITE)
+    return None if site is None or torch.is_grad_enabled() else site.state.memo
+
+
+def versions(module: nn.Module, slot: Slot) -> tuple[Any, ...]:
+    """Changes whenever one of the adapter's tensors on this layer is replaced or written."""
+    tensors = (tensor_on(slot.owners.get(short, module), key) for short, key in slot.keys.items())
+    return tuple((id(t), 0 if t is None or t.is_inference() else t._version) for t in tensors)

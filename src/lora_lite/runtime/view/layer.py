@@ -1,0 +1,254 @@
+"""`LayerView`: the target as one adapter sees it. This is the `layer` of every variant page."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from ...core.config import AdapterConfig
+from ...core.errors import StateError, WeightError
+from ...ops.dropout import dropout
+from ..layers.kinds import bias_of, dense_view, is_plain, is_quantised
+from ..layers.read import read_weight, run_bare, weight_norms
+from ..model.site import Slot, tensor_on
+from .kept import memo_of, versions
+from .spans import Call, Span, spans
+
+T = TypeVar("T")
+PROBE = 256.0
+"""How much longer than v the vectors are that `project` pushes through a packed layer with a bias."""
+
+
+def generator_for(seed: int, *names: str) -> Generator:
+    """A CPU generator that depends on the seed and the names only: not on device, rank, target order or the global state."""
+    digest = hashlib.blake2b("\0".join((str(seed), *names)).encode(), digest_size=8).digest()
+    return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class LayerView:
+    """One adapter's view of its layer.
+
+    `view.lora_A` is this adapter's tensor cast to the dtype in which the page computes; `view.master("lora_A")` is the stored one.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        slot: Slot,
+        dtype: torch.dtype | None,
+        call: Call | None = None,
+        rows: Tensor | None = None,
+    ) -> None:
+        self._module = module
+        self._slot = slot
+        self._dtype = dtype
+        self._call, self._rows = call, rows
+        self.cfg: AdapterConfig = slot.cfg
+        self.strength = 1.0
+        """The adapter's weight in `ll.activate`, for methods that declare `own_weight`."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        # reached only for names that are not the view's own
+        if not name.startswith("lora_"):
+            raise AttributeError(
+                f"a layer view has no {name!r}; it offers lora_*, weight, row_norms(), column_norms(), bias, cfg, in_features, out_features, base(v), project(v), spans(h), dropout(x), master(name), tiny(name), once(what, compute)"
+            )
+        tensor = self.master(name)
+        if self._dtype is None or tensor.dtype == self._dtype or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(self._dtype)
+
+    def master(self, name: str) -> Tensor:
+        """The stored tensor, uncast: for tiny algebra in full precision."""
+        slot = self._slot
+        attribute = slot.keys.get(name)
+        if attribute is None:
+            raise AttributeError(
+                f"adapter {slot.name!r} on {slot.path}: param_specs declares no {name!r}; it declares {sorted(slot.keys)}"
+            )
+        module = slot.owners[name] if name in slot.owners else self._module
+        tensor = tensor_on(module, attribute)
+        if tensor is not None and tensor.is_meta and "_hf_hook" in self._module.__dict__:
+            raise WeightError(
+                f"adapter {slot.name!r} on {slot.path}: accelerate offloads this layer, and with it the adapter's tensors, which are on the meta device when the adapter acts. "
+                "Merge before offloading (ll.merge), or keep adapted layers on a device."
+            )
+        if tensor is None:
+            raise StateError(
+                f"adapter {slot.name!r}: {slot.path}.{attribute} is gone; detach and load the adapter again."
+            )
+        return tensor
+
+    def tiny(self, name: str) -> Tensor:
+        """The stored tensor in `promote_types(float32, dtype of the page)`: for Cayley maps, norms and other small algebra."""
+        tensor = self.master(name)
+        return tensor.to(torch.promote_types(torch.float32, self._dtype or tensor.dtype))
+
+    def once(self, what: str, compute: Callable[[], T]) -> T:
+        """compute(), which must depend on this adapter's tensors, config and strength alone. While a model generates with a key-value
+        cache, the value is kept from token to token; in training it is computed in every call."""
+        if torch.compiler.is_compiling():
+            return compute()
+        memo = memo_of(self._module)
+        if memo is None:
+            return compute()
+        key = (self._slot.path, self._slot.name, what, self._dtype, self.strength)
+        state = versions(self._module, self._slot)
+        if key not in memo or memo[key][0] != state:
+            memo[key] = state, compute()
+        return memo[key][1]
+
+    @property
+    def path(self) -> str:
+        """Full path of the layer in the model."""
+        return self._slot.path
+
+    @property
+    def training(self) -> bool:
+        return self._module.training
+
+    @property
+    def in_features(self) -> int:
+        return self._slot.d_in
+
+    @property
+    def out_features(self) -> int:
+        return self._slot.d_out
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias in the page's dtype, or None."""
+        b = bias_of(self._module)
+        return b if b is None or self._dtype is None else b.to(self._dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """Dense (d_out, d_in) base weight, detached, whatever the layer stores.
+
+        Raises:
+            WeightError: it is quantised and the config does not say `dequantize=True`, or it is offloaded or sharded.
+        """
+        if not self.cfg.dequantize and is_quantised(self._module):
+            raise WeightError(
+                f"adapter {self._slot.name!r} on {self.path}: variant {self.cfg.variant!r} reads the dense weight, and this {type(self._module).__name__} "
+                "is quantised. Allow it with dequantize=True in the config, or choose a variant that does not need the weight."
+            )
+        w = read_weight(self._module, self.path)
+        return w if self._dtype is None else w.to(self._dtype)
+
+    def base(self, v: Tensor) -> Tensor:
+        """The bare layer, bias included, no hooks: (..., d_in) -> (..., d_out)."""
+        return run_bare(self._module, v)
+
+    def project(self, v: Tensor) -> Tensor:
+        """W v without the bias, for a few rows v (n, d_in) -> (n, d_out); gradients flow to v. Never builds a dense weight."""
+        if is_plain(self._module):
+            w = dense_view(self._module)
+            return (v.to(w.dtype) @ w.mT).to(v.dtype)
+        return self._project_packed(v.to(self._dtype or v.dtype)).to(v.dtype)
+
+    def _project_packed(self, v: Tensor) -> Tensor:
+        if not v.requires_grad and not torch.compiler.is_compiling():
+            v = v.detach().requires_grad_()  # bitsandbytes repacks its weight for a CPU input that needs no gradient
+        b = bias_of(self._module)
+        if b is None:
+            return run_bare(self._module, v)
+        out = run_bare(self._module, v * PROBE)
+        return (out - b.to(out.dtype)) / PROBE  # a large bias must not cost W v its digits
+
+    def spans(self, h: Tensor, split: bool = False) -> list[Span]:
+        """Where the config's `positions` lie in the hidden state h (B, T, d): `span.take(h)` and `span.add(h, change)` for each.
+
+        No span: none of them is in this call. `split` gives first and last prompt tokens a span of their own, in this order.
+        """
+        text = getattr(self.cfg, "positions", "all")
+        return spans(self._call, text, h.shape, self._rows, split, self.path)
+
+    def row_norms(self) -> Tensor:
+        """Norms of the weight's rows (d_out,), in fp32 or better. Never builds a dense weight, so a quantised layer will do."""
+        return weight_norms(self._module, self.path, 1)
+
+    def column_norms(self) -> Tensor:
+        """Norms of the weight's columns (d_in,), in the same way."""
+        return weight_norms(self._module, self.path, 0)
+
+    def dropout(self, x: Tensor) -> Tensor:
+        """Dropout with the config's probability while the layer trains; x itself otherwise."""
+        p = self.cfg.dropout
+        if not (p and self._module.training):
+            return x
+        return dropout(x, p) if isinstance(x, Tensor) else x.dropout(p)
+
+    def generator(self, name: str = "init") -> Generator:
+        """A CPU generator seeded from (seed, this layer's path, name)."""
+        return generator_for(self.cfg.seed, self.path, name)
+
+
+class StagedView(LayerView):
+    """The view `init` gets: tensors that are not on the layer yet, at storage precision, assignable."""
+
+    def __init__(self, module: nn.Module, slot: Slot, staged: dict[str, Tensor]) -> None:
+        super().__init__(module, slot, None)
+        self._staged = staged
+
+    def master(self, name: str) -> Tensor:
+        if name not in self._staged:
+            raise AttributeError(f"{self.path}: param_specs declares no {name!r}; it declares {sorted(self._staged)}")
+        return self._staged[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`layer.lora_A = t` copies t into the declared tensor; the shape must agree."""
+        if not name.startswith("lora_"):
+            super().__setattr__(name, value)
+            return
+        own = self.master(name)
+        if tuple(value.shape) != tuple(own.shape):
+            raise StateError(
+                f"{self.path}.{name}: init wrote shape {tuple(value.shape)}, param_specs declares {tuple(own.shape)}."
+            )
+        with torch.no_grad():
+            own.copy_(value)
+
+
+class DenseView(LayerView):
+    """The view that merging uses: weight and bias given, everything in one high precision, no dropout."""
+
+    def __init__(self, module: nn.Module, slot: Slot, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(module, slot, weight.dtype)
+        self._weight, self._bias = weight, bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._bias
+
+    def row_norms(self) -> Tensor:
+        return torch.linalg.vector_norm(self._weight, dim=1)
+
+    def column_norms(self) -> Tensor:
+        return torch.linalg.vector_norm(self._weight, dim=0)
+
+    def base(self, v: Tensor) -> Tensor:
+        return F.linear(v.to(self._weight.dtype), self._weight, self._bias)
+
+    def project(self, v: Tensor) -> Tensor:
+        return F.linear(v.to(self._weight.dtype), self._weight)
+
+    def dropout(self, x: Tensor) -> Tensor:
+        return x
+
+
+class StillView(LayerView):
+    """A view outside of any forward: dropout and other noise of training do not exist for it."""
+
+    @property
+    def training(self) -> bool:
+        return False

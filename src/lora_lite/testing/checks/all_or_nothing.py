@@ -1,0 +1,144 @@
+"""4. All or nothing."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...io.load import load
+from ...io.native import save
+from ...runtime.attach import attach
+from ...runtime.merge import merge
+from ..case import Case
+from ..toy import Snapshot
+from .suite import Planted, affine, check, full_precision, read_file, write_file
+
+
+@check("4_all_or_nothing", full_precision)
+def failed_attach_leaves_no_trace(case: Case) -> None:
+    """`init` fails at the last target, `group_init` after its work, the data in the middle."""
+    n = len(case.fresh()._lora_lite_state.records["default"].targets)  # type: ignore[union-attr]
+    calls = 0
+    original = case.variant.init
+
+    def failing_init(layer: Any, cfg: Any) -> None:
+        nonlocal calls
+        calls += 1
+        torch.rand(3)
+        if calls == n:
+            raise Planted
+        if original is not None:
+            original(layer, cfg)
+
+    def failing_group_init(model: Any, targets: Any, cfg: Any, data: Any) -> None:
+        if (whole := vars(Case)["_group_init"]) is not None:
+            whole(model, targets, cfg, data)
+        raise Planted
+
+    def one_good_batch(dtype: torch.dtype) -> Any:
+        def data() -> Any:
+            yield from case.data(dtype)[:1]
+            raise Planted
+
+        return data()
+
+    Case._group_init = staticmethod(case.variant.group_init) if case.variant.group_init is not None else None  # type: ignore[attr-defined]
+    good = case.data
+    plans: list[tuple[str, str | None, Any, Any]] = [
+        ("init at its last target", "init", failing_init, good),
+        ("group_init", "group_init", failing_group_init, good),
+    ]
+    if case.variant.needs_data:
+        plans.append(("the calibration data", None, None, one_good_batch))
+    for second in (False, True):  # on a bare model, and on one that has an adapter already
+        for what, member, function, data in plans:
+            calls = 0
+            model = case.model().train()
+            model.layers[0].eval()
+            if second:
+                case.attach(model, "first")
+            before = Snapshot(model, case.x())
+            try:
+                if member is None:
+                    attach(model, case.cfg(), data(case.dtype))
+                else:
+                    with case.patched(member, function):
+                        case.attach(model)
+            except Planted:
+                pass
+            else:
+                case.expect(False, f"a failure in {what} was swallowed.")
+            case.expect(not (d := before.difference(model)), f"after a failure in {what} {d}.")
+            case.attach(model)  # and the model still takes an adapter
+
+
+@check("4_all_or_nothing")
+def attach_draws_no_global_random_number(case: Case) -> None:
+    model = case.model().train()
+    model.layers[1].eval()
+    before, modes = torch.get_rng_state(), [m.training for m in model.modules()]
+    case.attach(model)
+    case.expect(
+        torch.equal(before, torch.get_rng_state()), "attach moved the global random state; draw from layer.generator()."
+    )
+    case.expect(modes == [m.training for m in model.modules()], "attach changed training modes.")
+
+
+@check("4_all_or_nothing", lambda case: full_precision(case))
+def failed_load_leaves_no_trace(case: Case) -> None:
+    """A renamed parent, a missing key, one too many, another prefix: each raises and names the keys."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(case.random(), Path(folder) / "x.safetensors")
+        head, tensors = read_file(path)
+        first = next(iter(tensors))
+        damaged = {
+            "a missing key": {k: v for k, v in tensors.items() if k != first},
+            "an added key": {**tensors, "layers.0.up.lora_stranger": torch.zeros(1)},
+            "another prefix": {f"base.{k}": v for k, v in tensors.items()},
+            "a wrong shape": {**tensors, first: torch.zeros(*tensors[first].shape, 2)},
+            "NaN": {**tensors, first: torch.full(tensors[first].shape, float("nan"))},
+        }
+        model = case.model()
+        before = Snapshot(model, case.x())
+        for what, changed in damaged.items():
+            if what == "NaN" and not tensors[first].is_floating_point():
+                continue
+            bad = write_file(Path(folder) / "bad.safetensors", head, changed)
+            with case.raises(f"loading a file with {what}"):
+                load(model, bad)
+            case.expect(not (d := before.difference(model)), f"after a load that failed for {what} {d}.")
+        renamed = case.model()
+        renamed.blocks = renamed.layers
+        del renamed._modules["layers"]
+        with case.raises("loading into a model with a renamed parent", "layers.0"):
+            load(renamed, path)
+
+
+@check("4_all_or_nothing", affine)
+def failed_merge_leaves_no_trace(case: Case) -> None:
+    from ...runtime import merge as room
+
+    model = case.random()
+    before = Snapshot(model, case.x())
+    original, calls = room._merge_layer, 0
+
+    def failing(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        original(*args)
+        if calls == 3:
+            raise Planted
+
+    room._merge_layer = failing
+    try:
+        merge(model)
+    except Planted:
+        pass
+    else:
+        case.expect(False, "a failure in merge was swallowed.")
+    finally:
+        room._merge_layer = original
+    case.expect(not (d := before.difference(model)), f"after a merge that failed at its third layer {d}.")
