@@ -1,4 +1,5 @@
-"""How cost grows: attach, step, save and file size against layers, rank and the number of attached adapters; a picture each.
+"""How cost grows: attach, step, save and file size against layers, rank and the number of attached adapters; a picture
+each.
 
 python benchmarks/growth.py --json benchmarks/results/growth.json --plots docs/results
 """

@@ -1,7 +1,7 @@
 """What the hooks themselves cost: µs per call of a tiny layer, against the bare nn.Linear.
 
-The layer is 8x8 with one token, so the time is dispatch, not arithmetic. Rounds interleave all cases; medians and quartiles of the
-paired differences. `python benchmarks/hook_dispatch.py [--json FILE]`
+The layer is 8x8 with one token, so the time is dispatch, not arithmetic. Rounds interleave all cases; medians and
+quartiles of the paired differences. `python benchmarks/hook_dispatch.py [--json FILE]`
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Seconds that `ll.plan`, `ll.attach` and `ll.cost` take on models without weights: the shapes of Llama 3.1 on the meta device.
+"""Seconds that `ll.plan`, `ll.attach` and `ll.cost` take on models without weights: the shapes of Llama 3.1 on the meta
+device.
 
-Process time on one thread, all linear layers of the blocks; medians with quartiles of `--rounds` runs (`ll.cost` runs once). A method that
-reads the weights' values cannot be attached without them and has a plan and a cost only.
-`python benchmarks/meta.py [--json FILE]`
+Process time on one thread, all linear layers of the blocks; medians with quartiles of `--rounds` runs (`ll.cost` runs
+once). A method that reads the weights' values cannot be attached without them and has a plan and a cost only. `python
+benchmarks/meta.py [--json FILE]`
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def main() -> None:
             rows.append(row)
             attach = f"{row['attach_s']['median']:6.3f}" if row["attach_s"] else "reads weights"
             print(
-                f"{name:11} {method:8} {row['targets']:4} targets  plan {row['plan_s']['median']:6.3f} s  attach {attach} s  cost {row['cost_s']:5.1f} s",
+                f"{name:11} {method:8} {row['targets']:4} targets  plan {row['plan_s']['median']:6.3f} s  attach "
+                f"{attach} s  cost {row['cost_s']:5.1f} s",
                 flush=True,
             )
     if args.json:

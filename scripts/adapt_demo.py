@@ -1,4 +1,5 @@
-"""Train one LoRA on wordmath and print the accuracy of base and adapter as a line of JSON: the proof of the bundled base.
+"""Train one LoRA on wordmath and print the accuracy of base and adapter as a line of JSON: the proof of the bundled
+base.
 
 python scripts/adapt_demo.py --seed 0                      # this package's LoRA
 python scripts/adapt_demo.py --seed 0 --library peft       # the same figures without this package's code

@@ -1,9 +1,10 @@
 """Train the small Llama that ships in `lora_lite/demo/base`: a real base model that needs no download.
 
-Text: the documentation that comes with Python (`pydoc_data.topics` and the docstrings of the standard library, PSF licence)
-and generated arithmetic: sums, differences, products and quotients of small whole numbers, chains of them, statements that
-name quantities and look them up again, and single operations said in words ("6 packs with 3 shells each: 6 * 3 = 18.").
-No story, no "How many", no letter Q or A before a colon and no `####` is in it: the demo's task is new to the base.
+Text: the documentation that comes with Python (`pydoc_data.topics` and the docstrings of the standard library, PSF
+licence) and generated arithmetic: sums, differences, products and quotients of small whole numbers, chains of them,
+statements that name quantities and look them up again, and single operations said in words ("6 packs with 3 shells
+each: 6 * 3 = 18."). No story, no "How many", no letter Q or A before a colon and no `####` is in it: the demo's task is
+new to the base.
 
 The data of step k is a function of (seed, k) only, and the state holds both optimisers, so a run that is stopped and
 resumed is the same run. `scripts/README.md` has the recipe and the figures.
@@ -53,7 +54,8 @@ def make_tokenizer(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by five Newton-Schulz steps (K. Jordan 2024), for the matrices inside the blocks; fp32."""
+    """Momentum made orthogonal by five Newton-Schulz steps (K. Jordan 2024), for the matrices inside the blocks;
+    fp32."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -208,7 +210,8 @@ def main() -> None:
                 f.write(json.dumps(entry) + "\n")
             rate = (step - first) * args.rows * LENGTH / (time.time() - start)
             print(
-                f"step {step}/{args.steps} {entry} {rate:,.0f} tokens/s, {(args.steps - step) * args.rows * LENGTH / rate / 60:.0f} min left",
+                f"step {step}/{args.steps} {entry} {rate:,.0f} tokens/s, "
+                f"{(args.steps - step) * args.rows * LENGTH / rate / 60:.0f} min left",
                 flush=True,
             )
 
@@ -252,7 +255,8 @@ def export(model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, args: argparse
     fig.tight_layout()
     fig.savefig(Path(__file__).parent / "pretrain_demo_loss.png", dpi=110)
     print(
-        f"step {step}: wrote {args.export}, {sum(f.stat().st_size for f in args.export.iterdir()) / 2**20:.1f} MiB; equations right in bf16: {arithmetic_accuracy(model, tok):.1%}"
+        f"step {step}: wrote {args.export}, {sum(f.stat().st_size for f in args.export.iterdir()) / 2**20:.1f} MiB; "
+        f"equations right in bf16: {arithmetic_accuracy(model, tok):.1%}"
     )
 
 

@@ -8,8 +8,8 @@ import sysconfig
 from pathlib import Path
 
 NAMES = (
-    "box cup jar bag tin pot row shelf tray top left right red blue green a b c d x y z k m n p q "
-    "apples books pens coins cards cookies stamps shells marbles stickers eggs oranges flowers candles buttons balloons pencils toys "
+    "box cup jar bag tin pot row shelf tray top left right red blue green a b c d x y z k m n p q apples books pens "
+    "coins cards cookies stamps shells marbles stickers eggs oranges flowers candles buttons balloons pencils toys "
     "cakes stones plums beads Tom Mia Ann Ben Sam Lily Max Eva Leo Nina Omar Zoe Ravi Kim Jack Rosa"
 ).split()
 

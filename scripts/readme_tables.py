@@ -48,10 +48,10 @@ def demo() -> str:
         )
     n, steps = runs[0]["problems"], runs[0]["steps"]
     note = (
-        f"Accuracy on {n} test problems, whose sentences, names and numbers no training problem has, after {steps} steps; "
-        "one figure per seed, then mean and standard deviation. The base can calculate but has never seen a word problem or the form of "
-        "the answer, hence its zero. Processor time is that of the slowest run on one core, imports and both "
-        "evaluations included."
+        f"Accuracy on {n} test problems, whose sentences, names and numbers no training problem has, after {steps} "
+        "steps; one figure per seed, then mean and standard deviation. The base can calculate but has never seen a "
+        "word problem or the form of the answer, hence its zero. Processor time is that of the slowest run on one "
+        "core, imports and both evaluations included."
     )
     columns = ("method", "trained", "base", "adapted, per seed", "mean", "processor time")
     return f"{note}\n\n{markdown(columns, rows)}"

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 
 def contrast_pairs(n: int = 3, dtype: torch.dtype = torch.float64) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """(positive, negative) batches of 4 rows, padded on either side; the sides differ by a common shift and by noise."""
+    """(positive, negative) batches of 4 rows, padded on either side; the sides differ by a common shift and by
+    noise."""
     g = torch.Generator().manual_seed(21)
     shift = torch.randn(12, generator=g)
     found = []

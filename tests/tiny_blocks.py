@@ -82,7 +82,8 @@ def outputs(model: nn.Module, index: int = 0) -> Iterator[list[Tensor]]:
 
 
 def changed(model: nn.Module, batch: dict[str, Tensor], index: int = 0) -> list[list[int]]:
-    """Columns of each row at which the active adapters change the block's output; the blocks before it must carry none."""
+    """Columns of each row at which the active adapters change the block's output; the blocks before it must carry
+    none."""
     with outputs(model, index) as seen, torch.no_grad():
         model(**batch)
         with ll.active(model, None):
@@ -99,7 +100,8 @@ def randomise(model: nn.Module, name: str = "default", seed: int = 5, scale: flo
 
 
 def edited(cfg: ll.AdapterConfig, data: object = None) -> tuple[nn.Module, Tensor, Tensor]:
-    """(block 0 of the fp64 toy with the method on it, its bare output (2, 7, 12), its edited output); prompts of 7 and 3 tokens."""
+    """(block 0 of the fp64 toy with the method on it, its bare output (2, 7, 12), its edited output); prompts of 7 and
+    3 tokens."""
     model = ll.testing.toy(dtype=torch.float64)
     x = torch.randn(2, 7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     ll.attach(model, dataclasses.replace(cfg, layers=(0,), dtype="float64"), data)

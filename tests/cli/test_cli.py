@@ -1,4 +1,5 @@
-"""The commands on a random two-block model: each flag acts, resume is exact, mistakes are one sentence, pipes get plain text."""
+"""The commands on a random two-block model: each flag acts, resume is exact, mistakes are one sentence, pipes get plain
+text."""
 
 from __future__ import annotations
 
@@ -635,7 +636,10 @@ def test_a_pipe_gets_no_control_codes(files, plain):
 
 def test_help_and_variants_import_no_transformers():
     for verb in ("--help", "variants"):
-        code = f"import sys; from lora_lite.cli import main\ntry: main([{verb!r}])\nexcept SystemExit: pass\nassert 'transformers' not in sys.modules"
+        code = (
+            f"import sys; from lora_lite.cli import main\ntry: main([{verb!r}])\nexcept SystemExit: pass\nassert "
+            "'transformers' not in sys.modules"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True)
         assert done.returncode == 0, done.stderr
 

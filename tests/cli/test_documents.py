@@ -1,4 +1,5 @@
-"""The README and the guides: their code runs, their tables are current, their links lead somewhere, their commands exist."""
+"""The README and the guides: their code runs, their tables are current, their links lead somewhere, their commands
+exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Identity at the start is exact, or as far off as declared. Every registered variant through every check of `lora_lite.testing`."""
+"""Identity at the start is exact, or as far off as declared. Every registered variant through every check of
+`lora_lite.testing`."""
 
 from __future__ import annotations
 

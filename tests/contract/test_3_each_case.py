@@ -1,4 +1,5 @@
-"""Nothing is silent: each case by name. The error says which adapter or path, and what to type instead; the model is as before."""
+"""Nothing is silent: each case by name. The error says which adapter or path, and what to type instead; the model is as
+before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""attach, load and merge happen whole or not at all. Every registered variant through every check of `lora_lite.testing`."""
+"""attach, load and merge happen whole or not at all. Every registered variant through every check of
+`lora_lite.testing`."""
 
 from __future__ import annotations
 

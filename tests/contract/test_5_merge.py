@@ -1,4 +1,5 @@
-"""A layer is what it does: merge agrees with forward. Every registered variant through every check of `lora_lite.testing`."""
+"""A layer is what it does: merge agrees with forward. Every registered variant through every check of
+`lora_lite.testing`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Adapter tensors are fp32, activations are never upcast. Every registered variant through every check of `lora_lite.testing`."""
+"""Adapter tensors are fp32, activations are never upcast. Every registered variant through every check of
+`lora_lite.testing`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The whole duty of an author, exactly as the documentation prints it; and what `check_variant` says to authors who err."""
+"""The whole duty of an author, exactly as the documentation prints it; and what `check_variant` says to authors who
+err."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Several adapters, weights, and one adapter per row. Every registered variant through every check of `lora_lite.testing`."""
+"""Several adapters, weights, and one adapter per row. Every registered variant through every check of
+`lora_lite.testing`."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ FLOORS = {
     "cli": 5,
 }
 WINGS = {"progress": 1, "model": 1, "layers": 2, "view": 3, "targets": 3, "call": 4, "start": 5}
-"""Inside `runtime`: a wing imports wings of lower numbers and itself. Files that stand in no wing are the verbs, above all of them."""
+"""Inside `runtime`: a wing imports wings of lower numbers and itself. Files that stand in no wing are the verbs, above
+all of them."""
 VERB = 6
 FREE = {"_version"}
 """Anybody may import these: they import nothing."""
@@ -130,7 +131,8 @@ def own_imports(src: Path) -> Iterator[tuple[str, str, int, str]]:
 
 
 def circles(src: Path) -> list[str]:
-    """Files that import each other, directly or around; `__init__` of the package and of a room stand for themselves."""
+    """Files that import each other, directly or around; `__init__` of the package and of a room stand for
+    themselves."""
     uses: dict[str, set[str]] = {}
     for module, _, _, target in own_imports(src):
         if target != module and "" not in (target, module):  # the facade stands apart, see `violations`

@@ -1,4 +1,5 @@
-"""Adapters under transformers' Trainer and TRL's SFTTrainer: what a checkpoint holds, exact resume, best model, schedule, penalty, groups."""
+"""Adapters under transformers' Trainer and TRL's SFTTrainer: what a checkpoint holds, exact resume, best model,
+schedule, penalty, groups."""
 
 from __future__ import annotations
 
@@ -162,7 +163,8 @@ def test_the_groups_are_the_adapters(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_penalty_is_added_once_per_step(tmp_path, accumulation):
-    """With a zero learning signal on lora_A, its gradient is the penalty's alone: 2 w A, however many parts a batch has."""
+    """With a zero learning signal on lora_A, its gradient is the penalty's alone: 2 w A, however many parts a batch
+    has."""
     seen = {}
 
     class Look(transformers.TrainerCallback):

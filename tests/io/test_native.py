@@ -1,4 +1,5 @@
-"""The adapter file: what stands in it, what a damaged or hostile one does (one class of error, quickly, and no trace), and that writing is atomic."""
+"""The adapter file: what stands in it, what a damaged or hostile one does (one class of error, quickly, and no trace),
+and that writing is atomic."""
 
 from __future__ import annotations
 

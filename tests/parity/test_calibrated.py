@@ -16,7 +16,8 @@ import lora_lite as ll
 
 
 class Net(nn.Module):
-    """An odd function of an embedding that is odd in the token, so that all inputs have mean zero: PEFT's EVA centres them."""
+    """An odd function of an embedding that is odd in the token, so that all inputs have mean zero: PEFT's EVA centres
+    them."""
 
     def __init__(self) -> None:
         super().__init__()

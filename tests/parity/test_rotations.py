@@ -152,7 +152,8 @@ def test_outputs_and_gradients(case, monkeypatch):
 
 
 def test_a_bounded_rotation_acts_as_their_projected_one():
-    """PEFT shortens the parameter itself in forward; here it acts as if shortened. The bound there is per √(number of blocks)."""
+    """PEFT shortens the parameter itself in forward; here it acts as if shortened. The bound there is per √(number of
+    blocks)."""
     ours = Net()
     theirs = peft.get_peft_model(
         copy.deepcopy(ours), peft.OFTConfig(target_modules=["fc1"], use_cayley_neumann=False, coft=True, eps=0.4, **OFT)

@@ -1,4 +1,5 @@
-"""Token rows against PEFT's TrainableTokens on a tied and an untied model: the same rows give the same logits and gradients."""
+"""Token rows against PEFT's TrainableTokens on a tied and an untied model: the same rows give the same logits and
+gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Modules trained whole, against PEFT's modules_to_save and LN Tuning: the same values give the same logits, and gradients agree."""
+"""Modules trained whole, against PEFT's modules_to_save and LN Tuning: the same values give the same logits, and
+gradients agree."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ IDS = torch.arange(24).view(2, 12) % 60 + 4
 
 
 def compare(mine, theirs, pairs):
-    """`pairs`: (our trained difference, the base tensor, PEFT's trained tensor); PEFT's are set to base + difference."""
+    """`pairs`: (our trained difference, the base tensor, PEFT's trained tensor); PEFT's are set to base +
+    difference."""
     with torch.no_grad():
         for delta, base, other in pairs:
             other.copy_(base + delta.view_as(base))
@@ -69,7 +71,8 @@ def test_tuning_of_layer_norms():
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_folders_both_ways(name, tmp_path):
-    """What PEFT writes is read, and what is exported PEFT reads: heads, norms and an embedding, with biases and transposed weights."""
+    """What PEFT writes is read, and what is exported PEFT reads: heads, norms and an embedding, with biases and
+    transposed weights."""
     heads = {
         "llama": (["lm_head", "norm"], ["q_proj"]),
         "bert": (["classifier", "word_embeddings", "attention.output.LayerNorm"], ["query"]),

@@ -1,4 +1,5 @@
-"""Fused experts of mixture models: every method's page on every expert, through a weight that is swapped in around the call."""
+"""Fused experts of mixture models: every method's page on every expert, through a weight that is swapped in around the
+call."""
 
 from __future__ import annotations
 
@@ -121,7 +122,8 @@ def test_these_methods_are_taken(method):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_by_hand(name):
-    """W_e + s B_e A_e written into a copy of the model: the same logits, and the gradients of A and B by the chain rule."""
+    """W_e + s B_e A_e written into a copy of the model: the same logits, and the gradients of A and B by the chain
+    rule."""
     model, s = adapted(name), 7 / 3
     copied = build(name)
     model.train(), copied.train()

@@ -1,4 +1,5 @@
-"""The grouped fast path for low-rank methods equals the segments, single-adapter runs and, for None rows, the base's bits."""
+"""The grouped fast path for low-rank methods equals the segments, single-adapter runs and, for None rows, the base's
+bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A thousand adapters on one small model: each found by name, switched to, mixed in batches, and gone without a trace."""
+"""A thousand adapters on one small model: each found by name, switched to, mixed in batches, and gone without a
+trace."""
 
 from __future__ import annotations
 

@@ -127,7 +127,8 @@ def test_copies_take_no_memo_along(counting):
 
 
 def test_a_changed_parameter_between_generations_acts(counting):
-    """Weights swapped through `.data` between two generations, as averaging of weights does, which no version counter shows."""
+    """Weights swapped through `.data` between two generations, as averaging of weights does, which no version counter
+    shows."""
     model = llama()
     ll.attach(model, ll.DoRAConfig(r=2, alpha=3))
     randomise(model)

@@ -1,4 +1,5 @@
-"""Attaching to a model without weights: works for every method whose start does not depend on them, and is refused by name for the others."""
+"""Attaching to a model without weights: works for every method whose start does not depend on them, and is refused by
+name for the others."""
 
 from __future__ import annotations
 

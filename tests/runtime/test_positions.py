@@ -1,4 +1,5 @@
-"""Block sites: which tokens a method edits, whatever is padded, cached, repeated by beams, mixed in rows, or recomputed."""
+"""Block sites: which tokens a method edits, whatever is padded, cached, repeated by beams, mixed in rows, or
+recomputed."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ def test_a_decoding_step_edits_nothing():
 
 
 def completion_batch():
-    """(batch, prompt lengths): prompts of 5 and 3 tokens with 3 and 2 tokens of answer, left-padded, prompts masked in the labels."""
+    """(batch, prompt lengths): prompts of 5 and 3 tokens with 3 and 2 tokens of answer, left-padded, prompts masked in
+    the labels."""
     lengths, rows = (5, 3), prompts((8, 5))
     batch = padded(rows)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

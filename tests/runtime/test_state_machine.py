@@ -1,4 +1,5 @@
-"""Adapters that come, go, act, freeze, change their names and are merged in any order, against a model of a few lines."""
+"""Adapters that come, go, act, freeze, change their names and are merged in any order, against a model of a few
+lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Trained token rows on whole models: tied and untied heads, files, merging, rows, and what is refused. And other methods on tied weights."""
+"""Trained token rows on whole models: tied and untied heads, files, merging, rows, and what is refused. And other
+methods on tied weights."""
 
 from __future__ import annotations
 
@@ -152,7 +153,8 @@ def test_what_is_refused(tmp_path):
 
 
 def test_other_methods_on_a_tied_embedding_say_what_they_change():
-    """LoRA on the embedding of a tied model acts on the embedding alone: the plan says so, and merging refuses to change the head."""
+    """LoRA on the embedding of a tied model acts on the embedding alone: the plan says so, and merging refuses to
+    change the head."""
     model = tiny_models.build("llama", tie_word_embeddings=True)
     cfg = ll.LoRAConfig(r=2, target_kinds=("embedding",))
     assert "model.embed_tokens shares its weight with 'lm_head', which stays as it is" in str(ll.plan(model, cfg))

@@ -1,4 +1,5 @@
-"""Modules trained whole beside a method (`train_modules`), and norms as targets: from the plan to the file, and back to the bare base."""
+"""Modules trained whole beside a method (`train_modules`), and norms as targets: from the plan to the file, and back to
+the bare base."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def llama(*names, cfg=HEAD, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", tiny_models.MODELS)
 def test_every_norm_of_an_architecture(name, dtype):
-    """Identity, effect, merge, unmerge and detach, on LayerNorm, RMSNorm, T5's, Gemma's (1 + w) and the norms of heads."""
+    """Identity, effect, merge, unmerge and detach, on LayerNorm, RMSNorm, T5's, Gemma's (1 + w) and the norms of
+    heads."""
     model = tiny_models.build(name).to(dtype)
     for path, p in model.named_parameters():
         if "norm" in path.lower() or ".ln" in path:

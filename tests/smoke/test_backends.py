@@ -1,4 +1,5 @@
-"""Weight-only quantised layers of torchao, optimum-quanto and HQQ, through the same probing: no line of the library names them."""
+"""Weight-only quantised layers of torchao, optimum-quanto and HQQ, through the same probing: no line of the library
+names them."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ METHODS = [v for v in ll.variants() if v.trains and v.site == "linear" and not v
 
 @pytest.mark.parametrize("variant", METHODS, ids=lambda v: v.name)
 def test_every_method(backend, bits, variant, tmp_path):
-    """Output and gradients equal those on the dequantised weights; merge reports its error; the bits come back; the file too."""
+    """Output and gradients equal those on the dequantised weights; merge reports its error; the bits come back; the
+    file too."""
     net, twin = nets(backend, bits)
     base = net(x())
     fields = {"variant": variant.name, "target_kinds": ("linear",), "target_names": ("a", "b")}

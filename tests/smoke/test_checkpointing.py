@@ -1,4 +1,5 @@
-"""Gradient checkpointing recomputes a forward inside backward: later, elsewhere, and still under the selection of that forward."""
+"""Gradient checkpointing recomputes a forward inside backward: later, elsewhere, and still under the selection of that
+forward."""
 
 from __future__ import annotations
 
@@ -172,7 +173,8 @@ def test_a_dead_selection_is_not_kept(recwarn):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
 def test_blocks_compiled_inside_a_checkpoint_are_warned_about():
-    """They are run again in backward under the selection of that moment, which no hook inside compiled code can notice."""
+    """They are run again in backward under the selection of that moment, which no hook inside compiled code can
+    notice."""
 
     def step(change):
         torch.compiler.reset()

@@ -53,7 +53,8 @@ def x(d=64):
 
 
 def exact(model):
-    """The output on the path that is used in training: for a CPU input without gradient bitsandbytes repacks its weight and computes in bf16."""
+    """The output on the path that is used in training: for a CPU input without gradient bitsandbytes repacks its weight
+    and computes in bf16."""
     return model(x().requires_grad_()).detach()
 
 
@@ -201,7 +202,8 @@ def test_exact_wrapping_of_forward_is_no_obstacle():
 
 
 class Packed(torch.Tensor):
-    """A weight-only quantised parameter as torchao makes them: a tensor subclass without memory of its own, on an ordinary nn.Linear."""
+    """A weight-only quantised parameter as torchao makes them: a tensor subclass without memory of its own, on an
+    ordinary nn.Linear."""
 
     @staticmethod
     def __new__(cls, codes, scale):

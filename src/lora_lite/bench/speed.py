@@ -1,9 +1,9 @@
 """What a method costs against PEFT and against the least possible: forward, training step, memory.
 
-All runs of one method live in one process and are interleaved (bare base, PEFT, ours, repeat); one thread, process time. The limit of a
-step is the frozen base with a backward pass through its activations only. Figures are medians of paired ratios with quartiles; a goal
-counts as missed when the lower quartile lies above it. Memory: what autograd saves between the passes (unique storages, parameters not
-counted) and the peak of what the allocator hands out in one step.
+All runs of one method live in one process and are interleaved (bare base, PEFT, ours, repeat); one thread, process
+time. The limit of a step is the frozen base with a backward pass through its activations only. Figures are medians of
+paired ratios with quartiles; a goal counts as missed when the lower quartile lies above it. Memory: what autograd saves
+between the passes (unique storages, parameters not counted) and the peak of what the allocator hands out in one step.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 class Bar:
-    """Progress of known length, on stderr: silent for two seconds; then a bar with the time left, or a line every ten seconds.
+    """Progress of known length, on stderr: silent for two seconds; then a bar with the time left, or a line every ten
+    seconds.
 
     with Bar("training", 300) as bar:
         bar.update(12, "loss 1.20")

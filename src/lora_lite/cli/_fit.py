@@ -51,7 +51,8 @@ def fit(
     log: RunLog,
     resume: Path | None = None,
 ) -> Any:
-    """Train the attached adapter; returns the Trainer. `log` receives every step, and the picture is drawn at the end in any case.
+    """Train the attached adapter; returns the Trainer. `log` receives every step, and the picture is drawn at the end
+    in any case.
 
     Raises:
         StateError: the loss is no longer finite.
@@ -163,7 +164,8 @@ def _follower(log: RunLog, bar: Bar) -> Any:
                 return
             if not math.isfinite(loss):
                 raise ll.StateError(
-                    f"the loss is {loss} at step {state.global_step}: training diverged. Try a smaller --lr (it was {args.learning_rate:g}) or more --warmup."
+                    f"the loss is {loss} at step {state.global_step}: training diverged. Try a smaller --lr (it was "
+                    f"{args.learning_rate:g}) or more --warmup."
                 )
             if "loss" in logs:
                 log.add(

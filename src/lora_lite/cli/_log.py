@@ -13,7 +13,8 @@ REDRAW = 30.0
 
 
 class RunLog:
-    """Appends to `log.jsonl` and draws `loss.png` in a folder. `keep` drops the lines after a step, for a run that goes on from there."""
+    """Appends to `log.jsonl` and draws `loss.png` in a folder. `keep` drops the lines after a step, for a run that goes
+    on from there."""
 
     def __init__(self, folder: Path, title: str) -> None:
         self.path, self.picture, self.title = folder / "log.jsonl", folder / "loss.png", title

@@ -34,7 +34,8 @@ def chosen_method(argv: Sequence[str]) -> type[ll.Variant]:
     names = [v.name for v in ll.variants()]
     if name not in names:
         raise ll.ConfigError(
-            f"--method {name}: there is no such method.{did_you_mean(name, names)} `lora-lite variants` lists all {len(names)}."
+            f"--method {name}: there is no such method.{did_you_mean(name, names)} `lora-lite variants` lists all "
+            f"{len(names)}."
         )
     return ll.get_variant(name)
 

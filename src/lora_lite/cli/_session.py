@@ -120,7 +120,8 @@ def attach(
     pairs: bool = False,
     reference: str | None = None,
 ) -> ll.Adapter:
-    """`ll.attach` with the calibration data that the method asks for; contrast pairs are made of the rows only if `pairs`."""
+    """`ll.attach` with the calibration data that the method asks for; contrast pairs are made of the rows only if
+    `pairs`."""
     variant = ll.get_variant(cfg.variant)
     if not variant.needs_pairs:
         data = calibration(variant, wanted, rows, size, tokenizer)
@@ -154,7 +155,8 @@ def check_folder(out: Path, overwrite: bool) -> list[str]:
     ours = sorted(p.name for p in out.iterdir() if OURS.fullmatch(p.name)) if out.is_dir() else []
     if ours and not overwrite:
         raise ll.FileError(
-            f"--out {out} holds a run already ({', '.join(ours[:3])}). Give another folder, or --overwrite to replace that run."
+            f"--out {out} holds a run already ({', '.join(ours[:3])}). Give another folder, or --overwrite to replace "
+            "that run."
         )
     return ours
 
@@ -200,7 +202,8 @@ def check_same_run(out: Path, facts: dict[str, Any]) -> None:
     other = [f"{k}: {old.get(k)!r} before, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]
     if other:
         raise ll.FileError(
-            f"--resume goes on with the same run, and this one differs ({'; '.join(other)}). Give the same flags, or another --out."
+            f"--resume goes on with the same run, and this one differs ({'; '.join(other)}). Give the same flags, or "
+            "another --out."
         )
 
 

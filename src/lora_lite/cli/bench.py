@@ -113,7 +113,8 @@ def chosen(args: Bench, speed: Any) -> tuple[str, ...]:
     for name in names:
         if name not in speed.methods():
             raise ll.ConfigError(
-                f"--methods {name}: cannot be timed here.{did_you_mean(name, speed.methods())} Choose from: all, {', '.join(speed.methods())}."
+                f"--methods {name}: cannot be timed here.{did_you_mean(name, speed.methods())} Choose from: all, "
+                f"{', '.join(speed.methods())}."
             )
     for size in args.sizes:
         if size not in speed.SIZES:

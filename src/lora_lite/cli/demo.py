@@ -21,7 +21,8 @@ FACTOR = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train an adapter on the bundled base model: accuracy on unseen word problems before and after, in a few minutes on a CPU.
+    """Train an adapter on the bundled base model: accuracy on unseen word problems before and after, in a few minutes
+    on a CPU.
 
     Writes the adapter, a log of every step and a picture of the losses.
     """
@@ -89,7 +90,8 @@ def run(args: Demo) -> int:
         steps = affordable(args.steps, left, model, tokenizer, train)
         less = f" (of {args.steps}, to keep within --seconds {args.seconds:g})" if steps < args.steps else ""
         say(
-            f"training {variant.name}: {trained:,} parameters ({trained / size:.2%}), {steps} steps{less}, lr {lr:g}, seed {args.seed}"
+            f"training {variant.name}: {trained:,} parameters ({trained / size:.2%}), {steps} steps{less}, lr {lr:g}, "
+            f"seed {args.seed}"
         )
         options = Options(steps=steps, lr=lr, batch_size=BATCH, seed=args.seed, eval_every=math.ceil(steps / 6))
         fit(model, tokenizer, train, evals, options, out, log)

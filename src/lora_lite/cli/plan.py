@@ -61,7 +61,8 @@ def compare(model: Any, args: Plan) -> int:
     for name in names:
         if name not in trained:
             raise ll.ConfigError(
-                f"--compare {name}: no trained method has that name.{did_you_mean(name, trained)} Choose from: all, {', '.join(trained)}."
+                f"--compare {name}: no trained method has that name.{did_you_mean(name, trained)} Choose from: all, "
+                f"{', '.join(trained)}."
             )
     costs, left = [], []
     with Bar("counting", len(names) + 1) as bar:
@@ -102,9 +103,9 @@ def cells(c: ll.Cost) -> list[str]:
 def heading(c: ll.Cost) -> str:
     """What all rows have in common."""
     return (
-        f"{c.base_params:,} parameters ({size_text(c.base_bytes)}), {c.batch} x {c.length} tokens: the frozen base saves {size_text(c.base_saved)} for the backward pass "
-        f"({size_text(c.base_checkpointed)} with gradient checkpointing) "
-        f"and does {c.base_forward / 1e12:.3g} TFLOP forward, {c.base_step / 1e12:.3g} in a step"
+        f"{c.base_params:,} parameters ({size_text(c.base_bytes)}), {c.batch} x {c.length} tokens: the frozen base "
+        f"saves {size_text(c.base_saved)} for the backward pass ({size_text(c.base_checkpointed)} with gradient "
+        f"checkpointing) and does {c.base_forward / 1e12:.3g} TFLOP forward, {c.base_step / 1e12:.3g} in a step"
     )
 
 
@@ -134,7 +135,8 @@ SHAPES = {
     "llama-70b": (8192, 80, 28672, 64),
     "llama-405b": (16384, 126, 53248, 128),
 }
-"""Width, blocks, width of the feed-forward and attention heads of the Llama 3.1 family, which all have 8 key-value heads."""
+"""Width, blocks, width of the feed-forward and attention heads of the Llama 3.1 family, which all have 8 key-value
+heads."""
 
 
 def shape(name: str) -> Any:

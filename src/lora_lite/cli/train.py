@@ -68,7 +68,8 @@ class Train:
     calibration_batches: int | None = None
     """Batches of training rows for methods that start from data; None: 8 for those."""
     reference_weights: str | None = None
-    """Full-precision checkpoint of a quantised --model (file, folder, hub id): LoRA starts by taking back what quantising lost."""
+    """Full-precision checkpoint of a quantised --model (file, folder, hub id): LoRA starts by taking back what
+    quantising lost."""
     eval_every: int = 50
     """Steps between two evaluations; 0: none."""
     save_every: int = 50
@@ -139,7 +140,8 @@ def run(args: Train) -> int:
         session.open_folder(args.out, args.overwrite)
         session.write_run(args.out, facts)
     say(
-        f"{variant.name}: {adapter.num_parameters():,} trained parameters on {len(adapter.targets)} layers of {args.model}"
+        f"{variant.name}: {adapter.num_parameters():,} trained parameters on {len(adapter.targets)} layers of "
+        f"{args.model}"
     )
     if variant.trains:
         say(f"{steps} steps of {per_step} rows of {args.data}, lr {lr:g}; eval on {origin if evals else 'nothing'}")
@@ -169,7 +171,8 @@ def check(args: Train) -> None:
         raise ll.ConfigError("--best needs evaluations: set --eval-every and --eval-rows above 0.")
     if args.best and (not args.save_every or args.save_every % args.eval_every):
         raise ll.ConfigError(
-            f"--best needs a checkpoint only after an evaluation: make --save-every a multiple of --eval-every {args.eval_every}."
+            "--best needs a checkpoint only after an evaluation: make --save-every a multiple of --eval-every "
+            f"{args.eval_every}."
         )
     if args.resume and args.overwrite:
         raise ll.ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them.")

@@ -36,7 +36,8 @@ def run(args: Variants) -> int:
     else:
         table(COLUMNS, [cells(row) for row in found])
         say(
-            f"{len(found)} methods. trained: parameters of one {WIDTH}x{WIDTH} layer at r={RANK}; lr: recommended, for AdamW."
+            f"{len(found)} methods. trained: parameters of one {WIDTH}x{WIDTH} layer at r={RANK}; lr: recommended, "
+            "for AdamW."
         )
         say("Options of one: lora-lite train --method NAME --help")
     return 0
@@ -59,7 +60,8 @@ def facts(variant: type[ll.Variant]) -> dict[str, Any]:
 
 
 def trained(variant: type[ll.Variant]) -> int | None:
-    """Trained parameters of one square layer, tensors shared by several layers included; None where the default config does not fit it."""
+    """Trained parameters of one square layer, tensors shared by several layers included; None where the default config
+    does not fit it."""
     try:
         cfg = variant.config(variant=variant.name, r=RANK)
         target = make_target("layer", WIDTH, WIDTH, cfg, "block" if variant.site == "block" else "linear")

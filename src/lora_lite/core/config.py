@@ -41,14 +41,16 @@ class AdapterConfig:
     target_roles: tuple[Role, ...] | None = None
     """Keep only layers that read the residual stream, write to it, or neither; None keeps all."""
     target_names: tuple[str, ...] | None = None
-    """Regular expressions, each matched against the whole path or its tail after a dot. None: all linear layers of the blocks."""
+    """Regular expressions, each matched against the whole path or its tail after a dot. None: all linear layers of the
+    blocks."""
     target_kinds: tuple[Kind, ...] = ("linear",)
-    """What to adapt: "linear", "embedding", "conv", "norm", and "experts" whose weights are one fused parameter (mixtures of experts)."""
+    """What to adapt: "linear", "embedding", "conv", "norm", and "experts" whose weights are one fused parameter
+    (mixtures of experts)."""
     exclude_names: tuple[str, ...] = ()
     """Regular expressions of targets to leave out, matched in the same way."""
     train_modules: tuple[str, ...] = ()
-    """Regular expressions of modules to train whole beside the method, such as a classification head: every layer inside gets a trained
-    change of all its parameters."""
+    """Regular expressions of modules to train whole beside the method, such as a classification head: every layer
+    inside gets a trained change of all its parameters."""
     layers: tuple[int, ...] | None = None
     """Block indices to keep; negative ones count from the end."""
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)

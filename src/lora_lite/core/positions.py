@@ -16,8 +16,8 @@ class BlockConfig(AdapterConfig):
     """Config of a method that edits the residual stream after a block; `layers` selects the blocks."""
 
     positions: str = "all"
-    """Token positions to edit: "all", "prompt", "generated" (after the prompt), or "f7+l7": the first 7 and last 7 tokens of the prompt.
-    Also "f7" or "l7" alone. With both, a prompt of n tokens gives at most n//2 to each."""
+    """Token positions to edit: "all", "prompt", "generated" (after the prompt), or "f7+l7": the first 7 and last 7
+    tokens of the prompt. Also "f7" or "l7" alone. With both, a prompt of n tokens gives at most n//2 to each."""
 
     def validate(self) -> None:
         super().validate()
@@ -32,6 +32,7 @@ def parse_positions(text: str, where: str = "positions") -> str | tuple[int, int
     p, s = (int(found[1] or found[3] or 0), int(found[2] or found[4] or 0)) if found else (0, 0)
     if p + s == 0:
         raise ConfigError(
-            f"{where} must be one of {', '.join(map(repr, SCOPES))}, or name prompt tokens like 'f7+l7', 'f1' or 'l1'; got {text!r}."
+            f"{where} must be one of {', '.join(map(repr, SCOPES))}, or name prompt tokens like 'f7+l7', 'f1' or "
+            f"'l1'; got {text!r}."
         )
     return p, s

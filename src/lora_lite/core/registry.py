@@ -15,9 +15,9 @@ T = TypeVar("T", bound=type)
 def register(cls: T) -> T:
     """Class decorator: enter an adapter method into the registry.
 
-    The class needs `name`, a static `param_specs(d_in, d_out, cfg)` and a static `forward(layer, x, y)` or `forward_input(layer, x)`;
-    every other member of `Variant` that it lacks takes the default. Registering a name again replaces the class only if it
-    is the same class defined anew (a notebook cell run twice).
+    The class needs `name`, a static `param_specs(d_in, d_out, cfg)` and a static `forward(layer, x, y)` or
+    `forward_input(layer, x)`; every other member of `Variant` that it lacks takes the default. Registering a name again
+    replaces the class only if it is the same class defined anew (a notebook cell run twice).
 
     Raises:
         ConfigError: a member is missing, or the name belongs to another class.
@@ -60,10 +60,12 @@ def get_variant(name: str) -> type[Variant]:
 
 
 def resolve(cfg: AdapterConfig) -> AdapterConfig:
-    """`AdapterConfig(variant="x")` becomes the config class of x with the same fields; others are checked and returned."""
+    """`AdapterConfig(variant="x")` becomes the config class of x with the same fields; others are checked and
+    returned."""
     if not cfg.variant:
         raise ConfigError(
-            f"{type(cfg).__name__} names no method: pass variant=..., one of {', '.join(sorted(_TABLE))}, or use a method's own config class."
+            f"{type(cfg).__name__} names no method: pass variant=..., one of {', '.join(sorted(_TABLE))}, or use a "
+            "method's own config class."
         )
     variant = get_variant(cfg.variant)
     if isinstance(cfg, variant.config):

@@ -33,8 +33,8 @@ class ParamSpec:
 
     Args:
         shape: its shape; never `()`, since FSDP refuses 0-dim parameters (use `(1,)`).
-        init: "zeros", "ones", "kaiming" (U(±1/√last dim)), "normal" (N(0, 1)), "normal:STD",
-            "constant:VALUE", "empty" (filled by the variant's `init`), or a callable `(tensor, generator)` that fills in place.
+        init: "zeros", "ones", "kaiming" (U(±1/√last dim)), "normal" (N(0, 1)), "normal:STD", "constant:VALUE", "empty"
+            (filled by the variant's `init`), or a callable `(tensor, generator)` that fills in place.
         trainable: False makes a parameter that no optimiser sees.
         as_buffer: True makes a buffer: saved, never trained.
         decay: False asks for weight decay 0 in `adapter.param_groups` (gains, rotations, magnitudes).
@@ -58,7 +58,8 @@ class ParamSpec:
             raise ConfigError(f"ParamSpec has the empty shape {self.shape}.")
         if isinstance(self.init, str) and self.init.partition(":")[0] not in {*_INITS, "constant"}:
             raise ConfigError(
-                f"unknown init {self.init!r}; use one of {sorted(_INITS)}, 'normal:STD', 'constant:VALUE' or a callable."
+                f"unknown init {self.init!r}; use one of {sorted(_INITS)}, 'normal:STD', 'constant:VALUE' or a "
+                "callable."
             )
 
     @property

@@ -1,4 +1,5 @@
-"""`Variant`: what an adapter method may say about itself. Everything but `name`, `param_specs` and a forward has a default."""
+"""`Variant`: what an adapter method may say about itself. Everything but `name`, `param_specs` and a forward has a
+default."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ class Variant:
     """The contract of a method. Inheriting is optional: `@register` adds the missing members to any class.
 
     A method writes static methods. `layer` is the target as this adapter sees it (see `runtime.layer.LayerView`):
-    `layer.lora_A` is this adapter's tensor in y's dtype, `layer.master("lora_A")` its stored precision, `layer.weight` the
-    dense `(d_out, d_in)` weight whatever the layer stores, `layer.cfg` the config with this target's rank and alpha.
+    `layer.lora_A` is this adapter's tensor in y's dtype, `layer.master("lora_A")` its stored precision, `layer.weight`
+    the dense `(d_out, d_in)` weight whatever the layer stores, `layer.cfg` the config with this target's rank and
+    alpha.
     """
 
     # ---- identity and facts: read by the runtime, the docs and the tests
@@ -25,7 +27,8 @@ class Variant:
     paper: ClassVar[str] = ""
     """arXiv id or another citable source."""
     site: ClassVar[str] = "linear"
-    """Where it hooks: "linear", "block" (the residual stream after a decoder block), "embedding" (the input embedding unless named)."""
+    """Where it hooks: "linear", "block" (the residual stream after a decoder block), "embedding" (the input embedding
+    unless named)."""
     needs_weight: ClassVar[bool] = False
     """Reads `layer.weight`: a quantised target then asks for `dequantize=True`."""
     needs_data: ClassVar[bool] = False
@@ -41,9 +44,11 @@ class Variant:
     identity_bound: ClassVar[float] = 0.0
     """Otherwise: the largest relative departure of a fresh adapter in fp32 (`inf`: departs by design)."""
     own_weight: ClassVar[bool] = False
-    """The adapter's weight in `ll.activate` is a variable of the page, `layer.strength`; otherwise the runtime blends the outputs with it."""
+    """The adapter's weight in `ll.activate` is a variable of the page, `layer.strength`; otherwise the runtime blends
+    the outputs with it."""
     norms: ClassVar[bool] = False
-    """The page also stands on a norm, where x is the normalised input, seen as one input per feature: x @ M has one row M (1, d_out)."""
+    """The page also stands on a norm, where x is the normalised input, seen as one input per feature: x @ M has one row
+    M (1, d_out)."""
     whole: ClassVar[bool] = False
     """Trains every parameter of its layers: what `train_modules` puts beside another method."""
     lr: ClassVar[float] = 1e-3
@@ -63,21 +68,27 @@ class Variant:
     forward_input: ClassVar[Callable[..., Any] | None] = None
     """`(layer, x) -> x_new`, before the base layer."""
     factors: ClassVar[Callable[..., Any] | None] = None
-    """`(layer) -> (A (k, d_in), B (d_out, k))` with y_new = y + x Aᵀ Bᵀ, scale folded in: exact export, sums of adapters, grouped rows."""
+    """`(layer) -> (A (k, d_in), B (d_out, k))` with y_new = y + x Aᵀ Bᵀ, scale folded in: exact export, sums of
+    adapters, grouped rows."""
     from_factors: ClassVar[Callable[..., Any] | None] = None
-    """`(layer, A, B)`: write the inverse of `factors` into the staged tensors; the method that holds combined adapters has it."""
+    """`(layer, A, B)`: write the inverse of `factors` into the staged tensors; the method that holds combined adapters
+    has it."""
     by_feature: ClassVar[Callable[..., Any] | None] = None
     """`(layer, side) -> vectors (d,)`, or None on the side ("input", "output") where it does nothing; and"""
     act: ClassVar[Callable[..., Any] | None] = None
-    """`(cfg, v, *vectors) -> v_new`: what a method that works feature by feature does to x or y, also with one vector (n, 1, d) per row."""
+    """`(cfg, v, *vectors) -> v_new`: what a method that works feature by feature does to x or y, also with one vector
+    (n, 1, d) per row."""
     on_step: ClassVar[Callable[..., Any] | None] = None
-    """`(targets, cfg, step)`: after every optimiser step, gradients still there. `step` counts from 1 to `targets.total_steps`
-    over the whole run, also across save and load; `view.master("lora_A")` is the parameter, with `.grad`."""
+    """`(targets, cfg, step)`: after every optimiser step, gradients still there. `step` counts from 1 to
+    `targets.total_steps` over the whole run, also across save and load; `view.master("lora_A")` is the parameter, with
+    `.grad`."""
     compact: ClassVar[Callable[..., Any] | None] = None
-    """`(layer, rank) -> (config changes, tensors)`, or None to leave the target out: the same function with fewer tensors. Files saved after
-    the end of a schedule hold the result for rank None; `ll.compact` puts it on the model."""
+    """`(layer, rank) -> (config changes, tensors)`, or None to leave the target out: the same function with fewer
+    tensors. Files saved after the end of a schedule hold the result for rank None; `ll.compact` puts it on the
+    model."""
     tied: ClassVar[Callable[..., Any] | None] = None
-    """`(cfg) -> cfg` of the page on a linear layer that shares the target's weight, such as a tied head: it acts there too, with the same tensors."""
+    """`(cfg) -> cfg` of the page on a linear layer that shares the target's weight, such as a tied head: it acts there
+    too, with the same tensors."""
     penalty: ClassVar[Callable[..., Any] | None] = None
     """`(layer) -> scalar` regulariser."""
     shared_specs: ClassVar[Callable[..., Any] | None] = None

@@ -23,7 +23,8 @@ _in_place._get_raw = True  # type: ignore[attr-defined]  # the counter hands ove
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Q Kᵀ and P V of one call of the CPU's attention kernel, which torch's counter does not know; q (B, H, T, d), k (B, H, S, d), v (B, H, S, e)."""
+    """Q Kᵀ and P V of one call of the CPU's attention kernel, which torch's counter does not know; q (B, H, T, d), k
+    (B, H, S, d), v (B, H, S, e)."""
     rows, heads, T, d = q
     return 2 * rows * heads * T * k[-2] * (d + v[-1])
 
@@ -35,7 +36,8 @@ def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: A
 
 
 def counter() -> Any:
-    """`torch.utils.flop_counter.FlopCounterMode`, which also counts products that add in place and attention on a CPU."""
+    """`torch.utils.flop_counter.FlopCounterMode`, which also counts products that add in place and attention on a
+    CPU."""
     from torch.utils.flop_counter import FlopCounterMode
 
     aten = torch.ops.aten
@@ -107,7 +109,8 @@ class Saved:
         return self._sum(set().union(*self.inside.values()))
 
     def checkpointed(self) -> int:
-        """Inputs of all blocks, and the largest of what the blocks and the rest keep while their backward passes run."""
+        """Inputs of all blocks, and the largest of what the blocks and the rest keep while their backward passes
+        run."""
         return self._sum(self.inputs) + max((self._sum(s - self.inputs) for s in self.inside.values()), default=0)
 
     def _sum(self, which: set[int]) -> int:

@@ -40,14 +40,17 @@ class Cost:
     base_params: int
     base_bytes: int
     base_saved: int
-    """Bytes that autograd keeps for the backward pass through the frozen base; the model must give this much to anything that trains below its last block."""
+    """Bytes that autograd keeps for the backward pass through the frozen base; the model must give this much to
+    anything that trains below its last block."""
     extra_saved: int
     """Bytes kept beyond that because of the adapter."""
     base_checkpointed: int
-    """The same with gradient checkpointing of every block: the blocks' inputs, and the largest block or the head while its backward pass runs."""
+    """The same with gradient checkpointing of every block: the blocks' inputs, and the largest block or the head while
+    its backward pass runs."""
     extra_checkpointed: int
     base_forward: int
-    """Multiply-adds counted as two: matrix products, and attention in full although a causal mask lets a kernel skip half of it."""
+    """Multiply-adds counted as two: matrix products, and attention in full although a causal mask lets a kernel skip
+    half of it."""
     base_step: int
     """Forward, and backward through the activations."""
     extra_forward: int
@@ -61,9 +64,13 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"{self.variant}: {self.batch} x {self.length} tokens: weights {size_text(self.base_bytes)}, adapter {size_text(self.adapter_bytes)}, gradients {size_text(self.gradient_bytes)}, "
-            f"optimiser {size_text(self.optimizer_bytes)}, saved activations {size_text(self.base_saved)} + {size_text(self.extra_saved)} (checkpointed {size_text(self.base_checkpointed)} + {size_text(self.extra_checkpointed)}); "
-            f"step {self.base_step / 1e12:.3g} + {self.extra_step / 1e12:.3g} TFLOP (forward {self.extra_forward / max(1, self.base_forward):+.1%}, step {self.extra_step / max(1, self.base_step):+.1%})"
+            f"{self.variant}: {self.batch} x {self.length} tokens: weights {size_text(self.base_bytes)}, adapter "
+            f"{size_text(self.adapter_bytes)}, gradients {size_text(self.gradient_bytes)}, optimiser "
+            f"{size_text(self.optimizer_bytes)}, saved activations {size_text(self.base_saved)} + "
+            f"{size_text(self.extra_saved)} (checkpointed {size_text(self.base_checkpointed)} + "
+            f"{size_text(self.extra_checkpointed)}); step {self.base_step / 1e12:.3g} + {self.extra_step / 1e12:.3g} "
+            f"TFLOP (forward {self.extra_forward / max(1, self.base_forward):+.1%}, step "
+            f"{self.extra_step / max(1, self.base_step):+.1%})"
         )
 
 
@@ -108,13 +115,14 @@ class Paper:
             self.base = self._count(self.model)
         except Exception as e:  # whatever a model says to tensors without values
             raise ConfigError(
-                f"{type(model).__name__} cannot be run on shapes alone: {str(e).splitlines()[0] if str(e) else type(e).__name__} "
-                "Costs are counted on a causal language model in its plain, unquantised form: AutoModelForCausalLM.from_config(config) on the meta device."
+                f"{type(model).__name__} cannot be run on shapes alone: "
+                f"{str(e).splitlines()[0] if str(e) else type(e).__name__} Costs are counted on a causal language "
+                "model in its plain, unquantised form: AutoModelForCausalLM.from_config(config) on the meta device."
             ) from e
 
     def cost(self, cfg: AdapterConfig) -> Cost:
-        """The cost of one config. Its start is not computed, so methods that read weights or data are counted too; methods
-        that edit some tokens only are counted as if they edited all.
+        """The cost of one config. Its start is not computed, so methods that read weights or data are counted too;
+        methods that edit some tokens only are counted as if they edited all.
 
         Raises: as `ll.plan`.
         """
@@ -165,12 +173,14 @@ class Paper:
 
 
 def cost(model: nn.Module, cfg: AdapterConfig, batch: int = 1, length: int = 2048) -> Cost:
-    """What one training step of `batch` x `length` tokens costs with an adapter of this config, counted without weights.
+    """What one training step of `batch` x `length` tokens costs with an adapter of this config, counted without
+    weights.
 
-    The page itself is run on shapes, forward and backward: nothing is stated method by method. Memory: bytes that autograd keeps between
-    the passes (unique storages, parameters not counted), with the attention kernel that torch picks on a CPU, which keeps no T x T matrix;
-    without gradient checkpointing, and (`*_checkpointed`) the most that lives at once when every block is checkpointed.
-    Operations: those of matrix products and attention, as `torch.utils.flop_counter` counts them; small factorisations are not counted.
+    The page itself is run on shapes, forward and backward: nothing is stated method by method. Memory: bytes that
+    autograd keeps between the passes (unique storages, parameters not counted), with the attention kernel that torch
+    picks on a CPU, which keeps no T x T matrix; without gradient checkpointing, and (`*_checkpointed`) the most that
+    lives at once when every block is checkpointed. Operations: those of matrix products and attention, as
+    `torch.utils.flop_counter` counts them; small factorisations are not counted.
 
     Raises:
         ConfigError: no transformers model; TargetError: as `ll.plan`.
@@ -185,7 +195,8 @@ def _like(t: Tensor, device: str) -> Tensor:
 
 @contextmanager
 def _without_weights(model: nn.Module, mode: Any) -> Iterator[None]:
-    """Fake tensors in place of all parameters and buffers: shapes that compute like a CPU's tensors and hold nothing."""
+    """Fake tensors in place of all parameters and buffers: shapes that compute like a CPU's tensors and hold
+    nothing."""
     tables: list[dict[str, Any]] = [t for m in model.modules() for t in (m._parameters, m._buffers)]  # pyright: ignore[reportAssignmentType]
     kept = [dict(table) for table in tables]
     made: dict[int, Tensor] = {}

@@ -60,7 +60,8 @@ def load_examples(
     """The rows of `source`.
 
     Args:
-        source: "wordmath", or the path of a JSONL file whose rows hold `text`, `prompt` and `completion`, or `messages`.
+        source: "wordmath", or the path of a JSONL file whose rows hold `text`, `prompt` and `completion`, or
+            `messages`.
         split, seed: of wordmath.
         n: at most so many rows; 2,000 of wordmath by default.
         tokenizer: needed for `messages`: its chat template is used, or "role: content" lines if it has none.
@@ -101,7 +102,8 @@ def _example(line: str, where: str, tokenizer: Any) -> Example:
     if isinstance(row.get("text"), str):
         return Example("", row["text"])
     raise FileError(
-        f"{where}: a row needs the string 'text', the strings 'prompt' and 'completion', or the list 'messages'; it has {sorted(row)}."
+        f"{where}: a row needs the string 'text', the strings 'prompt' and 'completion', or the list 'messages'; it "
+        f"has {sorted(row)}."
     )
 
 
@@ -119,7 +121,8 @@ def _chat(messages: Any, where: str, tokenizer: Any) -> Example:
         raise FileError(f"{where}: messages is a list of objects with the strings 'role' and 'content'.")
     if messages[-1]["role"] != "assistant":
         raise FileError(
-            f"{where}: the last message is by {messages[-1]['role']!r}; it must be the assistant's, since that is what is learned."
+            f"{where}: the last message is by {messages[-1]['role']!r}; it must be the assistant's, since that is "
+            "what is learned."
         )
     if tokenizer is not None and getattr(tokenizer, "chat_template", None):
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)

@@ -30,7 +30,8 @@ def complete(
     max_new_tokens: int = 48,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Greedy completions, in the order of `prompts`: batches of like length, padded on the left, up to the end token."""
+    """Greedy completions, in the order of `prompts`: batches of like length, padded on the left, up to the end
+    token."""
     import torch
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -1,8 +1,8 @@
 """wordmath: generated grade-school word problems with a worked solution and `#### 42` at the end.
 
-The shape is that of MetaMathQA training and GSM8K testing. The splits share no template, no people, no things and no numbers
-(templates and tuples of operands are dealt out by a hash). Half of the validation and test problems hold a phrase that no
-training problem has; the other half combines known phrases in a new way.
+The shape is that of MetaMathQA training and GSM8K testing. The splits share no template, no people, no things and no
+numbers (templates and tuples of operands are dealt out by a hash). Half of the validation and test problems hold a
+phrase that no training problem has; the other half combines known phrases in a new way.
 """
 
 from __future__ import annotations

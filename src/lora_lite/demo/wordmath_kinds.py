@@ -1,7 +1,7 @@
 """The kinds of problem in wordmath: how numbers are drawn, which operations solve them, and how they are worded.
 
-A wording is a small grammar: `[a|b|*c]` is one of a, b, c, and a phrase that begins with `*` is kept from the training split.
-{p} {q} are people, {t} things, {x} {y} containers, {0} {1} .. the numbers.
+A wording is a small grammar: `[a|b|*c]` is one of a, b, c, and a phrase that begins with `*` is kept from the training
+split. {p} {q} are people, {t} things, {x} {y} containers, {0} {1} .. the numbers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def lose(n: str) -> str:
 
 
 def groups(n: str, size: str, box: str = "{x}") -> str:
-    return f"{n} {box}s [with {size} {{t}} each|with {size} {{t}} in each {box}|of {size} {{t}}|*that hold {size} {{t}} each]"
+    return (
+        f"{n} {box}s [with {size} {{t}} each|with {size} {{t}} in each {box}|of {size} {{t}}|*that hold {size} {{t}} "
+        "each]"
+    )
 
 
 def share(n: str, all_of: str) -> str:
@@ -103,7 +106,8 @@ ONE_STEP = {
         (
             HAS + "[Then |]" + lose("{1}") + ". " + LEFT,
             IN_BOX + "[{p} takes out {1}|{q} takes {1} of them|*{p} takes {1} {t} out of it]. " + IN_IT,
-            "{p} has {0} {t}[.| and] {q} has {1}[| {t}]. How many [more {t} does {p} have|{t} more does {p} have] than {q}?",
+            "{p} has {0} {t}[.| and] {q} has {1}[| {t}]. How many [more {t} does {p} have|{t} more does {p} have] "
+            "than {q}?",
             "{p} has {0} {t}. {q} has {1} [less|less {t}] than {p}. How many {t} does {q} have[| now|*, then]?",
         ),
     ),
@@ -113,8 +117,8 @@ ONE_STEP = {
         (
             "{p} [has|buys|finds|*picks] " + groups("{0}", "{1}") + ". " + NOW,
             "There are " + groups("{0}", "{1}") + "[| on the table]. " + THERE,
-            "[There are {0} {x}s|{p} has {0} {x}s|*{q} owns {0} {x}s]. [Each {x} holds {1} {t}|There are {1} {t} in each|*Each has {1} {t}]. "
-            + THERE,
+            "[There are {0} {x}s|{p} has {0} {x}s|*{q} owns {0} {x}s]. [Each {x} holds {1} {t}|There are {1} {t} in "
+            "each|*Each has {1} {t}]. " + THERE,
             "{0} friends [have|buy|find|*pick] {1} {t} each. " + BOTH,
         ),
     ),
@@ -124,8 +128,8 @@ ONE_STEP = {
         (
             share("{1}", "{0} {t}") + EACH,
             HAS + share("{1}", "them") + EACH,
-            "[{p} puts {0} {t} into {1} {x}s|{0} {t} go into {1} {x}s|*{q} fills {1} {x}s with {0} {t}], the same number in each. "
-            "How many {t} [are in each {x}|does each {x} hold|are in each|*are in one {x}]?",
+            "[{p} puts {0} {t} into {1} {x}s|{0} {t} go into {1} {x}s|*{q} fills {1} {x}s with {0} {t}], the same "
+            "number in each. How many {t} [are in each {x}|does each {x} hold|are in each|*are in one {x}]?",
         ),
     ),
 }
@@ -139,7 +143,10 @@ TWO_STEPS = {
             "There are {0} {t} on the table and " + groups("{1}", "{2}") + ". " + THERE,
             "{p} [has|buys|finds] " + groups("{1}", "{2}") + ". {q} has {0} {t}. " + BOTH,
             HAS
-            + "[{1} friends give {p} {2} {t} each|{p} gets {2} {t} from each of {1} friends|*{1} friends bring {2} {t} each]. "
+            + (
+                "[{1} friends give {p} {2} {t} each|{p} gets {2} {t} from each of {1} friends|*{1} friends bring {2} "
+                "{t} each]. "
+            )
             + NOW,
         ),
     ),
@@ -161,7 +168,10 @@ TWO_STEPS = {
         (
             HAS + gain("{1}") + ". Then " + lose("{2}") + ". " + LEFT,
             IN_BOX
-            + "[{p} puts in {1} more|{q} adds {1} {t}|*{p} puts {1} {t} in as well] and [{q} takes out {2}|{q} takes {2} of them]. "
+            + (
+                "[{p} puts in {1} more|{q} adds {1} {t}|*{p} puts {1} {t} in as well] and [{q} takes out {2}|{q} "
+                "takes {2} of them]. "
+            )
             + IN_IT,
             "{p} [has|finds|buys|*picks] {0} {t} and {q} {1}. They [lose|sell|give away|*drop] {2}. "
             "How many {t} do they have [left|now|*left in all]?",
@@ -182,9 +192,13 @@ TWO_STEPS = {
         lambda a, b, c: [(a, "/", b), (a // b, "-", c)],
         (
             share("{1}", "{0} {t}")
-            + "One friend [loses {2}|gives {2} to {q}|sells {2}|*drops {2}]. How many {t} [does this friend have left|has this friend left|*does this one keep]?",
-            "[{p} puts {0} {t} into {1} {x}s|{0} {t} go into {1} {x}s|*{q} fills {1} {x}s with {0} {t}], the same number in each. "
-            "{q} takes {2} [out of|from] one {x}. How many {t} [are left in it|are in this {x} now|*does this {x} keep]?",
+            + (
+                "One friend [loses {2}|gives {2} to {q}|sells {2}|*drops {2}]. How many {t} [does this friend have "
+                "left|has this friend left|*does this one keep]?"
+            ),
+            "[{p} puts {0} {t} into {1} {x}s|{0} {t} go into {1} {x}s|*{q} fills {1} {x}s with {0} {t}], the same "
+            "number in each. {q} takes {2} [out of|from] one {x}. How many {t} [are left in it|are in this {x} "
+            "now|*does this {x} keep]?",
         ),
     ),
     "more_total": Kind(
@@ -193,8 +207,8 @@ TWO_STEPS = {
         (
             "{p} [has|finds|buys|*picks] {0} {t}[.| and] {q} [has|finds|buys|*picks] {1} [more|more {t}] than {p}. "
             + BOTH,
-            "[There are {0} {t} in the {x}|The {x} holds {0} {t}|*The {x} has {0} {t} in it]. The {y} holds {1} more[| than that| {t}]. "
-            + THERE,
+            "[There are {0} {t} in the {x}|The {x} holds {0} {t}|*The {x} has {0} {t} in it]. The {y} holds {1} "
+            "more[| than that| {t}]. " + THERE,
         ),
     ),
     "fold_total": Kind(
@@ -203,8 +217,8 @@ TWO_STEPS = {
         (
             "{p} [has|finds|buys|*picks] {0} {t}[.| and] {q} [has|finds|buys|*picks] {1} times as many[| {t}| as {p}]. "
             + BOTH,
-            "[There are {0} {t} in the {x}|The {x} holds {0} {t}|*The {x} has {0} {t} in it]. The {y} holds {1} times as many[| {t}]. "
-            + THERE,
+            "[There are {0} {t} in the {x}|The {x} holds {0} {t}|*The {x} has {0} {t} in it]. The {y} holds {1} times "
+            "as many[| {t}]. " + THERE,
         ),
     ),
 }

@@ -1,4 +1,5 @@
-"""transformers' Trainer, and TRL's trainers which inherit it, on a model with attached adapters: checkpoints hold the adapter and never the base."""
+"""transformers' Trainer, and TRL's trainers which inherit it, on a model with attached adapters: checkpoints hold the
+adapter and never the base."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def adapter_trainer(base: type | None = None) -> type:
 
 
 class AdapterMixin(_Base):
-    """What changes for adapters: parameter groups, penalty, schedule, and what a checkpoint holds. Put it before the trainer: `class T(AdapterMixin, Trainer)`."""
+    """What changes for adapters: parameter groups, penalty, schedule, and what a checkpoint holds. Put it before the
+    trainer: `class T(AdapterMixin, Trainer)`."""
 
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, nn.Module) or not any(a.trainable for a in ll.adapters(model).values()):
@@ -74,7 +76,8 @@ class AdapterMixin(_Base):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             if {"params", "model", "optimizer_dict"} & set(options) or not isinstance(cls, type):
                 raise StateError(
-                    f"optim={self.args.optim!r} chooses its parameters itself, which would ignore the adapter's groups; use 'adamw_torch'."
+                    f"optim={self.args.optim!r} chooses its parameters itself, which would ignore the adapter's "
+                    "groups; use 'adamw_torch'."
                 )
             self.optimizer = cls(groups, **options)
         return self.optimizer
@@ -132,10 +135,12 @@ def adapter_file(name: str) -> str:
 
 
 def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Copy the adapters of a checkpoint folder into the attached, trainable adapters, in place, and set their schedules to its step.
+    """Copy the adapters of a checkpoint folder into the attached, trainable adapters, in place, and set their schedules
+    to its step.
 
     Raises:
-        FileError: an adapter is missing, has another config or other targets, or was trained on another base; nothing is copied then.
+        FileError: an adapter is missing, has another config or other targets, or was trained on another base; nothing
+            is copied then.
     """
     model, found = unwrap(model), []
     for handle in _trainable(model):
@@ -163,15 +168,16 @@ def _trainable(model: nn.Module) -> list[ll.Adapter]:
 
 @contextmanager
 def _quantised_base_allowed(model: nn.Module) -> Iterator[None]:
-    """Trainer refuses quantised models unless they say that a PEFT adapter is loaded. Say so while it is constructed, and only where gradients do pass."""
+    """Trainer refuses quantised models unless they say that a PEFT adapter is loaded. Say so while it is constructed,
+    and only where gradients do pass."""
     quantizer = getattr(model, "hf_quantizer", None)
     if not getattr(model, "is_quantized", False) or quantizer is None:
         yield
         return
     if not quantizer.is_trainable:
         raise StateError(
-            f"the base is quantised by {type(quantizer).__name__}, which passes no gradients, so adapters in it cannot be trained; "
-            "load it with bitsandbytes or another quantiser that can."
+            f"the base is quantised by {type(quantizer).__name__}, which passes no gradients, so adapters in it "
+            "cannot be trained; load it with bitsandbytes or another quantiser that can."
         )
     before = getattr(model, "_hf_peft_config_loaded", False)
     flagged: Any = model

@@ -74,7 +74,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         meta = f.metadata() or {}
     if "lora_lite" not in meta:
         raise FileError(
-            f"{path} is a safetensors file without a lora_lite header. For PEFT adapters pass the folder that holds adapter_config.json."
+            f"{path} is a safetensors file without a lora_lite header. For PEFT adapters pass the folder that holds "
+            "adapter_config.json."
         )
     try:
         head = json.loads(meta["lora_lite"])
@@ -85,7 +86,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     required = head.get("requires") or []
     if head["format"] > FORMAT or required not in ([], [BESIDE]):
         raise FileError(
-            f"{path} was written by lora_lite {head.get('version')} and needs a newer version than {__version__} (format {head['format']}, requires {required})."
+            f"{path} was written by lora_lite {head.get('version')} and needs a newer version than {__version__} "
+            f"(format {head['format']}, requires {required})."
         )
     if not isinstance(head.get("config"), dict) or not isinstance(head.get("targets"), dict) or not head["targets"]:
         raise FileError(f"{path}: the header has no config or no targets.")
@@ -125,7 +127,8 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
     for path, entry in head["targets"].items():
         if path not in modules:
             raise FileError(
-                f"{where}: the model has no module {path!r}.{did_you_mean(path, modules)} The adapter belongs to another architecture or to a model with another prefix."
+                f"{where}: the model has no module {path!r}.{did_you_mean(path, modules)} The adapter belongs to "
+                "another architecture or to a model with another prefix."
             )
         try:
             method = get_variant(entry["variant"]) if "variant" in entry else variant
@@ -147,7 +150,8 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
             target = make_target(path, d_in, d_out, own, kind, experts)
             if abs(float(entry.get("scale", own.scale)) - own.scale) > 1e-6 * abs(own.scale):
                 raise FileError(
-                    f"{path} was saved with scale {entry['scale']}, and its config makes {own.scale} of it: the config was edited."
+                    f"{path} was saved with scale {entry['scale']}, and its config makes {own.scale} of it: the "
+                    "config was edited."
                 )
         except LoraLiteError as e:
             raise FileError(f"{where}: {e}") from None

@@ -51,23 +51,28 @@ def save(
         path: the file; `.safetensors` is appended when it has no suffix.
         name: which adapter; None means the only one.
         dtype: storage of floating tensors in the file; None keeps theirs.
-        compact: after the end of a rank schedule, leave out what was pruned; False keeps it, for a checkpoint that is loaded into the same adapter.
+        compact: after the end of a rank schedule, leave out what was pruned; False keeps it, for a checkpoint that is
+            loaded into the same adapter.
 
     Returns:
-        The path written. It is written beside its place, read back, compared, and renamed, so an old file survives a crash.
+        The path written. It is written beside its place, read back, compared, and renamed, so an old file survives a
+        crash.
 
     Raises:
-        StateError: the model is merged; a scheduled method was trained without its schedule; a trainable tensor would not be saved.
+        StateError: the model is merged; a scheduled method was trained without its schedule; a trainable tensor would
+            not be saved.
     """
     model = unwrap(model)
     record, state = record_of(model, name), state_of(model)
     if state.merged is not None:
         raise StateError(
-            "the model is merged; call ll.unmerge(model) before ll.save, or save the merged model itself with its own save_pretrained."
+            "the model is merged; call ll.unmerge(model) before ll.save, or save the merged model itself with its own "
+            "save_pretrained."
         )
     if record.variant.on_step is not None and not record.scheduled and record.train_calls > 0:
         raise StateError(
-            f"adapter {record.name!r} was trained without its schedule; call ll.schedule(model, optimizer, total_steps) before training."
+            f"adapter {record.name!r} was trained without its schedule; call ll.schedule(model, optimizer, "
+            "total_steps) before training."
         )
     _check_strangers(model)
     path = Path(path)
@@ -83,7 +88,8 @@ def save(
     bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise StateError(
-            f"adapter {record.name!r} has values that are not finite: {listing(bad)}. Training diverged; nothing was written."
+            f"adapter {record.name!r} has values that are not finite: {listing(bad)}. Training diverged; nothing was "
+            "written."
         )
     write_tensors(path, tensors, {"lora_lite": json.dumps(header(record), sort_keys=True)})
     return path
@@ -102,7 +108,8 @@ def load_native(
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """Full `state_dict` path (without the adapter's name) -> CPU copy of everything the adapter owns, gathered from shards.
+    """Full `state_dict` path (without the adapter's name) -> CPU copy of everything the adapter owns, gathered from
+    shards.
 
     Which tensors those are is decided by ownership, never by their names.
     """
@@ -112,11 +119,13 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
         whole = full_tensor(tensor).detach()
         if tuple(whole.shape) != target.specs[short].shape:
             raise StateError(
-                f"{target.path}.{short} has shape {tuple(whole.shape)} where {target.specs[short].shape} is expected: sharded training left an incomplete tensor; nothing was saved."
+                f"{target.path}.{short} has shape {tuple(whole.shape)} where {target.specs[short].shape} is expected: "
+                "sharded training left an incomplete tensor; nothing was saved."
             )
         if whole.is_meta:
             raise StateError(
-                f"{target.path}.{short} is on the meta device and has no values; nothing was saved. Load the model's weights first, then attach."
+                f"{target.path}.{short} is on the meta device and has no values; nothing was saved. Load the model's "
+                "weights first, then attach."
             )
         found[_key(target, short)] = whole.to("cpu", copy=True).contiguous()
     return found
@@ -193,7 +202,8 @@ def check_keys(wanted: dict[str, Any], got: dict[str, Tensor], where: str) -> No
 
 
 def check_base(model: nn.Module, record: Record, head: dict[str, Any], base_check: str, where: str) -> None:
-    """Compare each target's fingerprint with the file's, within the coarser dtype's rounding; quantised bases only warn."""
+    """Compare each target's fingerprint with the file's, within the coarser dtype's rounding; quantised bases only
+    warn."""
     modules = modules_of(model, record.targets.values())
     for target in record.targets.values():
         old = head["targets"][target.path].get("base")
@@ -213,13 +223,17 @@ def check_base(model: nn.Module, record: Record, head: dict[str, Any], base_chec
         if error <= (0.5 if quantised else rounding):
             if quantised and error > rounding:
                 warnings.warn(
-                    f"{where}: the base of {target.path} is quantised differently (sampled weights differ by {error:.1%}); outputs will differ slightly.",
+                    f"{where}: the base of {target.path} is quantised differently (sampled weights differ by "
+                    f"{error:.1%}); outputs will differ slightly.",
                     LoraLiteWarning,
                     stacklevel=4,
                 )
                 return
             continue
-        text = f"{where}: the adapter was trained on other base weights: at {target.path} sampled weights differ by {error:.1%}. Load the base it was trained on, or pass base_check='warn' if you mean it."
+        text = (
+            f"{where}: the adapter was trained on other base weights: at {target.path} sampled weights differ by "
+            f"{error:.1%}. Load the base it was trained on, or pass base_check='warn' if you mean it."
+        )
         if base_check == "error":
             raise BaseMismatchError(text)
         warnings.warn(text, LoraLiteWarning, stacklevel=4)
@@ -232,7 +246,8 @@ def _check_strangers(model: nn.Module) -> None:
     strangers = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if strangers:
         raise StateError(
-            f"{len(strangers)} trainable parameters belong to no adapter and would not be saved: {listing(strangers)}. Freeze them (requires_grad_(False)), or save them yourself first."
+            f"{len(strangers)} trainable parameters belong to no adapter and would not be saved: "
+            f"{listing(strangers)}. Freeze them (requires_grad_(False)), or save them yourself first."
         )
 
 

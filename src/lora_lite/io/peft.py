@@ -1,7 +1,8 @@
 """PEFT's folder layout, both ways: `adapter_config.json` beside `adapter_model.safetensors`.
 
-Export writes the one form that every reader of that layout understands alike: one rank everywhere (zero-padded), the scale folded
-into B, lora_alpha = r as integers, no patterns, and zero tensors for the layers of an adapted kind that this adapter leaves out.
+Export writes the one form that every reader of that layout understands alike: one rank everywhere (zero-padded), the
+scale folded into B, lora_alpha = r as integers, no patterns, and zero tensors for the layers of an adapted kind that
+this adapter leaves out.
 """
 
 from __future__ import annotations
@@ -62,13 +63,15 @@ def export(
     if record.variant.factors is None:
         able = [v.name for v in variants() if v.factors is not None]
         raise StateError(
-            f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, so the LoRA layout cannot hold it. "
-            f"Export the merged model (ll.merge, then model.save_pretrained), or use one of {', '.join(able)}."
+            f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, "
+            "so the LoRA layout cannot hold it. Export the merged model (ll.merge, then model.save_pretrained), or "
+            f"use one of {', '.join(able)}."
         )
     other = [t.path for t in record.targets.values() if t.kind not in ("linear", "experts") and t not in record.beside]
     if other:
         raise StateError(
-            f"adapter {record.name!r} also adapts {listing(other)}, which this export does not write; merge it and export the model."
+            f"adapter {record.name!r} also adapts {listing(other)}, which this export does not write; merge it and "
+            "export the model."
         )
     views = layer_views(model, record)
     with torch.no_grad():
@@ -145,7 +148,8 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
         path, dot, letter = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if not dot or letter not in ("lora_A", "lora_B"):
             raise FileError(
-                f"{folder}: tensor {key!r} is not a lora_A or lora_B weight; this adapter holds more than LoRA, which is not read."
+                f"{folder}: tensor {key!r} is not a lora_A or lora_B weight; this adapter holds more than LoRA, which "
+                "is not read."
             )
         pairs.setdefault(path, {})[letter] = t
     of_experts, stacked = unpacked(model, config, pairs, cfg, folder)
@@ -195,12 +199,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileError(f"{path} is not JSON ({e}).") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise FileError(
-            f"{path}: peft_type {config.get('peft_type') if isinstance(config, dict) else config!r} cannot be read; only LORA can."
+            f"{path}: peft_type {config.get('peft_type') if isinstance(config, dict) else config!r} cannot be read; "
+            "only LORA can."
         )
     for field, what in REFUSED.items():
         if config.get(field):
             raise FileError(
-                f"{path}: {field} is set, and {what} cannot be read from this layout yet. Merge the adapter in PEFT and load the merged model."
+                f"{path}: {field} is set, and {what} cannot be read from this layout yet. Merge the adapter in PEFT "
+                "and load the merged model."
             )
     if config.get("bias", "none") != "none":
         raise FileError(f"{path}: bias={config['bias']!r} trains base biases, which is not read.")
@@ -233,7 +239,8 @@ def _pattern(patterns: Any, path: str, default: Any) -> Any:
         plain = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if any(c in plain for c in "*+?()[]{}|\\"):
             raise FileError(
-                f"the pattern {key!r} of adapter_config.json is a regular expression; only literal module names are read from files."
+                f"the pattern {key!r} of adapter_config.json is a regular expression; only literal module names are "
+                "read from files."
             )
         if matches(plain.replace(".", "\\."), path):
             return value

@@ -1,7 +1,8 @@
-"""Fused experts in PEFT's layout (`target_parameters`): lora_A (E·r, d_in) expert by expert, lora_B (d_out, r·E) with the experts running fastest.
+"""Fused experts in PEFT's layout (`target_parameters`): lora_A (E·r, d_in) expert by expert, lora_B (d_out, r·E) with
+the experts running fastest.
 
-Where one module has several adapted parameters PEFT wraps it once for each, in the order in which they are registered: the last one is
-found under the module's own path, the one before it under `base_layer`, and so on.
+Where one module has several adapted parameters PEFT wraps it once for each, in the order in which they are registered:
+the last one is found under the module's own path, the one before it under `base_layer`, and so on.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def unpacked(
     for n in wanted:
         if not any(name == n or name.endswith(f".{n}") for name in names.values()):
             raise FileError(
-                f"{folder}: target_parameters names {n!r}, which are no fused experts of this model.{did_you_mean(n, names.values())}"
+                f"{folder}: target_parameters names {n!r}, which are no fused experts of this "
+                f"model.{did_you_mean(n, names.values())}"
             )
     targets: dict[str, Target] = {}
     values: dict[str, Stacked] = {}
@@ -98,6 +100,7 @@ def _split(A: Tensor, B: Tensor, bank: Bank, r: int, name: str, folder: Path) ->
     E = bank.n_experts
     if tuple(A.shape) != (E * r, bank.d_in) or tuple(B.shape) != (bank.d_out, r * E):
         raise FileError(
-            f"{folder}: {name} is {E} x ({bank.d_in}->{bank.d_out}), but its factors of rank {r} are {tuple(A.shape)} and {tuple(B.shape)}."
+            f"{folder}: {name} is {E} x ({bank.d_in}->{bank.d_out}), but its factors of rank {r} are {tuple(A.shape)} "
+            f"and {tuple(B.shape)}."
         )
     return A.view(E, r, bank.d_in), B.view(bank.d_out, r, E).permute(2, 0, 1)

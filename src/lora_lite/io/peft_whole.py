@@ -52,7 +52,8 @@ def whole_targets(
         there = {k: p for k, p in module._parameters.items() if p is not None}
         if found is None or {k: p.shape for k, p in there.items()} != {k: t.shape for k, t in own.items()}:
             raise FileError(
-                f"{where}: {path} holds { ({k: tuple(t.shape) for k, t in own.items()}) } in the file and { ({k: tuple(p.shape) for k, p in there.items()}) } in this model."
+                f"{where}: {path} holds { ({k: tuple(t.shape) for k, t in own.items()}) } in the file and "
+                f"{ ({k: tuple(p.shape) for k, p in there.items()}) } in this model."
             )
         kind, d_in, d_out = found
         if kind == "norm":

@@ -1,4 +1,5 @@
-"""Dropout whose dropped copy of x is not kept for the backward pass: a mask of one byte per entry says all that is needed."""
+"""Dropout whose dropped copy of x is not kept for the backward pass: a mask of one byte per entry says all that is
+needed."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class _ShrinkDropped(torch.autograd.Function):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """scale·(x ∘ mask), mask ~ Bernoulli(1 − p) per entry, scale = 1/(1 − p), 0 <= p < 1. `shrink_dropped` knows where it comes from."""
+    """scale·(x ∘ mask), mask ~ Bernoulli(1 − p) per entry, scale = 1/(1 − p), 0 <= p < 1. `shrink_dropped` knows where
+    it comes from."""
     if not own_products(x):
         return F.dropout(x, p, True)
     mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
@@ -55,7 +57,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def shrink_dropped(d: Tensor, A: Tensor) -> Tensor | None:
-    """d Aᵀ, (tokens, r), for what `dropout` returned: keeps x, which layers share, instead of d. None for any other tensor."""
+    """d Aᵀ, (tokens, r), for what `dropout` returned: keeps x, which layers share, instead of d. None for any other
+    tensor."""
     source = getattr(d, "dropped_from", None)
     if source is None or not own_products(d):
         return None

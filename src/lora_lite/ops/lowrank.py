@@ -1,7 +1,8 @@
 """Low-rank updates of a layer's output without a dense temporary.
 
-The thin products are laid out for both passes: CPU libraries multiply matrices with few columns several times slower than their
-transposes with few rows, most of all in the backward pass, where autograd picks the layout of a gradient by that of the factor.
+The thin products are laid out for both passes: CPU libraries multiply matrices with few columns several times slower
+than their transposes with few rows, most of all in the backward pass, where autograd picks the layout of a gradient by
+that of the factor.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def lowrank_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float = 1.0) -
 def deviation_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, s: float) -> Tensor:
     """y + s ((B0+B)(A0+A) − B0A0) x, computed as s ((B0+B)(A x) + B (A0 x)) in two products of width 2r.
 
-    y itself, bit for bit, while A = B = 0, and free of the cancellation between the two products. Shapes as in `lowrank_update`.
+    y itself, bit for bit, while A = B = 0, and free of the cancellation between the two products. Shapes as in
+    `lowrank_update`.
     """
     return lowrank_update(y, x, *deviation_factors(A, B, A0, B0), s)
 
@@ -74,7 +76,8 @@ def row_norm_square_change(WA: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor
 
 
 def inverse_root_minus_one(e: Tensor) -> Tensor:
-    """(1 + e)^−½ − 1 without cancellation, for e > −1 (values at or below −1, which only rounding makes, count as just above)."""
+    """(1 + e)^−½ − 1 without cancellation, for e > −1 (values at or below −1, which only rounding makes, count as just
+    above)."""
     return torch.expm1(-0.5 * torch.log1p(e.clamp_min(1e-6 - 1)))
 
 
@@ -96,8 +99,8 @@ class _Scale(torch.autograd.Function):
 
 
 def scale_outputs(y: Tensor, h: Tensor, b: Tensor | None) -> Tensor:
-    """y + h (y − b): the outputs W x scaled by 1 + h (d_out,), or (n, 1, d_out) with a gain per row; the bias b (frozen) is left alone.
-    Rounds once; 1 + h is never formed."""
+    """y + h (y − b): the outputs W x scaled by 1 + h (d_out,), or (n, 1, d_out) with a gain per row; the bias b
+    (frozen) is left alone. Rounds once; 1 + h is never formed."""
     if h.dim() > 1 or not own_backward():
         return torch.addcmul(y, y if b is None else y - b, h)
     return _Scale.apply(y, h, b)  # pyright: ignore[reportReturnType]

@@ -1,4 +1,5 @@
-"""Orthogonal maps near the identity, each as R − I, so that a zero parameter gives an exact zero and small ones lose nothing."""
+"""Orthogonal maps near the identity, each as R − I, so that a zero parameter gives an exact zero and small ones lose
+nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def skew(theta: Tensor, n: int) -> Tensor:
 
 
 def _cayley(Q: Tensor) -> Tensor:
-    """2(I−Q)⁻¹Q = 2(I−Q²)⁻¹(Q+Q²) by Cholesky, I−Q² being positive definite, and one step of refinement: quicker than LU, and closer."""
+    """2(I−Q)⁻¹Q = 2(I−Q²)⁻¹(Q+Q²) by Cholesky, I−Q² being positive definite, and one step of refinement: quicker than
+    LU, and closer."""
     n = Q.shape[-1]
     Q, shape = Q.reshape(-1, n, n), Q.shape
     with full_precision(Q):
@@ -39,7 +41,8 @@ def _cayley(Q: Tensor) -> Tensor:
 
 
 class _Cayley(torch.autograd.Function):
-    """With D = 2(I−Q)⁻¹Q we have (I−Q)⁻¹ = I + D/2, so dD = ½ (2I+D) dQ (2I+D): the backward pass needs two products and no solve."""
+    """With D = 2(I−Q)⁻¹Q we have (I−Q)⁻¹ = I + D/2, so dD = ½ (2I+D) dQ (2I+D): the backward pass needs two products
+    and no solve."""
 
     @staticmethod
     def forward(ctx: Any, Q: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -57,7 +60,8 @@ class _Cayley(torch.autograd.Function):
 
 
 def cayley_minus_identity(Q: Tensor) -> Tensor:
-    """R − I = 2(I−Q)⁻¹Q for the rotation R = (I+Q)(I−Q)⁻¹ of a skew-symmetric Q (..., n, n); orthogonal to rounding for any Q."""
+    """R − I = 2(I−Q)⁻¹Q for the rotation R = (I+Q)(I−Q)⁻¹ of a skew-symmetric Q (..., n, n); orthogonal to rounding for
+    any Q."""
     if not own_backward():
         return _cayley(Q)
     return _Cayley.apply(Q)  # pyright: ignore[reportReturnType]
@@ -79,7 +83,8 @@ def _blocks(x: Tensor, n: int, b: int) -> Tensor:
 
 
 class _AddBlocks(torch.autograd.Function):
-    """Adds into one copy of x in its own layout, where autograd would transpose and add whole activations several times."""
+    """Adds into one copy of x in its own layout, where autograd would transpose and add whole activations several
+    times."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, D: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -108,7 +113,8 @@ def add_blocks(x: Tensor, D: Tensor) -> Tensor:
 
 
 def pack(D: Tensor, width: int = 32) -> Tensor:
-    """(n, b, b) as (n/k, kb, kb) block-diagonal matrices of a width up to `width`: a few zeros cost less than many tiny products."""
+    """(n, b, b) as (n/k, kb, kb) block-diagonal matrices of a width up to `width`: a few zeros cost less than many tiny
+    products."""
     n, b, _ = D.shape
     k = max(1, width // b)
     while n % k:
@@ -120,9 +126,11 @@ def pack(D: Tensor, width: int = 32) -> Tensor:
 
 
 def add_butterfly(x: Tensor, D: Tensor, level: int) -> Tensor:
-    """The factor of a block butterfly whose b-blocks join half-blocks that lie 2^level half-blocks apart. x (..., n b), D (n, b, b), n a multiple of 2^level.
+    """The factor of a block butterfly whose b-blocks join half-blocks that lie 2^level half-blocks apart. x (..., n b),
+    D (n, b, b), n a multiple of 2^level.
 
-    A segment of 2^level blocks holds 2·2^level half-blocks; block c of the segment acts on half-blocks c and c + 2^level.
+    A segment of 2^level blocks holds 2·2^level half-blocks; block c of the segment acts on half-blocks c and c +
+    2^level.
     """
     n, b, _ = D.shape
     halves = (-1, n >> level, 2, 1 << level, b // 2)
@@ -132,7 +140,8 @@ def add_butterfly(x: Tensor, D: Tensor, level: int) -> Tensor:
 
 
 def _halves(t: Tensor, group: int) -> list[tuple[Tensor, Tensor]]:
-    """Views (first, second) of the partners along the last dimension: halves of groups of that size, and of the smaller group that is left."""
+    """Views (first, second) of the partners along the last dimension: halves of groups of that size, and of the smaller
+    group that is left."""
     d = t.shape[-1]
     rest = d % group
     pairs = []
@@ -188,10 +197,11 @@ class _MixPairs(torch.autograd.Function):
 
 
 def mix_pairs(y: Tensor, c: Tensor, s: Tensor, group: int) -> Tensor:
-    """y + c∘y + s∘partner(y), c and s (d,), or (n, 1, d) with vectors per row: a 2x2 map of each pair, as its difference from the identity.
+    """y + c∘y + s∘partner(y), c and s (d,), or (n, 1, d) with vectors per row: a 2x2 map of each pair, as its
+    difference from the identity.
 
-    Coordinates of a group (first half, second half) are partners at distance group/2; what is left at the end is a smaller group. Its odd
-    middle coordinate has the partner 0.
+    Coordinates of a group (first half, second half) are partners at distance group/2; what is left at the end is a
+    smaller group. Its odd middle coordinate has the partner 0.
     """
     if c.dim() > 1 or not own_backward():
         return _mix(y, c, s, group)
@@ -199,7 +209,8 @@ def mix_pairs(y: Tensor, c: Tensor, s: Tensor, group: int) -> Tensor:
 
 
 def pair_layout(first: Tensor, second: Tensor, d: int, group: int) -> Tensor:
-    """The (d,) vector whose pairs, in the order of the pairs, hold (first, second), each (⌈d/2⌉,). An odd coordinate takes the last of `first`."""
+    """The (d,) vector whose pairs, in the order of the pairs, hold (first, second), each (⌈d/2⌉,). An odd coordinate
+    takes the last of `first`."""
     rest = d % group
     n = (d - rest) // 2
     whole = torch.stack((first[:n].view(-1, group // 2), second[:n].view(-1, group // 2)), 1).flatten()
@@ -207,7 +218,8 @@ def pair_layout(first: Tensor, second: Tensor, d: int, group: int) -> Tensor:
 
 
 def unit_pair(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """û = u/‖u‖ and e = (u+δ)/‖u+δ‖ − û along the last dimension, without cancellation: δ = 0 gives e = 0 bit for bit."""
+    """û = u/‖u‖ and e = (u+δ)/‖u+δ‖ − û along the last dimension, without cancellation: δ = 0 gives e = 0 bit for
+    bit."""
     norm, square = (
         torch.linalg.vector_norm(u, dim=-1, keepdim=True),
         torch.linalg.vector_norm(delta, dim=-1, keepdim=True) ** 2,
@@ -219,7 +231,8 @@ def unit_pair(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def householder_wy(V: Tensor) -> tuple[Tensor, Tensor]:
-    """(V̂, M), both (r, d), with x H_r⋯H_1 = x − (x V̂ᵀ) M for the reflections H_i = I − 2 v̂_i v̂_iᵀ along the rows of V.
+    """(V̂, M), both (r, d), with x H_r⋯H_1 = x − (x V̂ᵀ) M for the reflections H_i = I − 2 v̂_i v̂_iᵀ along the rows of
+    V.
 
     M = T⁻¹V̂ with the triangular T = ½I + strict_lower(V̂V̂ᵀ): the compact WY form.
     """
@@ -230,11 +243,12 @@ def householder_wy(V: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def householder_pairs(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """(Z, M), both (2p, d), with x H'_p H_p ⋯ H'_1 H_1 = x + (x Zᵀ) M, H_i along u_i and H'_i along u_i + δ_i; u, δ (p, d).
+    """(Z, M), both (2p, d), with x H'_p H_p ⋯ H'_1 H_1 = x + (x Zᵀ) M, H_i along u_i and H'_i along u_i + δ_i; u, δ (p,
+    d).
 
-    With the unit vectors û and û + e, a pair is the rotation H H' = I + zᵀ K z for z = (û; e), K = [[−2s, 2−2s], [−2, −2]], s = ‖e‖².
-    The product of the pairs is I + Zᵀ T Z, T = (I − K·strict_upper(Z Zᵀ))⁻¹K by blocks, and M = Tᵀ Z. Where δ = 0, e and the rows of M
-    that belong to û are exact zeros: a fresh product is the identity bit for bit.
+    With the unit vectors û and û + e, a pair is the rotation H H' = I + zᵀ K z for z = (û; e), K = [[−2s, 2−2s], [−2,
+    −2]], s = ‖e‖². The product of the pairs is I + Zᵀ T Z, T = (I − K·strict_upper(Z Zᵀ))⁻¹K by blocks, and M = Tᵀ Z.
+    Where δ = 0, e and the rows of M that belong to û are exact zeros: a fresh product is the identity bit for bit.
     """
     p, d = u.shape
     unit, e = unit_pair(u, delta)
@@ -251,7 +265,8 @@ def householder_pairs(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shorten(v: Tensor, bound: float) -> Tensor:
-    """v / max(1, ‖v‖/bound) along the last dimension: the nearest vector of a length up to bound, smooth in v also at 0."""
+    """v / max(1, ‖v‖/bound) along the last dimension: the nearest vector of a length up to bound, smooth in v also at
+    0."""
     return v * (bound / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(bound))
 
 
@@ -267,7 +282,8 @@ def block_rows(u: Tensor) -> Tensor:
 
 
 def givens_tree(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    """x times d − 1 rotations in levels: neighbours first, then the even coordinates in the same way. c = cosθ − 1 and s = sinθ, (d − 1,)."""
+    """x times d − 1 rotations in levels: neighbours first, then the even coordinates in the same way. c = cosθ − 1 and
+    s = sinθ, (d − 1,)."""
     n = x.shape[-1] // 2
     if n == 0:
         return x

@@ -1,4 +1,5 @@
-"""Leading eigenvectors and singular triplets: block Lanczos with a proof of convergence, dense decompositions otherwise."""
+"""Leading eigenvectors and singular triplets: block Lanczos with a proof of convergence, dense decompositions
+otherwise."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def fix_signs(V: Tensor) -> Tensor:
 
 
 def top_eigh(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest eigenvalues (k,), descending, and eigenvectors (d, k) of a positive semi-definite C (d, d), signs fixed."""
+    """The k largest eigenvalues (k,), descending, and eigenvectors (d, k) of a positive semi-definite C (d, d), signs
+    fixed."""
     found = _lanczos(lambda v: C @ v, C, C.shape[0], k)
     if found is None:
         e, V = torch.linalg.eigh(C)
@@ -47,8 +49,9 @@ def top_svd(M: Tensor, k: int, decays: bool = False) -> tuple[Tensor, Tensor, Te
 
 
 def _gram(N: Tensor, k: int) -> Tensor | None:
-    """The k leading right singular vectors of a tall N as eigenvectors of NᵀN: a third to a half of the time of an SVD, and closer
-    to the truth, while the k-th singular value is not small beside the first, whose square buries it. Then fp64, or None."""
+    """The k leading right singular vectors of a tall N as eigenvectors of NᵀN: a third to a half of the time of an SVD,
+    and closer to the truth, while the k-th singular value is not small beside the first, whose square buries it. Then
+    fp64, or None."""
     for dtype in (N.dtype, torch.float64) if N.dtype != torch.float64 else (N.dtype,):
         T = N.to(dtype)
         e, V = torch.linalg.eigh(T.mT @ T)
@@ -61,7 +64,8 @@ def _gram(N: Tensor, k: int) -> Tensor | None:
 def _lanczos(
     apply: Callable[[Tensor], Tensor], like: Tensor, d: int, k: int, worth: int = 6
 ) -> tuple[Tensor, Tensor] | None:
-    """Ritz pairs of a symmetric operator on R^d in a block Krylov space, or None where that is no gain or has not converged."""
+    """Ritz pairs of a symmetric operator on R^d in a block Krylov space, or None where that is no gain or has not
+    converged."""
     width = k + OVERSAMPLE
     if worth * BLOCKS * width > d:  # flat spectra do not converge, and then the time is lost
         return None
@@ -80,5 +84,6 @@ def _lanczos(
     e, X = e[-k:].flip(0), V @ W[:, -k:].flip(1)
     residual = torch.linalg.vector_norm(apply(X) - X * e, dim=0)
     tolerance = 3e-6 if like.dtype == torch.float32 else 1e-9
-    # as the backward error of singular triplets: measured by the first eigenvalue alone, a large first would hide errors in all others
+    # as the backward error of singular triplets: measured by the first eigenvalue alone, a large first would hide
+    # errors in all others
     return (e, X) if bool((residual <= tolerance * (e[0] * e.clamp_min(0)).sqrt()).all()) else None

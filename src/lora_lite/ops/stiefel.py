@@ -7,7 +7,8 @@ from torch import Generator, Tensor
 
 
 def orthonormal_rows(T: Tensor) -> Tensor:
-    """R (..., r, d) with R Rᵀ = I and the row space of T: Gram-Schmidt from the first row on, each R_i with a positive share of T_i. Differentiable; T has rank r."""
+    """R (..., r, d) with R Rᵀ = I and the row space of T: Gram-Schmidt from the first row on, each R_i with a positive
+    share of T_i. Differentiable; T has rank r."""
     Q, L = torch.linalg.qr(T.mT)
     sign = torch.where(L.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(T.dtype)
     return (Q * sign[..., None, :]).mT

@@ -15,7 +15,8 @@ OVERSAMPLE = 10
 def randomised_svd(W: Tensor, k: int, niter: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
     """About the k largest singular triplets of W (m, n): U (m, k), S (k,), V (n, k), signs fixed by V.
 
-    `niter` rounds of subspace iteration on k + 10 random vectors (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithm 4.4).
+    `niter` rounds of subspace iteration on k + 10 random vectors (Halko, Martinsson, Tropp 2011, arXiv 0909.4061,
+    algorithm 4.4).
     """
     width = min(k + OVERSAMPLE, *W.shape)
     Q = torch.linalg.qr(W @ torch.randn(W.shape[1], width, generator=generator).to(W)).Q
@@ -28,7 +29,8 @@ def randomised_svd(W: Tensor, k: int, niter: int, generator: Generator) -> tuple
 
 
 def bottom_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k smallest singular triplets of W (m, n), k ≤ min(m, n): U (m, k), S (k,) descending, V (n, k), signs fixed by V."""
+    """The k smallest singular triplets of W (m, n), k ≤ min(m, n): U (m, k), S (k,) descending, V (n, k), signs fixed
+    by V."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     V = Vh[-k:].mT
     sign = fix_signs(V)

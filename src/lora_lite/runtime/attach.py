@@ -1,4 +1,5 @@
-"""attach, detach, rename: put an adapter's tensors and the two hooks on the layers, or take them off again. All or nothing."""
+"""attach, detach, rename: put an adapter's tensors and the two hooks on the layers, or take them off again. All or
+nothing."""
 
 from __future__ import annotations
 
@@ -38,16 +39,19 @@ def attach(
     Args:
         model: any module; wrappers of torch.compile are looked through.
         cfg: what to attach and where.
-        calibration_data: batches for methods that start from data: an iterable of dicts (`model(**batch)`), tuples or tensors. Never stored.
+        calibration_data: batches for methods that start from data: an iterable of dicts (`model(**batch)`), tuples or
+            tensors. Never stored.
         name: letters, digits, `_` and `-`; several adapters of one model have different names.
-        reference_weights: a full-precision checkpoint of the same model (safetensors file, folder, hub id), read one tensor at a time. LoRA then starts
-            at the best rank-r part of W_ref − W, and so takes back most of what quantising the base lost (the aim of LoftQ, arXiv 2310.08659).
+        reference_weights: a full-precision checkpoint of the same model (safetensors file, folder, hub id), read one
+            tensor at a time. LoRA then starts at the best rank-r part of W_ref − W, and so takes back most of what
+            quantising the base lost (the aim of LoftQ, arXiv 2310.08659).
 
     Returns:
         The adapter's handle: `parameters()`, `param_groups(lr)`, `trainable`, and it prints as the plan.
 
     Raises:
-        StateError: the name is taken, the model is merged, or it is already sharded or wrapped for data-parallel training.
+        StateError: the name is taken, the model is merged, or it is already sharded or wrapped for data-parallel
+            training.
         TargetError, ConfigError, WeightError: see `plan`; the model is untouched.
     """
     check_attachable(model, name)
@@ -103,6 +107,7 @@ def check_readable(model: nn.Module, the_plan: Plan) -> None:
         module = model.get_submodule(t.path)
         if is_quantised(module):
             raise WeightError(
-                f"{t.path}: variant {the_plan.cfg.variant!r} reads the dense weight, and this {type(module).__name__} is quantised. "
-                f"Allow reading it with {type(the_plan.cfg).__name__}(..., dequantize=True), or use a variant that does not need the weight."
+                f"{t.path}: variant {the_plan.cfg.variant!r} reads the dense weight, and this {type(module).__name__} "
+                f"is quantised. Allow reading it with {type(the_plan.cfg).__name__}(..., dequantize=True), or use a "
+                "variant that does not need the weight."
             )

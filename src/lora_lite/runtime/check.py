@@ -33,7 +33,8 @@ def check(model: nn.Module) -> CheckReport:
         A report; targets all of whose gradients are zero are listed in it (frozen by the schedule, or dead).
 
     Raises:
-        StateError: a trainable adapter has a target without gradient, or with a non-finite one. The message names the targets.
+        StateError: a trainable adapter has a target without gradient, or with a non-finite one. The message names the
+            targets.
     """
     model = unwrap(model)
     state = state_of(model)
@@ -54,11 +55,13 @@ def check(model: nn.Module) -> CheckReport:
                 "it is not active" if record.name not in active else "backward did not run, or zero_grad() ran already"
             )
             raise StateError(
-                f"adapter {record.name!r}: no target has a gradient ({why}). Call ll.check(model) between loss.backward() and zero_grad()."
+                f"adapter {record.name!r}: no target has a gradient ({why}). Call ll.check(model) between "
+                "loss.backward() and zero_grad()."
             )
         if dead:
             raise StateError(
-                f"adapter {record.name!r}: {len(dead)} of {len(own)} targets got no gradient: {listing(dead)}. They were not called as modules, or their output is not used; add them to exclude_names."
+                f"adapter {record.name!r}: {len(dead)} of {len(own)} targets got no gradient: {listing(dead)}. They "
+                "were not called as modules, or their output is not used; add them to exclude_names."
             )
         bad = [path for path, gs in own.items() if any(g is not None and not bool(g.isfinite().all()) for g in gs)]
         if bad:

@@ -40,15 +40,17 @@ def combine(
     Args:
         weights: adapter -> w_i, any sign.
         name: of the new adapter.
-        method: "sum" is exact: the factors are laid side by side, [w_1 B_1, w_2 B_2] [A_1; A_2]. "ties" (Yadav et al. 2023, arXiv 2306.01708)
-            keeps the `density` largest entries of each w_i ΔW_i, elects a sign per entry by total mass and averages those that agree.
-            "dare" (Yu et al. 2023, arXiv 2311.03099) drops entries with probability 1 − density, rescales by 1/density and sums;
-            "dare_ties" elects signs after dropping. All of these work on the dense d_out x d_in update, one layer at a time.
+        method: "sum" is exact: the factors are laid side by side, [w_1 B_1, w_2 B_2] [A_1; A_2]. "ties" (Yadav et al.
+            2023, arXiv 2306.01708) keeps the `density` largest entries of each w_i ΔW_i, elects a sign per entry by
+            total mass and averages those that agree. "dare" (Yu et al. 2023, arXiv 2311.03099) drops entries with
+            probability 1 − density, rescales by 1/density and sums; "dare_ties" elects signs after dropping. All of
+            these work on the dense d_out x d_in update, one layer at a time.
         rank: cut the result to this rank by an SVD. None keeps the exact rank of "sum"; the others need it.
         density, seed: of ties and dare; dropping is drawn per layer from (seed, path).
 
     Raises:
-        StateError: an update is no pair of low-rank factors (gates, rotations, norms: a sum of those is not what it seems).
+        StateError: an update is no pair of low-rank factors (gates, rotations, norms: a sum of those is not what it
+            seems).
         ConfigError: a method without its rank, or a density outside (0, 1].
     """
     check_attachable(model, name)
@@ -69,19 +71,24 @@ def combine(
     for record in records:
         if record.variant.own_weight:
             raise StateError(
-                f"adapter {record.name!r}: variant {record.variant.name!r} is not linear in its weight, so a weighted sum of its updates would be another model. Activate it with its weight instead."
+                f"adapter {record.name!r}: variant {record.variant.name!r} is not linear in its weight, so a weighted "
+                "sum of its updates would be another model. Activate it with its weight instead."
             )
         if record.beside:
             raise StateError(
-                f"adapter {record.name!r} trains {record.beside[0].path!r} whole, which a sum of factors cannot hold. Activate both adapters instead: ll.activate(model, {dict(weights)})."
+                f"adapter {record.name!r} trains {record.beside[0].path!r} whole, which a sum of factors cannot hold. "
+                f"Activate both adapters instead: ll.activate(model, {dict(weights)})."
             )
         if any(t.experts for t in record.targets.values()):
             raise StateError(
-                f"adapter {record.name!r} stands on fused experts, which ll.combine does not sum. Activate the adapters together instead: ll.activate(model, {dict(weights)})."
+                f"adapter {record.name!r} stands on fused experts, which ll.combine does not sum. Activate the "
+                f"adapters together instead: ll.activate(model, {dict(weights)})."
             )
         if record.variant.factors is None:
             raise StateError(
-                f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, so a weighted sum of it would be another model. Activate both instead: ll.activate(model, {dict(weights)})."
+                f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank "
+                "factors, so a weighted sum of it would be another model. Activate both instead: ll.activate(model, "
+                f"{dict(weights)})."
             )
     holder = next(v for v in variants() if v.from_factors is not None)
     with torch.no_grad():

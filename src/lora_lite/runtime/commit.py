@@ -53,8 +53,9 @@ def check_attachable(model: nn.Module, name: str) -> None:
         or any(type(m).__name__.startswith("FSDP") for m in model.modules())
     ):
         raise StateError(
-            f"the model is already {'wrapped in ' + wrapper if not sharded else 'sharded (' + sharded[0] + ')'}; adapters added now would not be synchronised between ranks. "
-            "Attach first, then call fully_shard / DistributedDataParallel / deepspeed.initialize."
+            f"the model is already {'wrapped in ' + wrapper if not sharded else 'sharded (' + sharded[0] + ')'}; "
+            "adapters added now would not be synchronised between ranks. Attach first, then call fully_shard / "
+            "DistributedDataParallel / deepspeed.initialize."
         )
     model = unwrap(model)
     state = model.__dict__.get(STATE)
@@ -62,8 +63,9 @@ def check_attachable(model: nn.Module, name: str) -> None:
         if SITE in module.__dict__ and module.__dict__[SITE].state is not state:
             root = next((p for p, m in model.named_modules() if m is not model and STATE in m.__dict__), None)
             raise StateError(
-                f"{path or 'the layer'!r} belongs to an adapter of {'a larger model' if root is None else repr(root)}, which chooses its adapters on its own. "
-                "Attach to the whole model (target_names says where), or ll.detach the other adapter first."
+                f"{path or 'the layer'!r} belongs to an adapter of "
+                f"{'a larger model' if root is None else repr(root)}, which chooses its adapters on its own. Attach "
+                "to the whole model (target_names says where), or ll.detach the other adapter first."
             )
     if state is None:
         return
@@ -72,8 +74,9 @@ def check_attachable(model: nn.Module, name: str) -> None:
         raise StateError("the model is merged; call ll.unmerge(model) before attaching or loading.")
     if name in state.records:
         raise StateError(
-            f"an adapter called {name!r} is attached already. Give the new one another name (name='second'), "
-            f"go on training the present one (ll.adapters(model)[{name!r}].trainable = True), or ll.detach(model, {name!r}) first."
+            f"an adapter called {name!r} is attached already. Give the new one another name (name='second'), go on "
+            f"training the present one (ll.adapters(model)[{name!r}].trainable = True), or ll.detach(model, {name!r}) "
+            "first."
         )
 
 
@@ -140,10 +143,12 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
-    """Remove one adapter, or all of them (`name=None`). With the last one go the hooks, and the base's `requires_grad` comes back.
+    """Remove one adapter, or all of them (`name=None`). With the last one go the hooks, and the base's `requires_grad`
+    comes back.
 
     Raises:
-        StateError: unknown name, merged model, or a model that was sharded after attaching (the sharding owns the tensors).
+        StateError: unknown name, merged model, or a model that was sharded after attaching (the sharding owns the
+            tensors).
     """
     model = unwrap(model)
     state = state_of(model)
@@ -152,7 +157,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     outside_scope(state, "ll.detach")
     if any(is_sharded(p) for p in model.parameters()):
         raise StateError(
-            "the model is sharded, and the sharding owns the adapter's tensors. Save the adapter, and load it into a fresh model instead."
+            "the model is sharded, and the sharding owns the adapter's tensors. Save the adapter, and load it into a "
+            "fresh model instead."
         )
     names = list(state.records) if name is None else [record_of(model, name).name]
     modules = dict(model.named_modules())

@@ -56,7 +56,8 @@ def compacted(
 
 
 def compact(model: nn.Module, name: str | None = None, rank: int | None = None) -> Adapter:
-    """Replace an adapter by a smaller one: the live triplets of a finished rank schedule, or the first `rank` ranks of a nested method.
+    """Replace an adapter by a smaller one: the live triplets of a finished rank schedule, or the first `rank` ranks of
+    a nested method.
 
     Its parameters are new ones, so build the optimiser anew to go on training.
 
@@ -67,7 +68,8 @@ def compact(model: nn.Module, name: str | None = None, rank: int | None = None) 
     old, state = record_of(model, name), state_of(model)
     if rank is None and not 0 < old.total_steps <= old.steps:
         raise StateError(
-            f"adapter {old.name!r}: its schedule has not ended (step {old.steps} of {old.total_steps or 'an unknown number'}); train on, or pass rank=... if the method has nested ranks."
+            f"adapter {old.name!r}: its schedule has not ended (step {old.steps} of "
+            f"{old.total_steps or 'an unknown number'}); train on, or pass rank=... if the method has nested ranks."
         )
     tensors = {_key(t.path, short): tensor.detach() for t, short, _, tensor in owned_tensors(model, old)}
     record, small = compacted(model, old, tensors, rank)

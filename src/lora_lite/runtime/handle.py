@@ -60,7 +60,8 @@ class Adapter:
                 tensor.requires_grad_(bool(value))
 
     def restore_dtype(self) -> None:
-        """Cast its tensors back to the config's dtype after a `model.to(dtype)`; the parameters stay the same objects."""
+        """Cast its tensors back to the config's dtype after a `model.to(dtype)`; the parameters stay the same
+        objects."""
         for target, short, _, tensor in owned_tensors(self._model, self.record):
             dtype = target.specs[short].dtype or target.cfg.torch_dtype
             if tensor.dtype != dtype:
@@ -79,7 +80,8 @@ class Adapter:
             yield p
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Optimiser groups: each tensor at `lr` times its ratio (LoRA+), weight decay 0 on gains, rotations and magnitudes."""
+        """Optimiser groups: each tensor at `lr` times its ratio (LoRA+), weight decay 0 on gains, rotations and
+        magnitudes."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for target, short, _, tensor in owned_tensors(self._model, self.record):
             spec = target.specs[short]
@@ -92,7 +94,10 @@ class Adapter:
         return sum(p.numel() for p in self.parameters())
 
     def __repr__(self) -> str:
-        head = f"adapter {self.name!r}: {'active' if self.active else 'inactive'}, {'trainable' if self.trainable else 'frozen'}"
+        head = (
+            f"adapter {self.name!r}: {'active' if self.active else 'inactive'}, "
+            f"{'trainable' if self.trainable else 'frozen'}"
+        )
         body = (
             str(self._plan)
             if self._plan is not None

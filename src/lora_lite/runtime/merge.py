@@ -1,4 +1,5 @@
-"""merge / unmerge: write the active adapters into the base weights, derived from their own pages, and give the bits back."""
+"""merge / unmerge: write the active adapters into the base weights, derived from their own pages, and give the bits
+back."""
 
 from __future__ import annotations
 
@@ -68,13 +69,15 @@ class MergeReport:
     def __str__(self) -> str:
         mean = sum(self.change.values()) / max(1, len(self.change))
         lines = [
-            f"merged {', '.join(self.adapters)} into {self.n_layers} layers: mean relative change {mean:.2e}, largest rounding {max(self.rounding.values(), default=0):.1e}"
+            f"merged {', '.join(self.adapters)} into {self.n_layers} layers: mean relative change {mean:.2e}, largest "
+            f"rounding {max(self.rounding.values(), default=0):.1e}"
         ]
         if self.dequantised:
             lines.append(f"  {len(self.dequantised)} quantised layers are dense now, such as {self.dequantised[0]}")
         if self.logit_error is not None:
             lines.append(
-                f"  on the check batch: outputs differ by at most {self.logit_error:.2e} (outputs up to {self.logit_scale:.2e}, adapter effect {self.effect:.2e})"
+                f"  on the check batch: outputs differ by at most {self.logit_error:.2e} (outputs up to "
+                f"{self.logit_scale:.2e}, adapter effect {self.effect:.2e})"
             )
         return "\n".join(lines)
 
@@ -82,7 +85,8 @@ class MergeReport:
 
 
 def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, check: Any = None) -> MergeReport:
-    """Fold adapters into the weights: W' and b' are read off the pages themselves, run in fp64 on the identity and on zero.
+    """Fold adapters into the weights: W' and b' are read off the pages themselves, run in fp64 on the identity and on
+    zero.
 
     Args:
         name: one adapter; None means the active set, with its weights and in its order.
@@ -139,7 +143,8 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put the original bits back and make the merged adapters active again. Does nothing on a model that is not merged."""
+    """Put the original bits back and make the merged adapters active again. Does nothing on a model that is not
+    merged."""
     model = unwrap(model)
     state = state_of(model)
     if state.merged is None:
@@ -154,7 +159,8 @@ def unmerge(model: nn.Module) -> None:
 def merged_weight(
     layer: nn.Module, path: str, site: Site, chosen: tuple[tuple[str, float], ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(W, W', b') in fp64 (fp32 where the device has no fp64): F(v) = pages(base(pages_in(v))), b' = F(0), W'ᵀ = F(I) − F(0)."""
+    """(W, W', b') in fp64 (fp32 where the device has no fp64): F(v) = pages(base(pages_in(v))), b' = F(0), W'ᵀ = F(I) −
+    F(0)."""
     dtype = torch.float32 if device_of(layer).type == "mps" else torch.float64
     w = read_weight(layer, path, dtype) if site.kind != "norm" else norm_of(layer).gain(layer, dtype)[:, None]
     b = bias_of(layer)
@@ -214,7 +220,8 @@ def _merge_layer(
     needs_bias = old_bias is not None or bool(bias.abs().max() > 0)
     if site.kind == "norm" and needs_bias and old_bias is None:
         raise WeightError(
-            f"{path}: the adapter adds a bias, and this {type(layer).__name__} has none to hold it; keep the adapter attached."
+            f"{path}: the adapter adds a bias, and this {type(layer).__name__} has none to hold it; keep the adapter "
+            "attached."
         )
     if not plain:
         dense: Any = nn.utils.skip_init(
@@ -267,7 +274,8 @@ def _merge_bank(
         new = (f(torch.eye(bank.d_in, dtype=dtype, device=w.device)) - shift).mT
         if not (torch.isfinite(new).all() and torch.isfinite(shift).all()):
             raise StateError(
-                f"{path}: the merged weight of expert {e} is not finite; look at the adapter's tensors with ll.adapter_state_dict."
+                f"{path}: the merged weight of expert {e} is not finite; look at the adapter's tensors with "
+                "ll.adapter_state_dict."
             )
         change, size = change + float((new - w).square().sum()), size + float(w.square().sum())
         stored[e].copy_(new.to(stored.dtype))
@@ -301,8 +309,9 @@ def _mergeable(
         record = state.records[n]
         if not record.variant.affine or record.variant.site == "block":
             raise StateError(
-                f"adapter {n!r}: variant {record.variant.name!r} is not an affine function of its layer's input"
-                f"{' (it edits chosen positions of the residual stream)' if record.variant.site == 'block' else ''}, so no weight can stand for it. Keep it attached."
+                f"adapter {n!r}: variant {record.variant.name!r} is not an affine function of its layer's "
+                f"input{' (it edits chosen positions of the residual stream)' if record.variant.site == 'block' else ''}, "
+                "so no weight can stand for it. Keep it attached."
             )
     paths = [p for p in dict.fromkeys(p for n, _ in chosen for p in state.records[n].targets)]
     for n, _ in chosen:
@@ -325,18 +334,21 @@ def _mergeable(
         plain = site.kind == "norm" or is_plain(layer)
         if not plain and is_quantised(layer) and not dequantize:
             raise WeightError(
-                f"{path}: the weight of this {type(layer).__name__} is quantised. ll.merge(model, dequantize=True) replaces such layers by dense ones and reports the error."
+                f"{path}: the weight of this {type(layer).__name__} is quantised. ll.merge(model, dequantize=True) "
+                "replaces such layers by dense ones and reports the error."
             )
         if not plain and site.kind != "linear":
             raise WeightError(
-                f"{path}: a {type(layer).__name__} with a forward of its own cannot be merged; keep the adapter attached."
+                f"{path}: a {type(layer).__name__} with a forward of its own cannot be merged; keep the adapter "
+                "attached."
             )
         tied = owners.get(_storage(w), []) if w is not None and not w.is_meta and w.numel() else []
         if len(tied) > 1 and not _moves_together([state.records[n] for n, _ in chosen], tied):
             others = [t for t in tied if t != path]
             raise WeightError(
-                f"{path}: its weight is tied to {others[0]!r}, so merging would change both. Untie them first: set model.config.tie_word_embeddings = False and "
-                "give the layer its own copy (layer.weight = nn.Parameter(layer.weight.clone())), or keep the adapter attached."
+                f"{path}: its weight is tied to {others[0]!r}, so merging would change both. Untie them first: set "
+                "model.config.tie_word_embeddings = False and give the layer its own copy (layer.weight = "
+                "nn.Parameter(layer.weight.clone())), or keep the adapter attached."
             )
     shared = {id(layer._parameters.get("weight")) for p, layer, _ in sites if not _tied_to(state, chosen, p)}
     return [

@@ -92,7 +92,8 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.cfg.variant}: {len(self.targets)} targets, {self.trainable:,} trained of {self.base_params:,} parameters ({self.trainable / max(1, self.base_params):.3%})"
+            f"{self.cfg.variant}: {len(self.targets)} targets, {self.trainable:,} trained of {self.base_params:,} "
+            f"parameters ({self.trainable / max(1, self.base_params):.3%})"
         ]
         rows = [("target", "role", "n", "shape", "dtype", "trained")]
         rows += [
@@ -125,7 +126,8 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     structure = describe(model)
     if variant.site == "block" and cfg.target_kinds != type(cfg)(variant=cfg.variant).target_kinds:
         raise TargetError(
-            f"variant {variant.name!r} hooks the residual stream after blocks, so target_kinds={cfg.target_kinds!r} says nothing to it; leave it out."
+            f"variant {variant.name!r} hooks the residual stream after blocks, so target_kinds={cfg.target_kinds!r} "
+            "says nothing to it; leave it out."
         )
     sites = (
         block_sites(structure)
@@ -183,7 +185,8 @@ def _expert_notes(chosen: list[Place]) -> list[str]:
     if not size:
         return []
     return [
-        f"fused experts: training keeps their adapted weights ({size_text(size)} over all layers) for the backward pass; with gradient checkpointing those of one layer at a time"
+        f"fused experts: training keeps their adapted weights ({size_text(size)} over all layers) for the backward "
+        "pass; with gradient checkpointing those of one layer at a time"
     ]
 
 

@@ -16,14 +16,16 @@ from .view.expert import layer_views
 from .view.layer import LayerView
 
 A, B = "lora_A", "lora_B"
-"""The factors of an update BA, by the name that every low-rank method gives them; `lora_A0` is a frozen start beside its deviation."""
+"""The factors of an update BA, by the name that every low-rank method gives them; `lora_A0` is a frozen start beside
+its deviation."""
 
 
 def precondition(model: nn.Module, optimizer: Optimizer, reg: float = 1e-6, name: str | None = None) -> RemovableHandle:
     """Before each step of `optimizer`: ∂A ← (BᵀB + δI)⁻¹ ∂A and ∂B ← ∂B (AAᵀ + δI)⁻¹, with A (r, d_in), B (d_out, r).
 
-    The step of BA then no longer depends on how the update is split between A and B, so both learn at one rate and large ranks stay
-    stable. Zhang and Pilanci 2024, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models, arXiv 2402.02347.
+    The step of BA then no longer depends on how the update is split between A and B, so both learn at one rate and
+    large ranks stay stable. Zhang and Pilanci 2024, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models,
+    arXiv 2402.02347.
 
     Args:
         reg: δ, which keeps the inverse finite while B is zero.
@@ -42,7 +44,8 @@ def precondition(model: nn.Module, optimizer: Optimizer, reg: float = 1e-6, name
     able = [r for r in records if any(_is_pair(r.targets[p].specs) for p in r.targets)]
     if not able:
         raise StateError(
-            f"{', '.join(repr(r.name) for r in records)}: no target has trained factors lora_A (r, d_in) and lora_B (d_out, r) to precondition."
+            f"{', '.join(repr(r.name) for r in records)}: no target has trained factors lora_A (r, d_in) and lora_B "
+            "(d_out, r) to precondition."
         )
 
     def before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -29,15 +29,18 @@ class StepTargets(list[LayerView]):
 def schedule(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
     """Drive every scheduled adapter (rank schedules, retractions) from `optimizer.step()`.
 
-    Call it once before training, and again after loading or copying the model: an adapter that was saved at step 50 goes on with step 51.
-    With gradient accumulation the schedule counts optimiser steps, not batches. A later call replaces an earlier one.
+    Call it once before training, and again after loading or copying the model: an adapter that was saved at step 50
+    goes on with step 51. With gradient accumulation the schedule counts optimiser steps, not batches. A later call
+    replaces an earlier one.
 
     Args:
         optimizer: the one that trains the adapters; `on_step` runs after each of its steps, gradients still there.
-        total_steps: number of optimiser steps of the whole run, those before a resume included; sets the schedule's length.
+        total_steps: number of optimiser steps of the whole run, those before a resume included; sets the schedule's
+            length.
 
     Raises:
-        StateError: no attached method has a schedule, the optimiser trains none of them, or total_steps is not positive.
+        StateError: no attached method has a schedule, the optimiser trains none of them, or total_steps is not
+            positive.
     """
     state = state_of(model)
     records = [r for r in state.records.values() if r.variant.on_step is not None]
@@ -50,7 +53,8 @@ def schedule(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
     driven = [r for r in records if any(id(t) in held for _, _, _, t in owned_tensors(model, r))]
     if not driven:
         raise StateError(
-            f"the optimiser trains no tensor of {', '.join(repr(r.name) for r in records)}. Build it from adapter.parameters() after attaching or loading."
+            f"the optimiser trains no tensor of {', '.join(repr(r.name) for r in records)}. Build it from "
+            "adapter.parameters() after attaching or loading."
         )
     for record in driven:
         record.total_steps, record.scheduled, record.train_calls = total_steps, True, 0
@@ -73,13 +77,15 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
         optimizer = inner
     if not isinstance(optimizer, Optimizer):
         raise StateError(
-            f"{type(optimizer).__name__} is no torch.optim.Optimizer, so its steps cannot be followed; pass the optimiser inside it."
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer, so its steps cannot be followed; pass the "
+            "optimiser inside it."
         )
     return optimizer
 
 
 def within_step(optimizer: Optimizer) -> bool:
-    """For a step hook: whether an outer step of the same optimiser is still running, since torch runs the hooks again for a `super().step()`."""
+    """For a step hook: whether an outer step of the same optimiser is still running, since torch runs the hooks again
+    for a `super().step()`."""
     caller = sys._getframe(2)  # torch's wrapper, which runs the hooks around a step
     frame = caller.f_back
     while frame is not None:
@@ -98,7 +104,8 @@ def step_record(model: nn.Module, record: Record) -> None:
 
 
 def penalty(model: nn.Module, name: str | None = None) -> Tensor:
-    """Sum of the regularisers of one adapter, or of all active ones: add it to the loss. Zero for methods without any."""
+    """Sum of the regularisers of one adapter, or of all active ones: add it to the loss. Zero for methods without
+    any."""
     state = state_of(model)
     records = [record_of(model, name)] if name is not None else [state.records[n] for n, _ in state.active]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

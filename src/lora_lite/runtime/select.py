@@ -1,4 +1,5 @@
-"""Which adapters act: `activate`, and the scopes `active` and `rows`. Plain state of the model, so that compilers see it change."""
+"""Which adapters act: `activate`, and the scopes `active` and `rows`. Plain state of the model, so that compilers see
+it change."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def activate(model: nn.Module, choice: Choice) -> None:
 
 @contextmanager
 def active(model: nn.Module, choice: Choice) -> Iterator[None]:
-    """`with ll.active(model, "a"):` acts like `activate` inside the block and restores the selection afterwards, after exceptions too."""
+    """`with ll.active(model, "a"):` acts like `activate` inside the block and restores the selection afterwards, after
+    exceptions too."""
     state = state_of(model)
     with scope(state):
         state.active, state.rows = _resolve(state, choice), None
@@ -44,7 +46,8 @@ def active(model: nn.Module, choice: Choice) -> Iterator[None]:
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """`with ll.rows(model, ["a", None, "b"]):` one adapter per batch row; None is the bare base. Beam search may repeat rows.
+    """`with ll.rows(model, ["a", None, "b"]):` one adapter per batch row; None is the bare base. Beam search may repeat
+    rows.
 
     Raises:
         StateError: an unknown name or a merged model. SelectionError: a batch that does not fit, from a second thread.
@@ -93,10 +96,12 @@ def _not_merged(state: ModelState) -> None:
 
 @contextmanager
 def prompt(model: nn.Module, lengths: Sequence[int] | Tensor | None) -> Iterator[None]:
-    """`with ll.prompt(model, [7, 4]):` the first 7 and 4 tokens of the rows are their prompts, padding not counted. None: every token is.
+    """`with ll.prompt(model, [7, 4]):` the first 7 and 4 tokens of the rows are their prompts, padding not counted.
+    None: every token is.
 
-    Methods at block sites that edit prompt positions or generated ones read it. Without it, labels tell the prompt (their leading -100s),
-    or it is all that a call without labels and without cached tokens brings, as in the first call of `generate`. A batch k times as long repeats each row k times (beam search).
+    Methods at block sites that edit prompt positions or generated ones read it. Without it, labels tell the prompt
+    (their leading -100s), or it is all that a call without labels and without cached tokens brings, as in the first
+    call of `generate`. A batch k times as long repeats each row k times (beam search).
 
     Raises:
         SelectionError: lengths that are no list of whole numbers; in a call, a batch that they do not fit.

@@ -1,4 +1,5 @@
-"""What other code does to an adapted model: `load_state_dict`, `save_pretrained`, `resize_token_embeddings`. Done right, or said what to type instead."""
+"""What other code does to an adapted model: `load_state_dict`, `save_pretrained`, `resize_token_embeddings`. Done
+right, or said what to type instead."""
 
 from __future__ import annotations
 
@@ -35,13 +36,15 @@ def before_load_state_dict(
         absent = sum(k not in state_dict for k in keys)
         if keys and absent:
             errors.append(
-                f"{absent} of the {len(keys)} tensors of adapter {name!r} are not in this state dict. If it holds the base alone: load it before ll.attach, "
-                "or with strict=False, which leaves the adapter as it is. An adapter's own file: ll.load(model, path)."
+                f"{absent} of the {len(keys)} tensors of adapter {name!r} are not in this state dict. If it holds the "
+                "base alone: load it before ll.attach, or with strict=False, which leaves the adapter as it is. An "
+                "adapter's own file: ll.load(model, path)."
             )
 
 
 def after_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """`save_pretrained` of a merged model writes the merged weights alone; of any other it writes tensors that `from_pretrained` drops."""
+    """`save_pretrained` of a merged model writes the merged weights alone; of any other it writes tensors that
+    `from_pretrained` drops."""
     state: ModelState = model.__dict__[STATE]
     if _caller("save_pretrained", "transformers.") is None:
         return
@@ -51,8 +54,10 @@ def after_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
                 state_dict.pop(prefix + key, None)
         return
     warnings.warn(
-        f"save_pretrained writes the base and the tensors of {', '.join(map(repr, state.records))} into one checkpoint, of which from_pretrained reads the base alone. "
-        "The adapter: ll.save(model, 'adapter.safetensors') or ll.export(model, folder). A plain model with the adapter in its weights: ll.merge(model) first.",
+        f"save_pretrained writes the base and the tensors of {', '.join(map(repr, state.records))} into one "
+        "checkpoint, of which from_pretrained reads the base alone. The adapter: ll.save(model, "
+        "'adapter.safetensors') or ll.export(model, folder). A plain model with the adapter in its weights: "
+        "ll.merge(model) first.",
         LoraLiteWarning,
         stacklevel=2,
     )

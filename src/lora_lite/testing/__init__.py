@@ -53,7 +53,8 @@ def check_variant(
 
 
 def run_check(name: str, case: Case) -> bool:
-    """One check on one case; False where it has nothing to say. Any other error becomes an AssertionError that names the check."""
+    """One check on one case; False where it has nothing to say. Any other error becomes an AssertionError that names
+    the check."""
     if not applies(name, case):
         return False
     try:

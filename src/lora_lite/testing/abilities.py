@@ -1,4 +1,5 @@
-"""What a method can do and where: each ability is tried, and either works, with the error measured, or is refused with a sentence."""
+"""What a method can do and where: each ability is tried, and either works, with the error measured, or is refused with
+a sentence."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ from .toy import HIDDEN, VOCABULARY, WIDTH, FakeQuantLinear, Toy
 
 Ability = Callable[[Case], float]
 ABILITIES: dict[str, Ability] = {}
-"""Name -> function that returns the relative error it measured; a `LoraLiteError` is a refusal, anything else a defect."""
+"""Name -> function that returns the relative error it measured; a `LoraLiteError` is a refusal, anything else a
+defect."""
 ABOUT: dict[str, str] = {}
 """Name -> what it means, in a sentence."""
 TOLERANCE = 2e-5
@@ -167,7 +169,8 @@ def _(case: Case) -> float:
 
 @ability("merge 4/8 bit")
 def _(case: Case) -> float:
-    """`ll.merge(dequantize=True)` replaces weight-only quantised layers by dense ones; the adapter may have needed `dequantize=True` too."""
+    """`ll.merge(dequantize=True)` replaces weight-only quantised layers by dense ones; the adapter may have needed
+    `dequantize=True` too."""
     model = case.model(kind=FakeQuantLinear)
     put(case, model, dequantize=True)
     x = case.x()
@@ -196,7 +199,8 @@ def _quantised(case: Case, **changes: Any) -> float:
 
 @ability("4/8 bit base")
 def _(case: Case) -> float:
-    """Stands on weight-only quantised layers without reading their weight, and equals the same adapter on the dequantised ones."""
+    """Stands on weight-only quantised layers without reading their weight, and equals the same adapter on the
+    dequantised ones."""
     return _quantised(case)
 
 

@@ -60,7 +60,8 @@ class Case:
             raise AssertionError(f"{self}: {sentence}")
 
     def raises(self, what: str, *words: str) -> Any:
-        """`with case.raises("attaching without data", "calibration_data"):` expects a `LoraLiteError` whose text holds the words."""
+        """`with case.raises("attaching without data", "calibration_data"):` expects a `LoraLiteError` whose text holds
+        the words."""
         return _Raises(self, what, words)
 
     def __str__(self) -> str:

@@ -1,4 +1,5 @@
-"""A model of two blocks with odd sizes, stand-ins for layers of other libraries, and a snapshot that notices any change."""
+"""A model of two blocks with odd sizes, stand-ins for layers of other libraries, and a snapshot that notices any
+change."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ class Block(nn.Module):
 class Toy(nn.Module):
     """Two residual blocks 12 -> 20 -> 12 and a head. Tokens do not mix, rows do not mix.
 
-    Takes vectors `x` (..., 12) or `input_ids` (batch, tokens); returns the stream after the blocks, or, with `labels` (batch, tokens), logits and loss.
+    Takes vectors `x` (..., 12) or `input_ids` (batch, tokens); returns the stream after the blocks, or, with `labels`
+    (batch, tokens), logits and loss.
     """
 
     def __init__(self, bias: bool = True, kind: type[nn.Module] = nn.Linear) -> None:
@@ -128,7 +130,8 @@ def pairs(dtype: torch.dtype = torch.float32, n: int = 4) -> list[tuple[dict[str
 
 
 class Snapshot:
-    """Everything of a model that an adapter could leave behind: tensors, identities, flags, modes, hooks, attributes, the random state, its output."""
+    """Everything of a model that an adapter could leave behind: tensors, identities, flags, modes, hooks, attributes,
+    the random state, its output."""
 
     def __init__(self, model: nn.Module, *inputs: Any, bits_only: bool = False) -> None:
         self.tensors = {
@@ -157,7 +160,10 @@ class Snapshot:
             ("modules", list(self.modules), list(new.modules)),
         ):
             if old != now:
-                return f"{what}: gone {[k for k in old if k not in now]}, new {[k for k in now if k not in old]}, or in another order"
+                return (
+                    f"{what}: gone {[k for k in old if k not in now]}, new {[k for k in now if k not in old]}, or in "
+                    "another order"
+                )
         for name, (ident, value, grad) in self.tensors.items():
             ident2, value2, grad2 = new.tensors[name]
             if value.shape != value2.shape or not torch.equal(_bits(value), _bits(value2)):

@@ -1,4 +1,5 @@
-"""A budget of rank-one parts that shrinks over training: its config, its course, and the choice of the parts that live."""
+"""A budget of rank-one parts that shrinks over training: its config, its course, and the choice of the parts that
+live."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class BudgetConfig(AdapterConfig):
         end = total_steps - self.tfinal
         if self.tinit >= end:
             raise ConfigError(
-                f"{type(self).__name__}: tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_steps={total_steps} to prune in."
+                f"{type(self).__name__}: tinit={self.tinit} and tfinal={self.tfinal} leave no step of "
+                f"total_steps={total_steps} to prune in."
             )
         return end
 

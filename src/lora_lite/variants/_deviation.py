@@ -1,4 +1,5 @@
-"""LoRA from another start than zero: the start A0, B0 stays beside its trained deviation, so the base weight is never rewritten."""
+"""LoRA from another start than zero: the start A0, B0 stays beside its trained deviation, so the base weight is never
+rewritten."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from ..ops.lowrank import deviation_factors, deviation_update
 
 
 class Deviation(Variant):
-    """y' = y + s (BA − B0A0) x with A = A0 + ΔA, B = B0 + ΔB, computed as s (B (ΔA x) + ΔB (A0 x)): zero bit for bit at the start.
+    """y' = y + s (BA − B0A0) x with A = A0 + ΔA, B = B0 + ΔB, computed as s (B (ΔA x) + ΔB (A0 x)): zero bit for bit at
+    the start.
 
     Trained: `lora_A` = ΔA (r, d_in) and `lora_B` = ΔB (d_out, r), from zero. Frozen and saved: `lora_A0`, `lora_B0`.
     The published methods instead replace W by W − s B0A0, which rounds W and which a quantised or shared base forbids.

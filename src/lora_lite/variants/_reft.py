@@ -14,7 +14,8 @@ from ..core.positions import BlockConfig, parse_positions
 @dataclass(frozen=True, kw_only=True)
 class ReFTConfig(BlockConfig):
     positions: str = "f7+l7"
-    """Prompt tokens to edit: "f7+l7" are the first 7 and the last 7, at most n//2 of each in a prompt of n. Also "all", "prompt", "generated", "f1", "l1"."""
+    """Prompt tokens to edit: "f7+l7" are the first 7 and the last 7, at most n//2 of each in a prompt of n. Also "all",
+    "prompt", "generated", "f1", "l1"."""
     share: bool = True
     """One edit for first and last tokens; False trains one for each."""
 
@@ -23,7 +24,8 @@ class ReFTConfig(BlockConfig):
         found = parse_positions(self.positions)
         if not self.share and (isinstance(found, str) or not all(found)):
             raise ConfigError(
-                f"{type(self).__name__}.share=False trains one edit for first and one for last tokens, so positions must name both, as in 'f7+l7'; got {self.positions!r}."
+                f"{type(self).__name__}.share=False trains one edit for first and one for last tokens, so positions "
+                f"must name both, as in 'f7+l7'; got {self.positions!r}."
             )
 
     @property

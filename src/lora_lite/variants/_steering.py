@@ -24,7 +24,8 @@ FORM = (
 @dataclass(frozen=True, kw_only=True)
 class FittedConfig(AdapterConfig):
     strength: float = 1.0
-    """Factor of the effect, which the weight in `ll.active(model, {name: w})` multiplies; negative steers the other way."""
+    """Factor of the effect, which the weight in `ll.active(model, {name: w})` multiplies; negative steers the other
+    way."""
     token: Literal["last", "mean"] = "last"
     """What stands for a row of the pairs: its last token that is no padding, or the mean of all of them."""
 
@@ -36,7 +37,8 @@ class FittedConfig(AdapterConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringConfig(FittedConfig, BlockConfig):
-    """Config of a direction in the residual stream. `layers` selects the blocks; papers often steer one in the middle."""
+    """Config of a direction in the residual stream. `layers` selects the blocks; papers often steer one in the
+    middle."""
 
 
 class Steering(Variant):
@@ -66,7 +68,8 @@ class Steering(Variant):
 
 
 def contrast(targets, data: Any, token: str) -> Iterator[tuple[Any, Tensor, Tensor]]:
-    """(view, positive (n, d), negative (n, d)) in fp32 or better: what stands for each row in every target's output on the untouched model."""
+    """(view, positive (n, d), negative (n, d)) in fp32 or better: what stands for each row in every target's output on
+    the untouched model."""
     if isinstance(data, (Mapping, Tensor, str)):
         raise ConfigError(f"{FORM}; got {type(data).__name__}.")
     found: dict[str, tuple[list[Tensor], list[Tensor]]] = {view.path: ([], []) for view in targets}
@@ -88,7 +91,8 @@ def contrast(targets, data: Any, token: str) -> Iterator[tuple[Any, Tensor, Tens
         sides = found.pop(view.path)
         if [len(t) for t in sides[0]] != [len(t) for t in sides[1]] or not sides[0]:
             raise ConfigError(
-                f"{view.path}: {FORM}; here the two sides have {sum(map(len, sides[0]))} and {sum(map(len, sides[1]))} rows."
+                f"{view.path}: {FORM}; here the two sides have {sum(map(len, sides[0]))} and "
+                f"{sum(map(len, sides[1]))} rows."
             )
         yield view, torch.cat(sides[0]), torch.cat(sides[1])
 
@@ -115,7 +119,8 @@ def _row_vectors(path: str, h: Tensor, mask: Tensor | None, token: str) -> Tenso
         h = h.view(*mask.shape, -1)
     if h.dim() != 3 or (mask is not None and mask.shape != h.shape[:2]):
         raise ConfigError(
-            f"{path}: its output {tuple(h.shape)} has not the shape (batch, tokens, d), so no token of a row can be named; exclude it."
+            f"{path}: its output {tuple(h.shape)} has not the shape (batch, tokens, d), so no token of a row can be "
+            "named; exclude it."
         )
     h = h.detach().to("cpu", torch.promote_types(torch.float32, h.dtype))
     mask = torch.ones(h.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()

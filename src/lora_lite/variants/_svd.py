@@ -19,7 +19,8 @@ class SVDConfig(AdapterConfig):
     """`AdapterConfig` with the choice of the decomposition."""
 
     svd: Literal["exact", "randomised"] = "exact"
-    """"randomised" takes a fraction of the time on large weights; its factors are as good as stored, whatever their error."""
+    """"randomised" takes a fraction of the time on large weights; its factors are as good as stored, whatever their
+    error."""
     niter: int = 4
     """Rounds of subspace iteration of the randomised decomposition."""
 

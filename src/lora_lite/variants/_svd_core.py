@@ -1,4 +1,5 @@
-"""Methods that train a small core between frozen singular vectors of the weight: a page says what C − S is, nothing more."""
+"""Methods that train a small core between frozen singular vectors of the weight: a page says what C − S is, nothing
+more."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ from ._svd import leading_triplets
 
 
 class SVDCore(Variant):
-    """W = U S Vᵀ + rest, W' = U C Vᵀ + rest for k triplets and a core C (k, k): y' = y + ((x V) (C − S)ᵀ) Uᵀ; k = r, or all that W has.
+    """W = U S Vᵀ + rest, W' = U C Vᵀ + rest for k triplets and a core C (k, k): y' = y + ((x V) (C − S)ᵀ) Uᵀ; k = r, or
+    all that W has.
 
-    Frozen and saved: `lora_U` (d_out, k), `lora_S` (k,), `lora_V` (k, d_in), its rows the right singular vectors. The weight itself
-    never changes, and C − S is built without cancellation, so it is an exact zero at the start.
+    Frozen and saved: `lora_U` (d_out, k), `lora_S` (k,), `lora_V` (k, d_in), its rows the right singular vectors. The
+    weight itself never changes, and C − S is built without cancellation, so it is an exact zero at the start.
     """
 
     needs_weight: ClassVar[bool] = True

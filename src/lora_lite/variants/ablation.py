@@ -13,17 +13,19 @@ from ._steering import Steering, SteeringConfig, contrast, direction
 class AblationConfig(SteeringConfig):
     variant: str = "ablation"
     source: int | None = None
-    """Which of the adapted blocks (0 the first, -1 the last) gives the one direction that all of them remove, as in the paper; None: each removes its own."""
+    """Which of the adapted blocks (0 the first, -1 the last) gives the one direction that all of them remove, as in the
+    paper; None: each removes its own."""
 
 
 @register
 class Ablation(Steering):
     """Directional ablation: a concept is taken out of the residual stream.
 
-    h' = h − α (h·v̂) v̂ after a block, v̂ the unit vector of mean(h⁺) − mean(h⁻) over (positive batch, negative batch) pairs at their last token.
-    α is `strength` times the weight in `ll.active(model, {name: w})`: 1 leaves nothing along v̂, 2 reflects. Only the outputs of blocks are edited
-    (the paper also edits what attention writes inside of a block, and chooses one direction by validation: `source`).
-    Arditi et al. 2024, Refusal in Language Models Is Mediated by a Single Direction, arXiv 2406.11717.
+    h' = h − α (h·v̂) v̂ after a block, v̂ the unit vector of mean(h⁺) − mean(h⁻) over (positive batch, negative batch)
+    pairs at their last token. α is `strength` times the weight in `ll.active(model, {name: w})`: 1 leaves nothing along
+    v̂, 2 reflects. Only the outputs of blocks are edited (the paper also edits what attention writes inside of a block,
+    and chooses one direction by validation: `source`). Arditi et al. 2024, Refusal in Language Models Is Mediated by a
+    Single Direction, arXiv 2406.11717.
     """
 
     name = "ablation"

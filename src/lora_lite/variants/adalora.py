@@ -33,15 +33,17 @@ class AdaLoRAConfig(BudgetConfig):
 
 @register
 class AdaLoRA(Variant):
-    """Low-rank update in triplets (B_i, E_i, A_i); a budget that shrinks over training is spent on the most important ones.
+    """Low-rank update in triplets (B_i, E_i, A_i); a budget that shrinks over training is spent on the most important
+    ones.
 
-    y' = y + s ((drop(x) Aᵀ) ∘ E) Bᵀ, A (r, d_in), B (d_out, r) ~ N(0, 0.02²), E (r,) = 0, s = alpha/r for the r of the start throughout
-    (PEFT's factor changes when a pruned file is loaded). penalty = γ (‖AAᵀ − I‖² + ‖BᵀB − I‖²), summed over targets.
-    After each optimiser step: I = |w ∂w| per entry, Ī ← β₁Ī + (1−β₁)I, Ū ← β₂Ū + (1−β₂)|I − Ī|; a triplet scores Ī∘Ū of E_i plus the
-    means over A_i and B_i. The b(t) best triplets of all targets live, the E_i of the others become 0 (and may grow again until the
-    next pruning): b(t) = b_T + (b_0 − b_T)(1 − (t−tinit)/(T−tinit−tfinal))³. From T − tfinal on the choice is fixed.
-    Ī and Ū are saved, so a resumed run goes on as if uninterrupted; a file saved after step T holds live triplets only.
-    Zhang et al. 2023, Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv 2303.10512.
+    y' = y + s ((drop(x) Aᵀ) ∘ E) Bᵀ, A (r, d_in), B (d_out, r) ~ N(0, 0.02²), E (r,) = 0, s = alpha/r for the r of the
+    start throughout (PEFT's factor changes when a pruned file is loaded). penalty = γ (‖AAᵀ − I‖² + ‖BᵀB − I‖²), summed
+    over targets. After each optimiser step: I = |w ∂w| per entry, Ī ← β₁Ī + (1−β₁)I, Ū ← β₂Ū + (1−β₂)|I − Ī|; a triplet
+    scores Ī∘Ū of E_i plus the means over A_i and B_i. The b(t) best triplets of all targets live, the E_i of the others
+    become 0 (and may grow again until the next pruning): b(t) = b_T + (b_0 − b_T)(1 − (t−tinit)/(T−tinit−tfinal))³.
+    From T − tfinal on the choice is fixed. Ī and Ū are saved, so a resumed run goes on as if uninterrupted; a file
+    saved after step T holds live triplets only. Zhang et al. 2023, Adaptive Budget Allocation for Parameter-Efficient
+    Fine-Tuning, arXiv 2303.10512.
     """
 
     name = "adalora"

@@ -43,15 +43,16 @@ def block_size(k: int, cfg: AntiPaSTOConfig) -> int:
 
 @register
 class AntiPaSTO(SVDCore):
-    """Anti-parallel steering: α = 1 and α = −1 push the layer in opposite directions, α = 0 is the bare base bit for bit.
+    """Anti-parallel steering: α = 1 and α = −1 push the layer in opposite directions, α = 0 is the bare base bit for
+    bit.
 
-    W'(α) = U (S + αΔS) R(α) Vᵀ + rest over r triplets, R(α) = Cayley(αQ c) block-diagonal; ΔS (r,) and the skew Q from zero, the
-    scale alpha is not used. α is the adapter's weight: `ll.activate(model, {"default": -1.0})`. R(α) R(−α) = I.
-    The angles: a plane of Cayley(Q) turns by 2 atan μ, μ ≤ ‖q‖ for the entries q above the diagonal of its block, so with t = tan(θ/2),
-    θ = `max_angle`, c = (1 + ‖αq‖²/t²)^−½ bounds all of them by θ; the authors bound single entries, and blocks of 4 turn further.
-    With `calibration_data` the triplets are those with the largest S_i (E(v_iᵀx)²)^½, otherwise those with the largest S_i.
-    The authors start ΔS and Q at small random values, which departs from the base.
-    Clark 2026, AntiPaSTO, arXiv 2601.07473.
+    W'(α) = U (S + αΔS) R(α) Vᵀ + rest over r triplets, R(α) = Cayley(αQ c) block-diagonal; ΔS (r,) and the skew Q from
+    zero, the scale alpha is not used. α is the adapter's weight: `ll.activate(model, {"default": -1.0})`. R(α) R(−α) =
+    I. The angles: a plane of Cayley(Q) turns by 2 atan μ, μ ≤ ‖q‖ for the entries q above the diagonal of its block, so
+    with t = tan(θ/2), θ = `max_angle`, c = (1 + ‖αq‖²/t²)^−½ bounds all of them by θ; the authors bound single entries,
+    and blocks of 4 turn further. With `calibration_data` the triplets are those with the largest S_i (E(v_iᵀx)²)^½,
+    otherwise those with the largest S_i. The authors start ΔS and Q at small random values, which departs from the
+    base. Clark 2026, AntiPaSTO, arXiv 2601.07473.
     """
 
     name = "antipasto"

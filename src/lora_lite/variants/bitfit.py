@@ -19,10 +19,10 @@ class BitFitConfig(AdapterConfig):
 class BitFit(Variant):
     """Train biases only: y' = y + δ.
 
-    δ (d_out) = 0, so a fresh adapter adds an exact zero. Layers without a bias get one, and merging writes it. d_out parameters.
-    The paper trains the biases that a model has, in place; δ leaves the base as it is, and several adapters share it.
-    Ben Zaken, Ravfogel, Goldberg 2021, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models,
-    arXiv 2106.10199. PEFT's BEFT (arXiv 2509.15974) is the same function.
+    δ (d_out) = 0, so a fresh adapter adds an exact zero. Layers without a bias get one, and merging writes it. d_out
+    parameters. The paper trains the biases that a model has, in place; δ leaves the base as it is, and several adapters
+    share it. Ben Zaken, Ravfogel, Goldberg 2021, BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
+    Masked Language-models, arXiv 2106.10199. PEFT's BEFT (arXiv 2509.15974) is the same function.
     """
 
     name = "bitfit"

@@ -21,7 +21,8 @@ class BOFTConfig(AdapterConfig):
     block_size: int = 4
     """Width b of the blocks, even."""
     n_factors: int = 2
-    """m: factor i joins inputs 2^(i−1) b apart, so b·2^(m−1) inputs mix. Factors that do not fit into a narrow layer are left out."""
+    """m: factor i joins inputs 2^(i−1) b apart, so b·2^(m−1) inputs mix. Factors that do not fit into a narrow layer
+    are left out."""
 
     def validate(self) -> None:
         super().validate()
@@ -35,12 +36,13 @@ class BOFTConfig(AdapterConfig):
 class BOFT(Variant):
     """Orthogonal butterfly finetuning: x' = x B_m ⋯ B_1, and y' = y + s ∘ (y − bias).
 
-    Each B_i = P_i blockdiag(R_1 … R_n) P_iᵀ is orthogonal: block c of a segment of 2^(i−1) blocks acts on its half-blocks c and c + 2^(i−1).
-    R = (I + Q)(I − Q)⁻¹, computed as x + x (R − I), from the trained upper triangle of Q: lora_Q1 … lora_Qm (n, b(b−1)/2) = 0; gains s (d_out) = 0.
-    An exact zero is added at the start. About m d_in (b−1)/2 + d_out parameters; with b log(d/b) of them B can reach every input from every other.
-    Inputs that fill no whole segment stay out of that factor, and what is left of B_1 is a smaller block (lora_tail).
-    PEFT trains X with Q = −(X − Xᵀ)/2 and 1 + s, multiplies dense d x d matrices, and does one factor only where its CUDA extension is missing.
-    Liu et al. 2023, Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv 2311.06243.
+    Each B_i = P_i blockdiag(R_1 … R_n) P_iᵀ is orthogonal: block c of a segment of 2^(i−1) blocks acts on its
+    half-blocks c and c + 2^(i−1). R = (I + Q)(I − Q)⁻¹, computed as x + x (R − I), from the trained upper triangle of
+    Q: lora_Q1 … lora_Qm (n, b(b−1)/2) = 0; gains s (d_out) = 0. An exact zero is added at the start. About m d_in
+    (b−1)/2 + d_out parameters; with b log(d/b) of them B can reach every input from every other. Inputs that fill no
+    whole segment stay out of that factor, and what is left of B_1 is a smaller block (lora_tail). PEFT trains X with Q
+    = −(X − Xᵀ)/2 and 1 + s, multiplies dense d x d matrices, and does one factor only where its CUDA extension is
+    missing. Liu et al. 2023, Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv 2311.06243.
     """
 
     name = "boft"

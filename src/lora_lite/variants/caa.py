@@ -17,11 +17,12 @@ class CAAConfig(SteeringConfig):
 class CAA(Steering):
     """Contrastive activation addition: a steering vector that is fitted, not trained.
 
-    h' = h + α v after a block, v = mean(h⁺) − mean(h⁻) over the rows of (positive batch, negative batch) pairs at their last token;
-    α is `strength` times the weight in `ll.active(model, {name: w})`, and weight 0 is the bare base. Kept as the unit vector and ‖v‖.
-    All chosen blocks are fitted on the untouched model and each adds its own v: with many blocks the shifts add up, so the paper steers one (`layers=(13,)`).
-    The paper adds v after the prompt only (positions="generated"); the default is every token.
-    Rimsky et al. 2023, Steering Llama 2 via Contrastive Activation Addition, arXiv 2312.06681.
+    h' = h + α v after a block, v = mean(h⁺) − mean(h⁻) over the rows of (positive batch, negative batch) pairs at their
+    last token; α is `strength` times the weight in `ll.active(model, {name: w})`, and weight 0 is the bare base. Kept
+    as the unit vector and ‖v‖. All chosen blocks are fitted on the untouched model and each adds its own v: with many
+    blocks the shifts add up, so the paper steers one (`layers=(13,)`). The paper adds v after the prompt only
+    (positions="generated"); the default is every token. Rimsky et al. 2023, Steering Llama 2 via Contrastive Activation
+    Addition, arXiv 2312.06681.
     """
 
     name = "caa"

@@ -19,9 +19,11 @@ from ._deviation import Deviation
 class CorDAConfig(AdapterConfig):
     variant: str = "corda"
     whiten: Literal["none", "asvd", "cov", "cov_half"] = "cov"
-    """P: the identity (PiSSA), diag((mean|x|)^a) (ASVD), C = E[xxᵀ] (CorDA), or C^½, which keeps the most of the layer's output."""
+    """P: the identity (PiSSA), diag((mean|x|)^a) (ASVD), C = E[xxᵀ] (CorDA), or C^½, which keeps the most of the
+    layer's output."""
     mode: Literal["ipm", "kpm"] = "ipm"
-    """Train the largest components of WP ("ipm", to learn the calibrated task) or the smallest ("kpm", to keep what the data shows)."""
+    """Train the largest components of WP ("ipm", to learn the calibrated task) or the smallest ("kpm", to keep what the
+    data shows)."""
     exponent: float = 0.5
     """a of ASVD."""
     damping: float = 0.01
@@ -37,13 +39,13 @@ class CorDAConfig(AdapterConfig):
 class CorDA(Deviation):
     """Low-rank update that starts from components of the weight, ordered by what the calibration data makes of them.
 
-    With W P = U S Vᵀ and k the largest or smallest r components: s B0A0 = U_k S_k V_kᵀ P⁻¹, B0 (d_out, r), A0 (r, d_in), each taking √S_k,
-    then scaled to equal norms. y' = y + s (BA − B0A0) x. C = Σ xxᵀ over tokens that are no padding, damped by δ·mean(λ).
-    ‖(W − s B0A0) C^½‖ is least for P = C^½ (any factor PPᵀ = C gives the same B0A0, so Cholesky's is taken); P = C, as published,
-    overweights the leading directions. 2r(d_in + d_out).
-    The authors and PEFT divide x by its largest entry per batch, which only moves weight between A0 and B0, and rewrite W.
-    Yang et al. 2024, CorDA: Context-Oriented Decomposition Adaptation of Large Language Models, arXiv 2406.05223;
-    Yuan et al. 2023, ASVD: Activation-aware Singular Value Decomposition, arXiv 2312.05821.
+    With W P = U S Vᵀ and k the largest or smallest r components: s B0A0 = U_k S_k V_kᵀ P⁻¹, B0 (d_out, r), A0 (r,
+    d_in), each taking √S_k, then scaled to equal norms. y' = y + s (BA − B0A0) x. C = Σ xxᵀ over tokens that are no
+    padding, damped by δ·mean(λ). ‖(W − s B0A0) C^½‖ is least for P = C^½ (any factor PPᵀ = C gives the same B0A0, so
+    Cholesky's is taken); P = C, as published, overweights the leading directions. 2r(d_in + d_out). The authors and
+    PEFT divide x by its largest entry per batch, which only moves weight between A0 and B0, and rewrite W. Yang et al.
+    2024, CorDA: Context-Oriented Decomposition Adaptation of Large Language Models, arXiv 2406.05223; Yuan et al. 2023,
+    ASVD: Activation-aware Singular Value Decomposition, arXiv 2312.05821.
     """
 
     name = "corda"

@@ -36,12 +36,12 @@ class DeLoRAConfig(AdapterConfig):
 class DeLoRA(Variant):
     """Low-rank update with normalised rank-one parts: angles and strength are trained apart.
 
-    N(B, A) = Σᵢ bᵢ aᵢᵀ/(‖bᵢ‖‖aᵢ‖); y' = y + (λ/r) (N(B, A) − N(B0, A0)) (w ∘ x), w (d_in) the column norms of W, λ (1,) trained.
-    A0 (r, d_in), B0 (d_out, r) ~ U(±1/√last dim) frozen; A = A0 + ΔA, B = B0 + ΔB from zero. α is not used.
-    With â, b̂ of length 1: N − N0 = B̂ (Â − Â0) + (B̂ − B̂0) Â0, each difference formed without cancellation: an exact zero at the start,
-    and one small step makes one small change. λ multiplies both halves, as in the authors' code.
-    PEFT starts at B = 0 without a frozen half: the norm then makes ‖ΔW‖ jump to its full size in the first step at any learning rate.
-    Bini et al. 2025, DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation, arXiv 2503.18225.
+    N(B, A) = Σᵢ bᵢ aᵢᵀ/(‖bᵢ‖‖aᵢ‖); y' = y + (λ/r) (N(B, A) − N(B0, A0)) (w ∘ x), w (d_in) the column norms of W, λ (1,)
+    trained. A0 (r, d_in), B0 (d_out, r) ~ U(±1/√last dim) frozen; A = A0 + ΔA, B = B0 + ΔB from zero. α is not used.
+    With â, b̂ of length 1: N − N0 = B̂ (Â − Â0) + (B̂ − B̂0) Â0, each difference formed without cancellation: an exact
+    zero at the start, and one small step makes one small change. λ multiplies both halves, as in the authors' code.
+    PEFT starts at B = 0 without a frozen half: the norm then makes ‖ΔW‖ jump to its full size in the first step at any
+    learning rate. Bini et al. 2025, DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation, arXiv 2503.18225.
     """
 
     name = "delora"

@@ -19,9 +19,10 @@ class DiReFTConfig(ReFTConfig):
 class DiReFT(Variant):
     """Direct low-rank edit of the residual stream at prompt tokens: LoRA on hidden states.
 
-    h' = h + s W₂ᵀ(W₁ h + b) after a block, W₁, W₂ (r, d), b (r), s = alpha/r (1 by default, as in the paper).
-    W₁ ~ U(±1/√d), W₂ = b = 0, so a fresh adapter adds an exact zero. pyreft's class of this name keeps W₂ᵀ orthonormal and drops W₂ h,
-    the paper's method has no such constraint. Positions as in LoReFT. Wu et al. 2024, arXiv 2404.03592. lr 9e-4, no weight decay.
+    h' = h + s W₂ᵀ(W₁ h + b) after a block, W₁, W₂ (r, d), b (r), s = alpha/r (1 by default, as in the paper). W₁ ~
+    U(±1/√d), W₂ = b = 0, so a fresh adapter adds an exact zero. pyreft's class of this name keeps W₂ᵀ orthonormal and
+    drops W₂ h, the paper's method has no such constraint. Positions as in LoReFT. Wu et al. 2024, arXiv 2404.03592. lr
+    9e-4, no weight decay.
     """
 
     name = "direft"

@@ -24,12 +24,12 @@ class DoRAConfig(ScaledConfig):
 class DoRA(Variant):
     """Weight-decomposed low-rank update: direction and magnitude of every row train apart.
 
-    V = W + s BA, A (r, d_in) ~ U(±1/√d_in), B (d_out, r) = 0; W' = m V/‖V‖ row by row with m = ‖W‖(1 + δ), δ (d_out) = 0 trained.
-    With g = m/‖V‖: y' = y + (g − 1)(y − b) + g s (drop(x) Aᵀ) Bᵀ, an exact zero more than y at the start. No gradient goes through ‖V‖.
-    ‖V‖² = ‖W‖² (1 + e) with e‖W‖² = 2s⟨B, WAᵀ⟩ + s² rowsum(B(AAᵀ)∘B), and g − 1 = δρ + (ρ − 1) with ρ = (1 + e)^−½: no dense V, no
-    cancellation, and WAᵀ goes through the layer itself, so that a quantised base stays packed. ‖W‖ is kept in the file.
-    PEFT builds V, multiplies dropped-out inputs by W again, and trains m itself instead of δ.
-    Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353.
+    V = W + s BA, A (r, d_in) ~ U(±1/√d_in), B (d_out, r) = 0; W' = m V/‖V‖ row by row with m = ‖W‖(1 + δ), δ (d_out) =
+    0 trained. With g = m/‖V‖: y' = y + (g − 1)(y − b) + g s (drop(x) Aᵀ) Bᵀ, an exact zero more than y at the start. No
+    gradient goes through ‖V‖. ‖V‖² = ‖W‖² (1 + e) with e‖W‖² = 2s⟨B, WAᵀ⟩ + s² rowsum(B(AAᵀ)∘B), and g − 1 = δρ + (ρ −
+    1) with ρ = (1 + e)^−½: no dense V, no cancellation, and WAᵀ goes through the layer itself, so that a quantised base
+    stays packed. ‖W‖ is kept in the file. PEFT builds V, multiplies dropped-out inputs by W again, and trains m itself
+    instead of δ. Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353.
     """
 
     name = "dora"

@@ -32,11 +32,12 @@ class DyLoRAConfig(AdapterConfig):
 class DyLoRA(Variant):
     """Low-rank update that is trained at all ranks up to r at once.
 
-    In training y' = y + (alpha/b) (drop(x) A_bᵀ) B_bᵀ, A_b the first b rows of A (r, d_in), B_b the first b columns of B (d_out, r);
-    b is r in the first optimiser step, then drawn from {r_min, ..., r} for each, from the seed and the step alone, the same for all
-    targets of one rank. In evaluation b = r. `ll.compact(model, rank=b)` cuts the adapter to any b. A as in LoRA, B = 0. Same cost as LoRA: ranks beyond b
-    are multiplied by 0, so that nothing is compiled anew when b changes.
-    Valipour et al. 2022, DyLoRA: Parameter-Efficient Tuning using Dynamic Search-Free Low-Rank Adaptation, arXiv 2210.07558.
+    In training y' = y + (alpha/b) (drop(x) A_bᵀ) B_bᵀ, A_b the first b rows of A (r, d_in), B_b the first b columns of
+    B (d_out, r); b is r in the first optimiser step, then drawn from {r_min, ..., r} for each, from the seed and the
+    step alone, the same for all targets of one rank. In evaluation b = r. `ll.compact(model, rank=b)` cuts the adapter
+    to any b. A as in LoRA, B = 0. Same cost as LoRA: ranks beyond b are multiplied by 0, so that nothing is compiled
+    anew when b changes. Valipour et al. 2022, DyLoRA: Parameter-Efficient Tuning using Dynamic Search-Free Low-Rank
+    Adaptation, arXiv 2210.07558.
     """
 
     name = "dylora"

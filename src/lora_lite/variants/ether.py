@@ -30,10 +30,10 @@ class ETHERConfig(AdapterConfig):
 class ETHER(Variant):
     """Hyperplane reflections: x' = x H, H = blockdiag(I − 2 û_1 û_1ᵀ, …, I − 2 û_n û_nᵀ), lora_u (n, d_in/n) ~ N(0, 1).
 
-    A departure: no reflection is near the identity, ‖H − I‖ is 2√n whatever û, so a fresh adapter changes the output (ETHER+ does not), and
-    the learning rate cannot change how far training goes. In exchange nothing has to be tuned. d_in parameters.
-    The published code mixes rows where n > 1; this is the block-diagonal H of the paper.
-    Bini et al. 2024, ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections, arXiv 2405.20271.
+    A departure: no reflection is near the identity, ‖H − I‖ is 2√n whatever û, so a fresh adapter changes the output
+    (ETHER+ does not), and the learning rate cannot change how far training goes. In exchange nothing has to be tuned.
+    d_in parameters. The published code mixes rows where n > 1; this is the block-diagonal H of the paper. Bini et al.
+    2024, ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections, arXiv 2405.20271.
     """
 
     name = "ether"

@@ -34,11 +34,11 @@ class ETHERPlusConfig(AdapterConfig):
 class ETHERPlus(Variant):
     """W' = H' W H with blocks I − û ûᵀ + v̂ v̂ᵀ in H (d_in) and H' (d_out); the bias stays as it is.
 
-    û and v̂ start equal, so the two terms cancel: u = u0 + Δu, v = u0 + Δv, u0 (n, d/n) ~ N(0, 1) frozen and saved, Δu = Δv = 0 trained. With
-    e = v̂ − û, −ûûᵀ + v̂v̂ᵀ = û eᵀ + e v̂ᵀ: an exact zero is added at the start, and the gradient of e is not zero. A block moves by at most 2 in
-    the Frobenius norm, however long training goes. 2 (d_in + d_out) parameters.
-    The published code mixes rows where n > 1; this is the block-diagonal H of the paper.
-    Bini et al. 2024, ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections, arXiv 2405.20271.
+    û and v̂ start equal, so the two terms cancel: u = u0 + Δu, v = u0 + Δv, u0 (n, d/n) ~ N(0, 1) frozen and saved, Δu
+    = Δv = 0 trained. With e = v̂ − û, −ûûᵀ + v̂v̂ᵀ = û eᵀ + e v̂ᵀ: an exact zero is added at the start, and the
+    gradient of e is not zero. A block moves by at most 2 in the Frobenius norm, however long training goes. 2 (d_in +
+    d_out) parameters. The published code mixes rows where n > 1; this is the block-diagonal H of the paper. Bini et al.
+    2024, ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections, arXiv 2405.20271.
     """
 
     name = "ether_plus"

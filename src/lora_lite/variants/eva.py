@@ -1,4 +1,5 @@
-"""EVA: LoRA that starts from the directions in which a layer's inputs vary, with ranks moved to where they explain most."""
+"""EVA: LoRA that starts from the directions in which a layer's inputs vary, with ranks moved to where they explain
+most."""
 
 from __future__ import annotations
 
@@ -35,12 +36,13 @@ class EVAConfig(AdapterConfig):
 class EVA(Variant):
     """Low-rank update that starts from the principal directions of its inputs.
 
-    y' = y + s (drop(x) Aᵀ) Bᵀ as in LoRA; the rows of A (r, d_in) are the top right singular vectors of the layer's inputs X (tokens, d_in),
-    B = 0. They are the leading eigenvectors of XᵀX, summed over the calibration data, so the weight is never read and a quantised base
-    serves as well. Over all targets the Σr directions with the largest σᵢ²/‖X‖² are kept, at most ρr per target; a target that keeps
-    none is left out, and s stays what it was. Signs are fixed, so the start is deterministic.
-    The inputs are not centred (as in the authors' code; PEFT centres them). Same cost as LoRA.
-    Paischer et al. 2024, One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation, arXiv 2410.07170.
+    y' = y + s (drop(x) Aᵀ) Bᵀ as in LoRA; the rows of A (r, d_in) are the top right singular vectors of the layer's
+    inputs X (tokens, d_in), B = 0. They are the leading eigenvectors of XᵀX, summed over the calibration data, so the
+    weight is never read and a quantised base serves as well. Over all targets the Σr directions with the largest
+    σᵢ²/‖X‖² are kept, at most ρr per target; a target that keeps none is left out, and s stays what it was. Signs are
+    fixed, so the start is deterministic. The inputs are not centred (as in the authors' code; PEFT centres them). Same
+    cost as LoRA. Paischer et al. 2024, One Initialization to Rule them All: Fine-tuning via Explained Variance
+    Adaptation, arXiv 2410.07170.
     """
 
     name = "eva"

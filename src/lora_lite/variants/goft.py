@@ -21,11 +21,12 @@ class GOFTConfig(AdapterConfig):
 class GOFT(Variant):
     """Orthogonal adaptation by d_in − 1 Givens rotations in ⌈log2 d_in⌉ levels: x' = x G_1 G_2 ⋯, y = x' Wᵀ + bias.
 
-    Level k rotates inputs 2^k m and 2^k m + 2^(k−1), m = 0, 1, …, by its own angles, all at once: (a, b) → (a cosθ − b sinθ, a sinθ + b cosθ). So
-    input 0 ends up mixed with all others, which suffices to turn any one direction into any other. lora_theta (d_in − 1) = 0, and what is added
-    to x is computed from cosθ − 1 = −2 sin²(θ/2): an exact zero at the start. Norms are kept to rounding. d_in − 1 parameters.
-    The published code bounds θ by π tanh, and rotates neighbours at every level; this is the tree of the paper.
-    Ma et al. 2024, Parameter Efficient Quasi-Orthogonal Fine-Tuning via Givens Rotation, arXiv 2404.04316.
+    Level k rotates inputs 2^k m and 2^k m + 2^(k−1), m = 0, 1, …, by its own angles, all at once: (a, b) → (a cosθ − b
+    sinθ, a sinθ + b cosθ). So input 0 ends up mixed with all others, which suffices to turn any one direction into any
+    other. lora_theta (d_in − 1) = 0, and what is added to x is computed from cosθ − 1 = −2 sin²(θ/2): an exact zero at
+    the start. Norms are kept to rounding. d_in − 1 parameters. The published code bounds θ by π tanh, and rotates
+    neighbours at every level; this is the tree of the paper. Ma et al. 2024, Parameter Efficient Quasi-Orthogonal
+    Fine-Tuning via Givens Rotation, arXiv 2404.04316.
     """
 
     name = "goft"

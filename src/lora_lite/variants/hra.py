@@ -23,7 +23,8 @@ class HRAConfig(AdapterConfig):
     side: Literal["input", "output"] = "input"
     """Reflect the layer's input, as in the paper, or its output, bias included."""
     orthogonality: float = 0.0
-    """λ of the penalty λ ‖I − ÛÛᵀ‖², Û the normalised vectors; the paper tries 0 and 1e-4. Pairs start parallel, so it is not 0 at the start."""
+    """λ of the penalty λ ‖I − ÛÛᵀ‖², Û the normalised vectors; the paper tries 0 and 1e-4. Pairs start parallel, so it
+    is not 0 at the start."""
 
     def validate(self) -> None:
         super().validate()
@@ -35,12 +36,13 @@ class HRAConfig(AdapterConfig):
 class HRA(Variant):
     """Orthogonal adaptation by r Householder reflections.
 
-    W' = W H_1 H_2 ⋯ H_r with H_i = I − 2 û_i û_iᵀ, so x' = x H_r ⋯ H_1; or W' = H_1 ⋯ H_r W with `side="output"`. U (r, d), d = d_in or d_out.
-    Vectors start equal in pairs, and two equal reflections cancel. U = U0 + ΔU, U0 ~ U(±1/√d) frozen once per pair and saved, ΔU = 0
-    trained; all pairs together are x + (x Zᵀ) M with two (r, d) matrices, exactly zero at the start: see `ops.orthogonal`. 2rd.
-    With odd r the last vector moves against its frozen start, so every r starts at the identity; PEFT starts far from it then.
-    PEFT multiplies r dense d x d matrices per forward. Its Gram-Schmidt mode (λ = ∞: I − 2QQᵀ) is never near the identity and is left out.
-    Yuan et al. 2024, Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, arXiv 2405.17484.
+    W' = W H_1 H_2 ⋯ H_r with H_i = I − 2 û_i û_iᵀ, so x' = x H_r ⋯ H_1; or W' = H_1 ⋯ H_r W with `side="output"`. U (r,
+    d), d = d_in or d_out. Vectors start equal in pairs, and two equal reflections cancel. U = U0 + ΔU, U0 ~ U(±1/√d)
+    frozen once per pair and saved, ΔU = 0 trained; all pairs together are x + (x Zᵀ) M with two (r, d) matrices,
+    exactly zero at the start: see `ops.orthogonal`. 2rd. With odd r the last vector moves against its frozen start, so
+    every r starts at the identity; PEFT starts far from it then. PEFT multiplies r dense d x d matrices per forward.
+    Its Gram-Schmidt mode (λ = ∞: I − 2QQᵀ) is never near the identity and is left out. Yuan et al. 2024, Bridging The
+    Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, arXiv 2405.17484.
     """
 
     name = "hra"

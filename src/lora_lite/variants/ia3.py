@@ -19,7 +19,8 @@ class IA3Config(AdapterConfig):
     side: Literal["output", "input"] = "output"
     """Gate the outputs, bias included, or the inputs of a target."""
     input_names: tuple[str, ...] = ()
-    """Regular expressions of the targets that are gated on their inputs; in the paper the last layer of the feed-forward: ("down_proj", "fc2", "wo")."""
+    """Regular expressions of the targets that are gated on their inputs; in the paper the last layer of the
+    feed-forward: ("down_proj", "fc2", "wo")."""
 
     def patterns(self) -> list[tuple[str, str]]:
         return super().patterns() + [("input_names", p) for p in self.input_names]
@@ -33,10 +34,11 @@ class IA3Config(AdapterConfig):
 class IA3(Variant):
     """A gain per feature: y' = y + δ ∘ y, or x' = x + δ ∘ x on the input side, the published gain being 1 + δ.
 
-    δ (d_out) or (d_in) = 0: an exact zero is added at the start, and weight decay would pull to the base, not to nothing. An output gain
-    scales the bias too. d_out parameters. The paper gates keys, values and the inputs of the last feed-forward layer; all layers learn more.
-    PEFT trains 1 + δ itself and finds `feedforward_modules` by the end of the name.
-    Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638.
+    δ (d_out) or (d_in) = 0: an exact zero is added at the start, and weight decay would pull to the base, not to
+    nothing. An output gain scales the bias too. d_out parameters. The paper gates keys, values and the inputs of the
+    last feed-forward layer; all layers learn more. PEFT trains 1 + δ itself and finds `feedforward_modules` by the end
+    of the name. Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
+    Learning, arXiv 2205.05638.
     """
 
     name = "ia3"

@@ -18,10 +18,11 @@ class IA3FFConfig(AdapterConfig):
 
 @register
 class IA3FF(Variant):
-    """A gain per input feature, what IA3 does before the last layer of the feed-forward: x' = x + δ ∘ x, the published gain being 1 + δ.
+    """A gain per input feature, what IA3 does before the last layer of the feed-forward: x' = x + δ ∘ x, the published
+    gain being 1 + δ.
 
-    δ (d_in) = 0, so a fresh adapter adds an exact zero; the bias stays as it is. d_in parameters.
-    Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638.
+    δ (d_in) = 0, so a fresh adapter adds an exact zero; the bias stays as it is. d_in parameters. Liu et al. 2022,
+    Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638.
     """
 
     name = "ia3_ff"

@@ -33,11 +33,12 @@ def orthogonal_rows(A: Tensor, generator: Generator) -> None:
 class LoRAFA(Variant):
     """Low-rank update whose first factor is frozen.
 
-    y' = y + s (drop(x) Aᵀ) Bᵀ, A (r, d_in) random and frozen, B (d_out, r) = 0 trained. Backward keeps xAᵀ (tokens, r) instead of x.
-    With B the gradient step on W is −(s²)G AᵀA, bent by AAᵀ where the rows of A are not orthogonal; later versions (and PEFT's
-    optimiser for it) undo that with (AAᵀ)⁻¹ after every backward pass. Orthogonal rows make the correction a constant, which Adam
-    does not see, so any optimiser will do. Same multiply-adds as LoRA, half its trained parameters.
-    Zhang et al. 2023, LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning, arXiv 2308.03303.
+    y' = y + s (drop(x) Aᵀ) Bᵀ, A (r, d_in) random and frozen, B (d_out, r) = 0 trained. Backward keeps xAᵀ (tokens, r)
+    instead of x. With B the gradient step on W is −(s²)G AᵀA, bent by AAᵀ where the rows of A are not orthogonal; later
+    versions (and PEFT's optimiser for it) undo that with (AAᵀ)⁻¹ after every backward pass. Orthogonal rows make the
+    correction a constant, which Adam does not see, so any optimiser will do. Same multiply-adds as LoRA, half its
+    trained parameters. Zhang et al. 2023, LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
+    Fine-tuning, arXiv 2308.03303.
     """
 
     name = "lora_fa"

@@ -34,11 +34,12 @@ class LoRAGAConfig(AdapterConfig):
 class LoRAGA(Deviation):
     """Low-rank update that starts in the singular subspaces of the loss gradient.
 
-    G = ∂loss/∂W (d_out, d_in) over the calibration batches = U S Vᵀ. A0 = c V[:, :r]ᵀ, B0 = c U[:, r:2r], c = d_out^¼/√γ.
-    y' = y + s (BA − B0A0) x, s = alpha/√r. The first gradient step then moves W along −(B0B0ᵀG + GA0ᵀA0) ∝ the best rank-2r part of −G.
-    G = Σ gᵀx from the gradients of outputs: W needs no gradient and is never read, so it may be quantised. 2r(d_in + d_out).
-    Wants a tenth of LoRA's learning rate. PEFT's port also multiplies B0 by singular values of G and leaves A0 at norm 1.
-    Wang et al. 2024, LoRA-GA: Low-Rank Adaptation with Gradient Approximation, arXiv 2407.05000.
+    G = ∂loss/∂W (d_out, d_in) over the calibration batches = U S Vᵀ. A0 = c V[:, :r]ᵀ, B0 = c U[:, r:2r], c =
+    d_out^¼/√γ. y' = y + s (BA − B0A0) x, s = alpha/√r. The first gradient step then moves W along −(B0B0ᵀG + GA0ᵀA0) ∝
+    the best rank-2r part of −G. G = Σ gᵀx from the gradients of outputs: W needs no gradient and is never read, so it
+    may be quantised. 2r(d_in + d_out). Wants a tenth of LoRA's learning rate. PEFT's port also multiplies B0 by
+    singular values of G and leaves A0 at norm 1. Wang et al. 2024, LoRA-GA: Low-Rank Adaptation with Gradient
+    Approximation, arXiv 2407.05000.
     """
 
     name = "lora_ga"

@@ -28,11 +28,13 @@ class LoRAOneConfig(AdapterConfig):
 
 @register
 class LoRAOne(Variant):
-    """Low-rank update that starts at the best rank-r part of one gradient step, so a fresh adapter departs from the base on purpose.
+    """Low-rank update that starts at the best rank-r part of one gradient step, so a fresh adapter departs from the
+    base on purpose.
 
-    G = ∂loss/∂W over the calibration batches = U S Vᵀ; B = −U_r (S_r/S₁)^½/√γ, A = (S_r/S₁)^½ V_rᵀ/√γ; y' = y + s (drop(x) Aᵀ) Bᵀ.
-    The singular values over the largest one follow the authors' code (their text writes S itself). r(d_in + d_out).
-    Zhang et al. 2025, LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models, arXiv 2502.01235.
+    G = ∂loss/∂W over the calibration batches = U S Vᵀ; B = −U_r (S_r/S₁)^½/√γ, A = (S_r/S₁)^½ V_rᵀ/√γ; y' = y + s
+    (drop(x) Aᵀ) Bᵀ. The singular values over the largest one follow the authors' code (their text writes S itself).
+    r(d_in + d_out). Zhang et al. 2025, LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language
+    Models, arXiv 2502.01235.
     """
 
     name = "lora_one"
@@ -59,7 +61,8 @@ class LoRAOne(Variant):
             U, S, V = top_svd(G, view.cfg.r, decays=True)
             if not S[0] > 0:
                 raise ConfigError(
-                    f"{view.path}: the calibration loss has no gradient there, so A and B would stay 0; add it to exclude_names."
+                    f"{view.path}: the calibration loss has no gradient there, so A and B would stay 0; add it to "
+                    "exclude_names."
                 )
             root = (S / S[0] / view.cfg.gamma).sqrt()
             view.lora_A, view.lora_B = (V * root).mT, -U * root

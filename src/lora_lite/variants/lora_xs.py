@@ -19,9 +19,10 @@ class LoRAXSConfig(SVDConfig):
 class LoRAXS(SVDCore):
     """Low-rank update with r² trained numbers per layer.
 
-    W ≈ U S Vᵀ, U (d_out, r), V (d_in, r); y' = y + s U R S Vᵀ x, R (r, r) = 0 trained, s = alpha/r. ΔW stays in span U x span V.
-    The authors draw R from N(0, 1e-5²); zero has the same gradients and is the exact base. r(d_in + d_out) + r² multiply-adds.
-    Bałazy et al. 2024, LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, arXiv 2405.17604.
+    W ≈ U S Vᵀ, U (d_out, r), V (d_in, r); y' = y + s U R S Vᵀ x, R (r, r) = 0 trained, s = alpha/r. ΔW stays in span U
+    x span V. The authors draw R from N(0, 1e-5²); zero has the same gradients and is the exact base. r(d_in + d_out) +
+    r² multiply-adds. Bałazy et al. 2024, LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, arXiv
+    2405.17604.
     """
 
     name = "lora_xs"

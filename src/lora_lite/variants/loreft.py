@@ -20,12 +20,13 @@ class LoReFTConfig(ReFTConfig):
 class LoReFT(Variant):
     """Low-rank linear subspace edit of the residual stream at prompt tokens.
 
-    h' = h + s Rᵀ(W h + b − R h) after a block, R (r, d) with orthonormal rows, W (r, d), b (r), s = alpha/r (1 by default, as in the paper).
-    Trained are T, D = W − R and b: h' = h + s Rᵀ(D h + b), where R is T with its rows orthonormalised in every forward (QR with fixed signs),
-    so R Rᵀ = I whatever the optimiser does. D = b = 0 at the start, an exact identity from which D and b learn at once;
-    pyreft draws W apart from R, so that its fresh adapter changes the model, and applies its dropout to the whole of h', here to h inside the bracket.
-    Edits the first and last tokens of the prompt only (`positions`), never generated ones: no cost while decoding, nothing to merge.
-    Wu et al. 2024, ReFT: Representation Finetuning for Language Models, arXiv 2404.03592. lr 9e-4, no weight decay.
+    h' = h + s Rᵀ(W h + b − R h) after a block, R (r, d) with orthonormal rows, W (r, d), b (r), s = alpha/r (1 by
+    default, as in the paper). Trained are T, D = W − R and b: h' = h + s Rᵀ(D h + b), where R is T with its rows
+    orthonormalised in every forward (QR with fixed signs), so R Rᵀ = I whatever the optimiser does. D = b = 0 at the
+    start, an exact identity from which D and b learn at once; pyreft draws W apart from R, so that its fresh adapter
+    changes the model, and applies its dropout to the whole of h', here to h inside the bracket. Edits the first and
+    last tokens of the prompt only (`positions`), never generated ones: no cost while decoding, nothing to merge. Wu et
+    al. 2024, ReFT: Representation Finetuning for Language Models, arXiv 2404.03592. lr 9e-4, no weight decay.
     """
 
     name = "loreft"

@@ -19,11 +19,13 @@ class MiLoRAConfig(AdapterConfig):
 
 @register
 class MiLoRA(Deviation):
-    """Low-rank update that starts from the r smallest singular triplets of the weight, and so leaves what it does most alone.
+    """Low-rank update that starts from the r smallest singular triplets of the weight, and so leaves what it does most
+    alone.
 
-    W = U S Vᵀ; A0 = (S/s)^½ Vᵀ, B0 = U (S/s)^½ of the last r triplets; y' = y + s (BA − B0A0) x with A = A0 + ΔA, B = B0 + ΔB.
-    The paper replaces W by W − s B0A0; here W stays as it is. Needs the whole decomposition: no randomised one finds the small end.
-    Wang et al. 2024, MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning, arXiv 2406.09044.
+    W = U S Vᵀ; A0 = (S/s)^½ Vᵀ, B0 = U (S/s)^½ of the last r triplets; y' = y + s (BA − B0A0) x with A = A0 + ΔA, B =
+    B0 + ΔB. The paper replaces W by W − s B0A0; here W stays as it is. Needs the whole decomposition: no randomised one
+    finds the small end. Wang et al. 2024, MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM
+    Finetuning, arXiv 2406.09044.
     """
 
     name = "milora"

@@ -19,9 +19,10 @@ class NoReFTConfig(ReFTConfig):
 class NoReFT(Variant):
     """Low-rank edit of the residual stream at prompt tokens, without orthonormality.
 
-    h' = h + s W₂ᵀ(W₁ h + b − W₂ h) after a block, W₁, W₂ (r, d), b (r), s = alpha/r (1 by default, as in the paper). Trained are W₂, D = W₁ − W₂
-    and b: h' = h + s W₂ᵀ(D h + b). W₂ ~ U(±1/√d), D = b = 0: an exact identity from which D and b learn at once.
-    Positions as in LoReFT; one QR per call cheaper. Wu et al. 2024, arXiv 2404.03592, an ablation of theirs. lr 9e-4, no weight decay.
+    h' = h + s W₂ᵀ(W₁ h + b − W₂ h) after a block, W₁, W₂ (r, d), b (r), s = alpha/r (1 by default, as in the paper).
+    Trained are W₂, D = W₁ − W₂ and b: h' = h + s W₂ᵀ(D h + b). W₂ ~ U(±1/√d), D = b = 0: an exact identity from which D
+    and b learn at once. Positions as in LoReFT; one QR per call cheaper. Wu et al. 2024, arXiv 2404.03592, an ablation
+    of theirs. lr 9e-4, no weight decay.
     """
 
     name = "noreft"

@@ -20,7 +20,8 @@ class OFTConfig(AdapterConfig):
     block_size: int = 32
     """Width b of the blocks; what is left at the end is a smaller block."""
     neumann_terms: int = 0
-    """0: the exact Cayley map. k >= 3: the truncated series of OFTv2 with k terms, orthogonal only while the rotation is small."""
+    """0: the exact Cayley map. k >= 3: the truncated series of OFTv2 with k terms, orthogonal only while the rotation
+    is small."""
     max_norm: float | None = None
     """COFT: the largest ‖Q‖ of a block (Frobenius) that can act; longer ones act as if cut to it. None: no bound."""
 
@@ -38,12 +39,13 @@ class OFTConfig(AdapterConfig):
 class OFT(Variant):
     """Orthogonal finetuning: x' = x R, R = blockdiag(R_1 … R_n) with rotations R_i (b, b), and y = x' Wᵀ + bias.
 
-    R_i = (I + Q_i)(I − Q_i)⁻¹ with skew Q_i, whose upper triangle is trained, from 0: lora_Q (n, b(b−1)/2), and lora_tail (1, t(t−1)/2) for the
-    t = d_in mod b inputs left. Computed as x + x·blockdiag(R − I), R − I = 2(I − Q)⁻¹Q: an exact zero at the start. d_in (b−1)/2 parameters.
-    The inputs are rotated, not the weight (OFTv2), so quantised bases work; norms of x, hence of the rows of W, are kept to rounding.
-    PEFT's exact mode turns the other way for the same numbers and its default is the series; its COFT rewrites the parameters in forward,
-    and it moves block sizes that do not divide d_in to ones that do.
-    Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv 2306.07280; Qiu et al. 2025, OFTv2, arXiv 2506.19847.
+    R_i = (I + Q_i)(I − Q_i)⁻¹ with skew Q_i, whose upper triangle is trained, from 0: lora_Q (n, b(b−1)/2), and
+    lora_tail (1, t(t−1)/2) for the t = d_in mod b inputs left. Computed as x + x·blockdiag(R − I), R − I = 2(I − Q)⁻¹Q:
+    an exact zero at the start. d_in (b−1)/2 parameters. The inputs are rotated, not the weight (OFTv2), so quantised
+    bases work; norms of x, hence of the rows of W, are kept to rounding. PEFT's exact mode turns the other way for the
+    same numbers and its default is the series; its COFT rewrites the parameters in forward, and it moves block sizes
+    that do not divide d_in to ones that do. Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal
+    Finetuning, arXiv 2306.07280; Qiu et al. 2025, OFTv2, arXiv 2506.19847.
     """
 
     name = "oft"

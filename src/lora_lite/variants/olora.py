@@ -20,10 +20,10 @@ class OLoRAConfig(ScaledConfig):
 class OLoRA(Deviation):
     """Low-rank update that starts from the QR decomposition of the weight.
 
-    W = QR with a positive diagonal of R; B0 = Q[:, :r] (d_out, r), A0 = R[:r] (r, d_in); y' = y + s (BA − B0A0) x with A = A0 + ΔA,
-    B = B0 + ΔB. Q[:, :r] spans the first r columns of W, so only these are decomposed, and A0 = B0ᵀ W: no SVD, no whole QR.
-    The paper and PEFT replace W by W − s B0A0; here W stays as it is.
-    Büyükakyüz 2024, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models, arXiv 2406.01775.
+    W = QR with a positive diagonal of R; B0 = Q[:, :r] (d_out, r), A0 = R[:r] (r, d_in); y' = y + s (BA − B0A0) x with
+    A = A0 + ΔA, B = B0 + ΔB. Q[:, :r] spans the first r columns of W, so only these are decomposed, and A0 = B0ᵀ W: no
+    SVD, no whole QR. The paper and PEFT replace W by W − s B0A0; here W stays as it is. Büyükakyüz 2024, OLoRA:
+    Orthonormal Low-Rank Adaptation of Large Language Models, arXiv 2406.01775.
     """
 
     name = "olora"

@@ -17,12 +17,14 @@ class PCASteeringConfig(SteeringConfig):
 
 @register
 class PCASteering(Steering):
-    """Steering along the first principal direction of the differences of contrast pairs, as in representation engineering.
+    """Steering along the first principal direction of the differences of contrast pairs, as in representation
+    engineering.
 
-    h' = h + α m v̂ after a block. The rows of D (n, d) are the differences h⁺ − h⁻ of n pairs at their last token; v̂ is the top eigenvector of DᵀD,
-    turned so that most pairs have D_i v̂ > 0, and m = mean |D_i v̂|. α is `strength` times the weight in `ll.active(model, {name: w})`.
-    D is not centred: the mean difference is the signal, and centring (repeng's `pca_diff`) removes just that, leaving the direction in which
-    the pairs disagree. Zou et al. 2023, Representation Engineering: A Top-Down Approach to AI Transparency, arXiv 2310.01405.
+    h' = h + α m v̂ after a block. The rows of D (n, d) are the differences h⁺ − h⁻ of n pairs at their last token; v̂
+    is the top eigenvector of DᵀD, turned so that most pairs have D_i v̂ > 0, and m = mean |D_i v̂|. α is `strength`
+    times the weight in `ll.active(model, {name: w})`. D is not centred: the mean difference is the signal, and centring
+    (repeng's `pca_diff`) removes just that, leaving the direction in which the pairs disagree. Zou et al. 2023,
+    Representation Engineering: A Top-Down Approach to AI Transparency, arXiv 2310.01405.
     """
 
     name = "pca_steering"

@@ -21,10 +21,11 @@ class PSOFTConfig(SVDConfig):
 class PSOFT(SVDCore):
     """Orthogonal fine-tuning inside the span of the r largest singular triplets.
 
-    W' = U S diag(1+b) R diag(1+a) Vᵀ + rest, R (r, r) the Cayley rotation of a skew Q; Q, a, b (r,) from zero, r(r−1)/2 + 2r trained
-    numbers; alpha is not used (it cancels in the published form too). With E = R − I, C − S = S (E ∘ (1+b)(1+a)ᵀ + diag(a + b + ab)).
-    PEFT recomputes the triplets from the base at load; here the file holds them. One r x r solve per call.
-    Wu et al. 2025, Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation, arXiv 2505.11235.
+    W' = U S diag(1+b) R diag(1+a) Vᵀ + rest, R (r, r) the Cayley rotation of a skew Q; Q, a, b (r,) from zero, r(r−1)/2
+    + 2r trained numbers; alpha is not used (it cancels in the published form too). With E = R − I, C − S = S (E ∘
+    (1+b)(1+a)ᵀ + diag(a + b + ab)). PEFT recomputes the triplets from the base at load; here the file holds them. One r
+    x r solve per call. Wu et al. 2025, Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation, arXiv
+    2505.11235.
     """
 
     name = "psoft"

@@ -20,9 +20,11 @@ ROWS = {1: (0, 0, 0, 0), 2: (0, 0, 1, 1), 4: (0, 1, 2, 3)}
 class RoadConfig(AdapterConfig):
     variant: str = "road"
     per_pair: Literal[1, 2, 4] = 1
-    """Number of (α, θ) of each pair: ROAD-1 shares one, ROAD-2 has one per row of the 2x2 matrix, ROAD-4 one per entry."""
+    """Number of (α, θ) of each pair: ROAD-1 shares one, ROAD-2 has one per row of the 2x2 matrix, ROAD-4 one per
+    entry."""
     group_size: int = 64
-    """Partners lie half a group apart: 64 pairs outputs i and i + 32 of each group, as PEFT does; 2 pairs neighbours, as the paper does."""
+    """Partners lie half a group apart: 64 pairs outputs i and i + 32 of each group, as PEFT does; 2 pairs neighbours,
+    as the paper does."""
 
     def validate(self) -> None:
         super().validate()
@@ -34,11 +36,11 @@ class RoadConfig(AdapterConfig):
 class ROAD(Variant):
     """2-D rotary adaptation: every pair of outputs, bias included, is rotated by θ and scaled by α.
 
-    (y1, y2) → (α cosθ y1 − α sinθ y2, α sinθ y1 + α cosθ y2). Trained: a = α − 1 and θ, (k, ⌈d_out/2⌉) each, both 0. As a change of y:
-    α cosθ − 1 = a cosθ − 2 sin²(θ/2), which is zero at the start and loses nothing later. k d_out parameters for even d_out.
-    A group that is left at the end is smaller; the middle one of an odd number of outputs is scaled by α cosθ alone.
-    PEFT trains α itself and needs d_out to be a multiple of the group.
-    Liao, Monz 2024, 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability, arXiv 2409.00119.
+    (y1, y2) → (α cosθ y1 − α sinθ y2, α sinθ y1 + α cosθ y2). Trained: a = α − 1 and θ, (k, ⌈d_out/2⌉) each, both 0. As
+    a change of y: α cosθ − 1 = a cosθ − 2 sin²(θ/2), which is zero at the start and loses nothing later. k d_out
+    parameters for even d_out. A group that is left at the end is smaller; the middle one of an odd number of outputs is
+    scaled by α cosθ alone. PEFT trains α itself and needs d_out to be a multiple of the group. Liao, Monz 2024, 3-in-1:
+    2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability, arXiv 2409.00119.
     """
 
     name = "road"

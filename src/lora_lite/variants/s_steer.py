@@ -27,11 +27,11 @@ class SSteerConfig(FittedConfig):
 class SSteer(Variant):
     """Steering in the singular coordinates of a weight, fitted from contrast pairs.
 
-    With the top r triplets of W = U S Vᵀ an output has the coordinates x_S = Uᵀ(y − b)/√S (they equal (V√S)ᵀ x), and
-    y' = y + α (U√S)(δ_S ∘ x_S), δ_S = mean(x_S⁺) − mean(x_S⁻) over the rows of (positive batch, negative batch) pairs at their last token.
-    √S cancels: y' = y + α U(δ_S ∘ Uᵀ(y − b)), so U (d_out, r) and δ_S (r) are all that is kept, and small r keeps the noise of 1/√S out of δ_S.
-    α is `strength` times the weight in `ll.active(model, {name: w})`. Acts on every token, is affine, so it can be merged.
-    After wassname's ssteer (2025), without gates.
+    With the top r triplets of W = U S Vᵀ an output has the coordinates x_S = Uᵀ(y − b)/√S (they equal (V√S)ᵀ x), and y'
+    = y + α (U√S)(δ_S ∘ x_S), δ_S = mean(x_S⁺) − mean(x_S⁻) over the rows of (positive batch, negative batch) pairs at
+    their last token. √S cancels: y' = y + α U(δ_S ∘ Uᵀ(y − b)), so U (d_out, r) and δ_S (r) are all that is kept, and
+    small r keeps the noise of 1/√S out of δ_S. α is `strength` times the weight in `ll.active(model, {name: w})`. Acts
+    on every token, is affine, so it can be merged. After wassname's ssteer (2025), without gates.
     """
 
     name = "s_steer"

@@ -19,10 +19,11 @@ class SSVDConfig(SVDConfig):
 class SSVD(SVDCore):
     """Structured update of the leading singular triplets: what the layer writes stays, what it reads rotates.
 
-    W' = U (S + ΔS) G Vᵀ + rest, G (r, r) the Cayley rotation of a skew Q, ΔS (r,) and Q from zero, r(r+1)/2 trained numbers; alpha is not used.
-    C − S = (S + ΔS) E + ΔS with E = G − I. G is orthogonal for any Q, so the part's singular values are exactly |S + ΔS|; the authors'
-    default I − 2Q is only to first order, and their gate of ½ departs from the base. One r x r solve per call.
-    Wang et al. 2025, SSVD: Structured SVD for Parameter-Efficient Fine-Tuning and Benchmarking under Domain Shift in ASR, arXiv 2509.02830.
+    W' = U (S + ΔS) G Vᵀ + rest, G (r, r) the Cayley rotation of a skew Q, ΔS (r,) and Q from zero, r(r+1)/2 trained
+    numbers; alpha is not used. C − S = (S + ΔS) E + ΔS with E = G − I. G is orthogonal for any Q, so the part's
+    singular values are exactly |S + ΔS|; the authors' default I − 2Q is only to first order, and their gate of ½
+    departs from the base. One r x r solve per call. Wang et al. 2025, SSVD: Structured SVD for Parameter-Efficient
+    Fine-Tuning and Benchmarking under Domain Shift in ASR, arXiv 2509.02830.
     """
 
     name = "ssvd"

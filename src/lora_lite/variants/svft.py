@@ -36,10 +36,10 @@ def lengths(k: int, band: int) -> dict[int, int]:
 class SVFT(SVDCore):
     """Sparse update in the coordinates of the singular vectors.
 
-    W' = U (S + M) Vᵀ + rest, M (k, k) trained on its diagonal and `band` off-diagonals on either side, zero at the start; alpha is not used.
-    k(2 band + 1) − band(band + 1) trained numbers. The paper uses all triplets; k of them cost k(d_in + d_out) multiply-adds.
-    The authors' code starts M at random values behind a gate of ½, which departs from the base.
-    Lingam et al. 2024, SVFT: Parameter-Efficient Fine-Tuning with Singular Vectors, arXiv 2405.19597.
+    W' = U (S + M) Vᵀ + rest, M (k, k) trained on its diagonal and `band` off-diagonals on either side, zero at the
+    start; alpha is not used. k(2 band + 1) − band(band + 1) trained numbers. The paper uses all triplets; k of them
+    cost k(d_in + d_out) multiply-adds. The authors' code starts M at random values behind a gate of ½, which departs
+    from the base. Lingam et al. 2024, SVFT: Parameter-Efficient Fine-Tuning with Singular Vectors, arXiv 2405.19597.
     """
 
     name = "svft"

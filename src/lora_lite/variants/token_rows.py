@@ -32,12 +32,13 @@ class TokenRowsConfig(AdapterConfig):
 
 @register
 class TokenRows(Variant):
-    """Trained rows for k tokens: e' = e + Δ_t for a token t of the list, e otherwise; a tied head's logit of t gets Δ_t · h.
+    """Trained rows for k tokens: e' = e + Δ_t for a token t of the list, e otherwise; a tied head's logit of t gets Δ_t
+    · h.
 
-    Δ (k, d) = 0 and the list of tokens (k) is saved with it. k·d parameters however large the vocabulary; no dense V x d difference is built,
-    forward or backward. A head that shares the embedding's weight has the same rows, so the same Δ acts there too and a merge writes it once;
-    on linear layers it trains the columns of chosen inputs.
-    PEFT's trainable_token_indices (TrainableTokens) is the same function.
+    Δ (k, d) = 0 and the list of tokens (k) is saved with it. k·d parameters however large the vocabulary; no dense V x
+    d difference is built, forward or backward. A head that shares the embedding's weight has the same rows, so the same
+    Δ acts there too and a merge writes it once; on linear layers it trains the columns of chosen inputs. PEFT's
+    trainable_token_indices (TrainableTokens) is the same function.
     """
 
     name = "token_rows"

@@ -25,11 +25,12 @@ class WholeConfig(AdapterConfig):
 class Whole(Variant):
     """Full fine-tuning of a layer: y' = y + ΔW x + Δb.
 
-    ΔW (d_out, d_in) = 0 and Δb (d_out) = 0, so a fresh adapter adds an exact zero, the base stays as it is, and several adapters share it:
-    each has its own copy of the layer, stored as the difference. Weight decay pulls to the base. d_out·d_in + d_out parameters.
-    What `train_modules` puts on heads beside another method. On norms (`target_kinds=("norm",)`) it is the tuning of layer norms,
-    y' = y + Δw ∘ n(x) + Δb with the normalised input n(x) (Zhao et al. 2023, Tuning LayerNorm in Attention, arXiv 2312.11420).
-    PEFT's modules_to_save and LN Tuning replace the module by a trained copy instead.
+    ΔW (d_out, d_in) = 0 and Δb (d_out) = 0, so a fresh adapter adds an exact zero, the base stays as it is, and several
+    adapters share it: each has its own copy of the layer, stored as the difference. Weight decay pulls to the base.
+    d_out·d_in + d_out parameters. What `train_modules` puts on heads beside another method. On norms
+    (`target_kinds=("norm",)`) it is the tuning of layer norms, y' = y + Δw ∘ n(x) + Δb with the normalised input n(x)
+    (Zhao et al. 2023, Tuning LayerNorm in Attention, arXiv 2312.11420). PEFT's modules_to_save and LN Tuning replace
+    the module by a trained copy instead.
     """
 
     name = "whole"

@@ -1,8 +1,10 @@
-"""Adapters on fused experts (`bank`): while the experts run, their module finds adapted weights in place of the stored ones.
+"""Adapters on fused experts (`bank`): while the experts run, their module finds adapted weights in place of the stored
+ones.
 
-W'_e is read off the method's page, as merging does. The stored parameter is not touched: the adapted tensor stands before it as a plain
-attribute of the module, from the pre-hook to the post-hook, which runs after an exception too. One dense weight per expert is built in every
-call and has the base's dtype: an update that is smaller than half a step of a bf16 weight is rounded away, as merging would.
+W'_e is read off the method's page, as merging does. The stored parameter is not touched: the adapted tensor stands
+before it as a plain attribute of the module, from the pre-hook to the post-hook, which runs after an exception too. One
+dense weight per expert is built in every call and has the base's dtype: an update that is smaller than half a step of a
+bf16 weight is rounded away, as merging would.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def experts_pre_hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def experts_post_hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """After the experts ran, or failed: the stored weights again; then the rows of each adapter, if a batch mixes them."""
+    """After the experts ran, or failed: the stored weights again; then the rows of each adapter, if a batch mixes
+    them."""
     _step_aside(owner)
     if output is None:  # an exception is on its way
         return None
@@ -69,8 +72,8 @@ def _by_rows(
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     if not isinstance(y, Tensor) or any(t.dim() != 2 or t.shape[0] != y.shape[0] for t in (y, *tensors)):
         raise SelectionError(
-            f"{site.path}: these experts take or return something else than one row per token, so the rows of several adapters cannot be told apart. "
-            "Run one batch per adapter: with ll.active(model, name)."
+            f"{site.path}: these experts take or return something else than one row per token, so the rows of several "
+            "adapters cannot be told apart. Run one batch per adapter: with ll.active(model, name)."
         )
     names = {n for bank in _owned(owner) for n in bank.__dict__[SITE].slots}
     everywhere = Site(site.path, site.kind, site.state)

@@ -1,5 +1,5 @@
-"""Many adapters in one batch without a loop over them. Low rank: one wide masked GEMM, or batched GEMMs over gathered factors.
-Feature by feature: one call with gathered vectors. What neither covers is left to the segments."""
+"""Many adapters in one batch without a loop over them. Low rank: one wide masked GEMM, or batched GEMMs over gathered
+factors. Feature by feature: one call with gathered vectors. What neither covers is left to the segments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def grouped(
 ) -> tuple[Tensor, list[RowGroup]]:
     """The new y (the new x where y is None), and the groups that the segments must still do.
 
-    Those are: a method alone in the batch, one that declares neither factors nor vectors, and one with dropout at work. Rows without adapter keep their bits.
+    Those are: a method alone in the batch, one that declares neither factors nor vectors, and one with dropout at work.
+    Rows without adapter keep their bits.
     """
     value = x if y is None else y
     if len(groups) < 2 or x.shape[0] == 0:
@@ -55,7 +56,8 @@ Parted = tuple[list[tuple[str, list[RowGroup]]], list[RowGroup]]
 
 
 def _parted(layer: nn.Module, site: Site, groups: list[RowGroup], before: bool, n: int) -> Parted:
-    """Groups of several adapters that go together, and the groups that go alone; the same in all calls of one `ll.rows` block."""
+    """Groups of several adapters that go together, and the groups that go alone; the same in all calls of one `ll.rows`
+    block."""
     keep = not torch.compiler.is_compiling()
     key = ("kin", before, layer.training, n)
     old: Stack | None = site.stacks.get(key) if keep else None
@@ -86,7 +88,8 @@ def _kin(slot: Slot, training: bool, before: bool) -> str:
 def _kept(
     layer: nn.Module, site: Site, slots: list[Slot], key: tuple[Any, ...], build: Callable[[], tuple[Any, ...]]
 ) -> tuple[Any, ...]:
-    """`build()`; without gradients the result serves all calls of one `ll.rows` block, unless a tensor was changed in place meanwhile."""
+    """`build()`; without gradients the result serves all calls of one `ll.rows` block, unless a tensor was changed in
+    place meanwhile."""
     state = site.state
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return build()
@@ -131,7 +134,8 @@ def _low_rank(layer: nn.Module, site: Site, groups: list[RowGroup], x: Tensor, y
 
 
 def _per_row(pairs: list[tuple[Tensor, Tensor]], ranks: list[int], groups: list[RowGroup]) -> tuple[Tensor, Tensor]:
-    """A (n, r, d_in) and Bᵀ (n, r, d_out), padded to one rank and gathered by row; a zero pair serves rows without adapter."""
+    """A (n, r, d_in) and Bᵀ (n, r, d_out), padded to one rank and gathered by row; a zero pair serves rows without
+    adapter."""
     pad, r = torch.nn.functional.pad, max(ranks)
     A = torch.stack([pad(A, (0, 0, 0, r - A.shape[0])) for A, _ in pairs])
     B = torch.stack([pad(B.mT, (0, 0, 0, r - B.shape[1])) for _, B in pairs])

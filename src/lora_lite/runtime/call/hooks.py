@@ -48,12 +48,14 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     y = output[0] if isinstance(output, tuple) else output
     if not isinstance(y, Tensor):
         raise SelectionError(
-            f"{site.path}: {type(layer).__name__} returns {type(y).__name__}, neither a tensor nor a tuple that begins with one."
+            f"{site.path}: {type(layer).__name__} returns {type(y).__name__}, neither a tensor nor a tuple that "
+            "begins with one."
         )
     if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
         raise WeightError(
-            f"{site.path}: {type(layer).__name__} returns an output that is cut from its input's gradient, so layers before it would train "
-            "on wrong gradients. Use a weight-only quantisation that is differentiable (bitsandbytes, torchao int8 weight-only, quanto)."
+            f"{site.path}: {type(layer).__name__} returns an output that is cut from its input's gradient, so layers "
+            "before it would train on wrong gradients. Use a weight-only quantisation that is differentiable "
+            "(bitsandbytes, torchao int8 weight-only, quanto)."
         )
     if site.kind in PLACES:
         virtual, flat = wrap(layer, site.kind, x, y)
@@ -109,7 +111,8 @@ def apply_page(
     call: Call | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """One call of a variant's page; its output has the dtype of what it rewrites. `strength` is what the page may read of its weight."""
+    """One call of a variant's page; its output has the dtype of what it rewrites. `strength` is what the page may read
+    of its weight."""
     page = slot.forward_input if y is None else slot.forward
     if page is None:
         return x if y is None else y

@@ -1,6 +1,8 @@
-"""Token positions for methods that edit the residual stream: where the prompt lies in a call, whatever is padded or cached.
+"""Token positions for methods that edit the residual stream: where the prompt lies in a call, whatever is padded or
+cached.
 
-The root's pre-hook works this out once per call, and only while an adapter that asks for positions acts; the hooks of the blocks look it up.
+The root's pre-hook works this out once per call, and only while an adapter that asks for positions acts; the hooks of
+the blocks look it up.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from ..model.state import ModelState
 from ..view.spans import Call
 
 IGNORED = -100
-CURE = "Name the prompts: with ll.prompt(model, lengths): ... (one length per row, padding not counted; None: every token belongs to the prompt)."
+CURE = (
+    "Name the prompts: with ll.prompt(model, lengths): ... (one length per row, padding not counted; None: every "
+    "token belongs to the prompt)."
+)
 
 
 class Prompt:
@@ -85,7 +90,8 @@ def _is_over(given: Prompt | None, past: Any, T: int) -> bool:
 
 
 def _prompt_tokens(p: int, s: int, n: Tensor, count: Tensor | None, T: int, past: Any) -> tuple[Tensor, Tensor, int]:
-    """(columns (B, p + s), which of them are there, p) of the first p and last s of n tokens; n//2 of each at most where both are asked for."""
+    """(columns (B, p + s), which of them are there, p) of the first p and last s of n tokens; n//2 of each at most
+    where both are asked for."""
     cap = (n // 2 if p and s else n)[:, None]
     k, j = torch.arange(p, device=n.device), torch.arange(s, device=n.device)
     which = torch.cat(((k + 0 * cap), (n[:, None] - s + j)), 1)  # the which-th token of the row
@@ -106,7 +112,8 @@ def _lengths(
     past: Any,
     who: str,
 ) -> Tensor:
-    """(B,) number of prompt tokens per row: what `ll.prompt` says, else what the labels say, else all tokens of a first call."""
+    """(B,) number of prompt tokens per row: what `ll.prompt` says, else what the labels say, else all tokens of a first
+    call."""
     B, T = tokens.shape[:2]
     total = count[:, -1] if count is not None else torch.full((B,), T, device=tokens.device) + past
     given: Prompt | None = state.prompt
@@ -120,14 +127,16 @@ def _lengths(
             given.ends = T if fits else None
             if not fits and named.get("past_key_values") is None and not named.get("use_cache"):
                 raise SelectionError(
-                    f"ll.prompt names prompts of {given.lengths.tolist()} tokens, and the batch has rows of {total.tolist()} tokens."
+                    f"ll.prompt names prompts of {given.lengths.tolist()} tokens, and the batch has rows of "
+                    f"{total.tolist()} tokens."
                 )
         return n
     if given is not None and isinstance(past, int) and past == 0:
         return total
     if _packed(named, eager):
         raise SelectionError(
-            f"{who}: the batch packs several sequences into one row, and a prompt cannot be found in it. Turn packing (padding-free batches) off."
+            f"{who}: the batch packs several sequences into one row, and a prompt cannot be found in it. Turn packing "
+            "(padding-free batches) off."
         )
     labels = named.get("labels")
     if isinstance(labels, Tensor) and tuple(labels.shape[:2]) == (B, T) and isinstance(past, int) and past == 0:
@@ -137,8 +146,9 @@ def _lengths(
         n = free.sum(1)
         if eager and bool((n == 0).any()):
             raise SelectionError(
-                f"{who}: labels are given, and a row of them does not start with {IGNORED}, so where its prompt ends cannot be told. "
-                f"Mask the prompt in the labels with {IGNORED} (TRL: completion_only_loss=True), or name it. {CURE}"
+                f"{who}: labels are given, and a row of them does not start with {IGNORED}, so where its prompt ends "
+                f"cannot be told. Mask the prompt in the labels with {IGNORED} (TRL: completion_only_loss=True), or "
+                f"name it. {CURE}"
             )
         return n
     if model.training and torch.is_grad_enabled() and not isinstance(labels, Tensor):
@@ -157,7 +167,8 @@ def _lengths(
 
 
 def _watch_growth(state: ModelState, named: Mapping[str, Any], tokens: Tensor, who: str) -> None:
-    """Generation without a cache calls the model with ever longer sequences; from the second on the prompt cannot be told."""
+    """Generation without a cache calls the model with ever longer sequences; from the second on the prompt cannot be
+    told."""
     if named.get("use_cache") is not False or tokens.is_floating_point():
         state.previous = None
         return

@@ -17,8 +17,9 @@ Selection = tuple[tuple[tuple[str, float], ...], "tuple[str | None, ...] | None"
 def selection_of(state: ModelState) -> Selection:
     """(active adapters with weights, one adapter per row or None, token positions or None) for the running forward.
 
-    A recomputation in backward may run after the `with` block of its forward and on another thread: it gets the selection of
-    the checkpointed forward that waits for it. Two such forwards under different selections cannot be told apart, so they raise.
+    A recomputation in backward may run after the `with` block of its forward and on another thread: it gets the
+    selection of the checkpointed forward that waits for it. Two such forwards under different selections cannot be told
+    apart, so they raise.
     """
     chosen: Selection = (state.active, state.rows, state.call)
     if torch.compiler.is_compiling():
@@ -35,9 +36,10 @@ def selection_of(state: ModelState) -> Selection:
     if len(state.pending) > 1:
         state.pending_done = True  # the next step starts anew
         raise SelectionError(
-            "gradient checkpointing recomputes a forward in backward, but checkpointed forwards ran under several adapter selections or prompts "
-            f"({', '.join(_show(s) for s in state.pending)}) and it cannot be told which one this is. "
-            "Call backward before the next forward, run reference passes under torch.no_grad(), or switch gradient checkpointing off."
+            "gradient checkpointing recomputes a forward in backward, but checkpointed forwards ran under several "
+            f"adapter selections or prompts ({', '.join(_show(s) for s in state.pending)}) and it cannot be told "
+            "which one this is. Call backward before the next forward, run reference passes under torch.no_grad(), "
+            "or switch gradient checkpointing off."
         )
     if not state.pending:
         return chosen
@@ -55,12 +57,14 @@ inside_saved_tensor_hooks._dynamo_marked_constant = True  # type: ignore[attr-de
 
 
 def changed(state: ModelState) -> None:
-    """Say once that compiled blocks inside a checkpoint are recomputed under the selection of the backward pass, which nothing can tell from inside."""
+    """Say once that compiled blocks inside a checkpoint are recomputed under the selection of the backward pass, which
+    nothing can tell from inside."""
     if state.compiled_checkpoint and torch.is_grad_enabled() and not state.compiled_checkpoint_noted:
         state.compiled_checkpoint_noted = True
         warnings.warn(
-            "blocks were compiled inside gradient checkpoints, which run them again in backward under the selection of that moment: call backward before "
-            "the selection of adapters changes, or compile the whole model instead of its blocks.",
+            "blocks were compiled inside gradient checkpoints, which run them again in backward under the selection "
+            "of that moment: call backward before the selection of adapters changes, or compile the whole model "
+            "instead of its blocks.",
             LoraLiteWarning,
             stacklevel=4,
         )
@@ -80,7 +84,8 @@ def in_checkpoint(state: ModelState) -> bool:
 
 
 def _reentrant() -> bool:
-    """Whether a reentrant checkpoint runs its forward pass some frames up: asked only where blocks are called without their model."""
+    """Whether a reentrant checkpoint runs its forward pass some frames up: asked only where blocks are called without
+    their model."""
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":

@@ -17,7 +17,8 @@ from .vocabulary import watch_vocabulary
 
 
 def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Note the batch size, the gradient mode and, where an adapter asks, the token positions of a call of the whole model."""
+    """Note the batch size, the gradient mode and, where an adapter asks, the token positions of a call of the whole
+    model."""
     state: ModelState = model.__dict__[STATE]
     if not torch.compiler.is_compiling():
         state.in_call, state.call_grad = True, torch.is_grad_enabled()
@@ -56,8 +57,9 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if any(isinstance(v, Tensor) and v.requires_grad for v in values):
         return
     raise SelectionError(
-        "gradient checkpointing with use_reentrant=True runs the blocks without gradient because no input requires one, so no adapter would train. "
-        "Call model.enable_input_require_grads(), or enable checkpointing with use_reentrant=False."
+        "gradient checkpointing with use_reentrant=True runs the blocks without gradient because no input requires "
+        "one, so no adapter would train. Call model.enable_input_require_grads(), or enable checkpointing with "
+        "use_reentrant=False."
     )
 
 
@@ -70,8 +72,9 @@ def _watch_schedules(state: ModelState) -> None:
         record.train_calls += 1
         if record.train_calls > 1:
             raise StateError(
-                f"adapter {name!r}: variant {record.variant.name!r} has a schedule and nothing steps it. "
-                "Call ll.schedule(model, optimizer, total_steps) before training (again after loading or copying the model)."
+                f"adapter {name!r}: variant {record.variant.name!r} has a schedule and nothing steps it. Call "
+                "ll.schedule(model, optimizer, total_steps) before training (again after loading or copying the "
+                "model)."
             )
 
 
@@ -87,8 +90,9 @@ def _watch_dtypes(model: nn.Module, state: ModelState) -> None:
         if tensor is not None and tensor.dtype != target.cfg.torch_dtype:
             record.cast_noticed = True
             warnings.warn(
-                f"adapter {name!r} was attached in {target.cfg.dtype} and is {str(tensor.dtype).removeprefix('torch.')} now, because "
-                f"model.to(dtype) casts adapters too; small steps may be rounded away. ll.adapters(model)[{name!r}].restore_dtype() casts it back.",
+                f"adapter {name!r} was attached in {target.cfg.dtype} and is "
+                f"{str(tensor.dtype).removeprefix('torch.')} now, because model.to(dtype) casts adapters too; small "
+                f"steps may be rounded away. ll.adapters(model)[{name!r}].restore_dtype() casts it back.",
                 LoraLiteWarning,
                 stacklevel=2,
             )

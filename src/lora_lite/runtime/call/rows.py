@@ -26,8 +26,8 @@ class RowGroup:
 def row_groups(site: Site, rows: tuple[str | None, ...], x: Tensor) -> list[RowGroup]:
     """The rows of each adapter on this layer, in attach order.
 
-    A batch k times as long as `rows` repeats each row k times (beam search); a 2-D x with a multiple of the batch is the flattened
-    (batch * time, d) that some models use.
+    A batch k times as long as `rows` repeats each row k times (beam search); a 2-D x with a multiple of the batch is
+    the flattened (batch * time, d) that some models use.
 
     Raises:
         SelectionError: the leading dimension does not fit.
@@ -36,8 +36,9 @@ def row_groups(site: Site, rows: tuple[str | None, ...], x: Tensor) -> list[RowG
     batch = site.state.batch or (n if x.dim() > 2 else len(rows))
     if batch % len(rows) or (n != batch and (x.dim() != 2 or n % batch)):
         raise SelectionError(
-            f"{site.path}: ll.rows names {len(rows)} rows, but the layer got an input of shape {tuple(x.shape)}"
-            f"{f' in a batch of {batch}' if site.state.batch else ''}. Give one name per batch row; batch-first layers only."
+            f"{site.path}: ll.rows names {len(rows)} rows, but the layer got an input of shape "
+            f"{tuple(x.shape)}{f' in a batch of {batch}' if site.state.batch else ''}. Give one name per batch row; "
+            "batch-first layers only."
         )
     all_groups = _groups(site.state, rows, n // len(rows), x.device)
     return [all_groups[name] for name in site.slots if name in all_groups]

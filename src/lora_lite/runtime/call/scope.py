@@ -16,7 +16,8 @@ def scope(state: ModelState) -> Iterator[None]:
     me = threading.get_ident()
     if state.scope_depth and state.scope_thread != me:
         raise SelectionError(
-            "another thread is inside a `with ll.active(...)` or `with ll.rows(...)` block of this model; one model serves one selection at a time."
+            "another thread is inside a `with ll.active(...)` or `with ll.rows(...)` block of this model; one model "
+            "serves one selection at a time."
         )
     saved = state.active, state.rows
     running = state.batch, state.call

@@ -41,7 +41,8 @@ def watch_vocabulary(model: nn.Module, state: ModelState) -> None:
         names = [r.name for r in state.records.values() if path in r.targets]
         if names:
             raise StateError(
-                f"{path} has {now} rows and had {rows} when {', '.join(map(repr, names))} was attached to it: resize_token_embeddings leaves an adapter's tensors behind. "
-                f"Resize first, then attach: ll.detach(model); model.resize_token_embeddings({now}); ll.attach(model, cfg). "
-                "An adapter that does not act on the vocabulary may stay attached."
+                f"{path} has {now} rows and had {rows} when {', '.join(map(repr, names))} was attached to it: "
+                "resize_token_embeddings leaves an adapter's tensors behind. Resize first, then attach: "
+                f"ll.detach(model); model.resize_token_embeddings({now}); ll.attach(model, cfg). An adapter that does "
+                "not act on the vocabulary may stay attached."
             )

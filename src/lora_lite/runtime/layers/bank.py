@@ -1,7 +1,9 @@
-"""Experts whose weights are one fused parameter (E, d_out, d_in) of their module, as transformers keeps them since version 5.
+"""Experts whose weights are one fused parameter (E, d_out, d_in) of their module, as transformers keeps them since
+version 5.
 
-Such a parameter is no layer: nothing can be hooked, and no tensor can live on it. A `Bank` stands for it: a small child of the experts'
-module that holds the adapters' tensors (lora_A (E, r, d_in), ...) and no weight of its own. The base's keys stay as they are.
+Such a parameter is no layer: nothing can be hooked, and no tensor can live on it. A `Bank` stands for it: a small child
+of the experts' module that holds the adapters' tensors (lora_A (E, r, d_in), ...) and no weight of its own. The base's
+keys stay as they are.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class Bank(nn.Module):
 
 
 def banks(model: nn.Module, d_model: int | None = None) -> dict[str, Bank]:
-    """Path -> bank of every fused parameter whose orientation is known: from the module's `is_transposed`, or from the model's width."""
+    """Path -> bank of every fused parameter whose orientation is known: from the module's `is_transposed`, or from the
+    model's width."""
     found: dict[str, Bank] = {}
     for path, module in model.named_modules():
         if isinstance(module, Bank):

@@ -46,8 +46,9 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def extent(module: nn.Module) -> tuple[str, int, int] | None:
-    """(kind, d_in, d_out) of anything that multiplies with one matrix: "linear", "embedding" (of one-hot rows), "conv" (of
-    unfolded patches, d_in = C·k), "norm" (of one input per feature, d_in = 1) or "experts" (each of them); None for any other module."""
+    """(kind, d_in, d_out) of anything that multiplies with one matrix: "linear", "embedding" (of one-hot rows), "conv"
+    (of unfolded patches, d_in = C·k), "norm" (of one input per feature, d_in = 1) or "experts" (each of them); None for
+    any other module."""
     if isinstance(module, Bank):
         return "experts", module.d_in, module.d_out
     if isinstance(module, nn.Embedding):
@@ -77,7 +78,8 @@ def is_sharded(t: Tensor | None) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether `weight` is an ordinary dense matrix that the layer multiplies with. Decided by the tensor, not the class: torchao keeps nn.Linear."""
+    """Whether `weight` is an ordinary dense matrix that the layer multiplies with. Decided by the tensor, not the
+    class: torchao keeps nn.Linear."""
     w = module._parameters.get("weight")
     if w is None or type(w) not in (nn.Parameter, Tensor) or type(w.data) is not Tensor or w.dtype not in FLOATS:
         return False

@@ -1,6 +1,8 @@
-"""Norms as layers that multiply each feature of a normalised input by one number: which features, and how they are normalised.
+"""Norms as layers that multiply each feature of a normalised input by one number: which features, and how they are
+normalised.
 
-What a foreign class computes is not taken from its name: it is tried on random vectors with random parameters, as it would be run.
+What a foreign class computes is not taken from its name: it is tried on random vectors with random parameters, as it
+would be run.
 """
 
 from __future__ import annotations
@@ -88,12 +90,14 @@ def read_norm(module: nn.Module, path: str) -> Norm:
             if float((y.double() - want).abs().max()) <= tolerance * float(want.abs().max()):
                 return norm
     raise TargetError(
-        f"{path}: this {type(module).__name__} computes something else than a layer norm or an RMS norm with a weight per feature, so it cannot be trained. Take it out of the patterns."
+        f"{path}: this {type(module).__name__} computes something else than a layer norm or an RMS norm with a weight "
+        "per feature, so it cannot be trained. Take it out of the patterns."
     )
 
 
 def norm_of(module: nn.Module) -> Norm:
-    """What an adapted norm does: read at attach, or now where the model was on the meta device then. Without values, any norm's cost."""
+    """What an adapted norm does: read at attach, or now where the model was on the meta device then. Without values,
+    any norm's cost."""
     site: Site = module.__dict__[SITE]
     if site.norm is not None:
         return site.norm

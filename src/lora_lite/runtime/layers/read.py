@@ -1,4 +1,5 @@
-"""What a layer does, as a dense matrix. A plain dense weight is taken as it is; any other is read off what the layer does to the identity."""
+"""What a layer does, as a dense matrix. A plain dense weight is taken as it is; any other is read off what the layer
+does to the identity."""
 
 from __future__ import annotations
 
@@ -71,15 +72,16 @@ def run_bare(module: nn.Module, v: Tensor) -> Tensor:
     out = out[0] if isinstance(out, tuple) else out
     if not isinstance(out, Tensor):
         raise WeightError(
-            f"{type(module).__name__} returns {type(out).__name__}, neither a tensor nor a tuple that begins with one, so it cannot be adapted. Add it to exclude_names."
+            f"{type(module).__name__} returns {type(out).__name__}, neither a tensor nor a tuple that begins with "
+            "one, so it cannot be adapted. Add it to exclude_names."
         )
     return out
 
 
 @torch.no_grad()
 def read_weight(module: nn.Module, path: str, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense (d_out, d_in) weight. Plain: the stored tensor (Conv1D: its transposed view), cast when `dtype` is given.
-    Otherwise the layer is applied to the identity, `COLUMNS` columns at a time, in fp32 or better.
+    """The dense (d_out, d_in) weight. Plain: the stored tensor (Conv1D: its transposed view), cast when `dtype` is
+    given. Otherwise the layer is applied to the identity, `COLUMNS` columns at a time, in fp32 or better.
 
     Raises:
         WeightError: the weight is on the meta device or sharded.
@@ -87,8 +89,9 @@ def read_weight(module: nn.Module, path: str, dtype: torch.dtype | None = None) 
     w = getattr(module, "weight", None)
     if isinstance(w, Tensor) and w.is_meta:
         raise WeightError(
-            f"{path}: the weight is on the meta device (offloaded by accelerate, or not loaded yet), so it cannot be read. "
-            "Load the model without offloading, e.g. from_pretrained(..., device_map=None), attach, then dispatch it."
+            f"{path}: the weight is on the meta device (offloaded by accelerate, or not loaded yet), so it cannot be "
+            "read. Load the model without offloading, e.g. from_pretrained(..., device_map=None), attach, then "
+            "dispatch it."
         )
     if is_sharded(w if isinstance(w, Tensor) else None):
         raise WeightError(f"{path}: the weight is sharded. Attach before fully_shard / deepspeed.initialize.")
@@ -106,7 +109,8 @@ def read_weight(module: nn.Module, path: str, dtype: torch.dtype | None = None) 
 
 
 def _column_blocks(module: nn.Module, d_in: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """(first column, up to `COLUMNS` columns of the weight as rows (n, d_out)), read off the layer, in `dtype` or fp32 if that is better."""
+    """(first column, up to `COLUMNS` columns of the weight as rows (n, d_out)), read off the layer, in `dtype` or fp32
+    if that is better."""
     for start in range(0, d_in, COLUMNS):
         n = min(COLUMNS, d_in - start)
         eye = torch.zeros(n, d_in, dtype=torch.promote_types(dtype, torch.float32), device=device_of(module))
@@ -116,7 +120,8 @@ def _column_blocks(module: nn.Module, d_in: int, dtype: torch.dtype) -> Iterator
 
 @torch.no_grad()
 def weight_norms(module: nn.Module, path: str, dim: int) -> Tensor:
-    """Norms of the weight's rows (dim 1, one per output) or columns (dim 0, one per input), in fp32 or better; a packed weight is streamed."""
+    """Norms of the weight's rows (dim 1, one per output) or columns (dim 0, one per input), in fp32 or better; a packed
+    weight is streamed."""
     w = getattr(module, "weight", None)
     if is_plain(module) or not isinstance(w, Tensor) or w.is_meta or is_sharded(w) or dims(module) is None:
         dense = read_weight(module, path)

@@ -1,4 +1,5 @@
-"""Embeddings, convolutions and norms as linear layers of an input that is never built: one-hot rows, unfolded patches, one input per feature.
+"""Embeddings, convolutions and norms as linear layers of an input that is never built: one-hot rows, unfolded patches,
+one input per feature.
 
 A page that only multiplies x by a matrix (`x @ M`) runs on them unchanged. Anything else it does to x raises at attach.
 """
@@ -78,7 +79,8 @@ class Lookup(VirtualInput):
 
 
 class Patches(VirtualInput):
-    """The patches (B, …, C·k) that a convolution multiplies with its kernel: x @ M is a convolution with M's columns as kernels."""
+    """The patches (B, …, C·k) that a convolution multiplies with its kernel: x @ M is a convolution with M's columns as
+    kernels."""
 
     def __init__(self, module: nn.Module, x: Tensor, spatial: tuple[int, ...]) -> None:
         kernel = tuple(module.kernel_size)  # type: ignore[arg-type]

@@ -65,7 +65,8 @@ class Slot:
 
 
 class Site:
-    """All adapters of one layer, in the order in which they were attached. Lives on the layer, outside its submodules."""
+    """All adapters of one layer, in the order in which they were attached. Lives on the layer, outside its
+    submodules."""
 
     def __init__(self, path: str, kind: str, state: ModelState) -> None:
         self.path, self.kind, self.state = path, kind, state
@@ -103,7 +104,7 @@ def owned_tensors(model: nn.Module, record: Record) -> Iterator[tuple[Target, st
             tensor = tensor_on(layer, stored_name(short, record.name))
             if tensor is None:
                 raise StateError(
-                    f"adapter {record.name!r}: {target.path}.{stored_name(short, record.name)} is gone; something replaced the layer "
-                    "or deleted its parameters. Detach and load the adapter again."
+                    f"adapter {record.name!r}: {target.path}.{stored_name(short, record.name)} is gone; something "
+                    "replaced the layer or deleted its parameters. Detach and load the adapter again."
                 )
             yield target, short, layer, tensor

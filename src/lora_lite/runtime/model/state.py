@@ -1,4 +1,5 @@
-"""What the model remembers of its adapters: plain data on the root module, no references to modules, so it survives deepcopy and pickle."""
+"""What the model remembers of its adapters: plain data on the root module, no references to modules, so it survives
+deepcopy and pickle."""
 
 from __future__ import annotations
 
@@ -89,10 +90,12 @@ def state_of(model: nn.Module, create: bool = False) -> ModelState:
 
 
 def outside_scope(state: ModelState, what: str) -> None:
-    """Raise inside a `with ll.active(...)` or `with ll.rows(...)` block, whose end would undo or contradict the change."""
+    """Raise inside a `with ll.active(...)` or `with ll.rows(...)` block, whose end would undo or contradict the
+    change."""
     if state.scope_depth:
         raise SelectionError(
-            f"{what} inside a `with ll.active(...)` or `with ll.rows(...)` block would be undone at its end; leave the block first."
+            f"{what} inside a `with ll.active(...)` or `with ll.rows(...)` block would be undone at its end; leave "
+            "the block first."
         )
 
 

@@ -1,4 +1,5 @@
-"""One pass of data over the untouched model, and what a method can learn from it: streamed, padding masked, hooks always removed.
+"""One pass of data over the untouched model, and what a method can learn from it: streamed, padding masked, hooks
+always removed.
 
 Every rank of a distributed run should be given the same batches, so that all start from the same adapter.
 """
@@ -51,9 +52,9 @@ class Gram:
 class Targets(list[StagedTarget]):
     """The staged targets of a `group_init`, with statistics of a pass of the data through the bare model.
 
-    Take targets out of this list to leave them unadapted; `view.resize(r=...)` changes a rank. A batch is a dict (`model(**batch)`),
-    a tuple or a tensor. A dict's `attention_mask` (batch, tokens) says which tokens count. Layers that see routed tokens
-    (mixtures of experts) count all they receive.
+    Take targets out of this list to leave them unadapted; `view.resize(r=...)` changes a rank. A batch is a dict
+    (`model(**batch)`), a tuple or a tensor. A dict's `attention_mask` (batch, tokens) says which tokens count. Layers
+    that see routed tokens (mixtures of experts) count all they receive.
     """
 
     def __init__(self, model: nn.Module, views: Iterable[StagedTarget]) -> None:
@@ -61,7 +62,8 @@ class Targets(list[StagedTarget]):
         self.model = model
 
     def stream(self, data: Any, visit: Visit, labelled: bool = False) -> None:
-        """Run the batches in eval mode and call `visit(target, x, y)` with x (n, d_in) and y (n, d_out): the tokens that are no padding.
+        """Run the batches in eval mode and call `visit(target, x, y)` with x (n, d_in) and y (n, d_out): the tokens
+        that are no padding.
 
         `labelled` also leaves out the tokens whose label is -100.
         """
@@ -70,7 +72,8 @@ class Targets(list[StagedTarget]):
     def stream_whole(
         self, data: Any, visit: VisitWhole, labelled: bool = False, views: list[StagedTarget] | None = None
     ) -> None:
-        """The same with unflattened tensors and the batch's mask (batch, tokens) or None: `visit(target, x, y, mask)`."""
+        """The same with unflattened tensors and the batch's mask (batch, tokens) or None: `visit(target, x, y,
+        mask)`."""
         with torch.no_grad(), _untouched(self.model):
             for batch, mask in _batches(self.model, data, labelled):
                 self._run(batch, lambda view, x, y, mask=mask: visit(view, x, y, mask), views or self)
@@ -78,8 +81,8 @@ class Targets(list[StagedTarget]):
     def each_gram(self, data: Any, labelled: bool = False, budget: int | None = None) -> Iterator[Gram]:
         """C = Σ xᵀx of one distinct input after the other. Layers that receive the very same tensor share one sum.
 
-        At most `budget` bytes of sums are held at once (default: half of the free memory); what does not fit waits for another
-        pass of the data, so data that can be read only once raises then. Keep no sum longer than needed.
+        At most `budget` bytes of sums are held at once (default: half of the free memory); what does not fit waits for
+        another pass of the data, so data that can be read only once raises then. Keep no sum longer than needed.
         """
         budget = _free_bytes(self) if budget is None else budget
         pending = list(self)
@@ -116,10 +119,11 @@ class Targets(list[StagedTarget]):
     def each_gradient(
         self, data: Any, loss: Callable[[Any], Tensor] | None = None, budget: int | None = None
     ) -> Iterator[tuple[StagedTarget, Tensor]]:
-        """(target, ∂loss/∂W (d_out, d_in) in fp32 or better), averaged over the batches: Σ gᵀx from hooks, so W itself never needs a gradient.
+        """(target, ∂loss/∂W (d_out, d_in) in fp32 or better), averaged over the batches: Σ gᵀx from hooks, so W itself
+        never needs a gradient.
 
-        `loss` maps the model's output to a scalar; by default its `.loss`, so put labels into the batches (labels of padding are ignored).
-        At most `budget` bytes of gradients are held at once, as in `each_gram`.
+        `loss` maps the model's output to a scalar; by default its `.loss`, so put labels into the batches (labels of
+        padding are ignored). At most `budget` bytes of gradients are held at once, as in `each_gram`.
         """
         budget = _free_bytes(self) if budget is None else budget
         pending = list(self)
@@ -164,7 +168,8 @@ class Targets(list[StagedTarget]):
                 value = loss(out) if loss is not None else getattr(out, "loss", None)
                 if not isinstance(value, Tensor):
                     raise ConfigError(
-                        "the gradient needs a loss: put labels into the calibration batches, so that the model's output has .loss."
+                        "the gradient needs a loss: put labels into the calibration batches, so that the model's "
+                        "output has .loss."
                     )
                 if value.requires_grad:
                     torch.autograd.backward(value)
@@ -219,7 +224,8 @@ def _grams_of_pass(
         first = last["path"] if last["x"] is x and last["version"] == version else view.path
         if leader.setdefault(view.path, first) != first:
             raise StateError(
-                f"{view.path}: shared its input with another layer in one batch and not in the next; calibrate with batches of one kind."
+                f"{view.path}: shared its input with another layer in one batch and not in the next; calibrate with "
+                "batches of one kind."
             )
         last.update(x=x, version=version, path=first)
         if first != view.path or first in postponed:
@@ -286,7 +292,8 @@ def _batches(model: nn.Module, data: Any, labelled: bool = False) -> Iterator[tu
         if isinstance(batch, Mapping):
             if not any(isinstance(v, Tensor) for v in batch.values()):
                 raise ConfigError(
-                    f"a calibration batch holds no tensor (keys {sorted(batch)}): tokenize with return_tensors='pt', or pass a DataLoader."
+                    f"a calibration batch holds no tensor (keys {sorted(batch)}): tokenize with return_tensors='pt', "
+                    "or pass a DataLoader."
                 )
             batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             mask = _mask(batch, labelled)

@@ -1,4 +1,5 @@
-"""A start from full-precision weights: the low-rank part of what the base lost, say by quantisation (LoftQ, arXiv 2310.08659), the base untouched."""
+"""A start from full-precision weights: the low-rank part of what the base lost, say by quantisation (LoftQ, arXiv
+2310.08659), the base untouched."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Checkpoint:
         found = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not found or any(f.suffix != ".safetensors" for f in found):
             raise FileError(
-                f"reference_weights: {self.where} holds no safetensors file; give a .safetensors file, a folder as save_pretrained writes it, or a hub id."
+                f"reference_weights: {self.where} holds no safetensors file; give a .safetensors file, a folder as "
+                "save_pretrained writes it, or a hub id."
             )
         for file in found:
             with opened(file) as f:
@@ -62,7 +64,8 @@ class Checkpoint:
             if key in self.files:
                 return key
         raise FileError(
-            f"reference_weights: {self.where} has no {wanted!r}.{did_you_mean(wanted, self.files)} It must be a checkpoint of the same architecture, not quantised."
+            f"reference_weights: {self.where} has no {wanted!r}.{did_you_mean(wanted, self.files)} It must be a "
+            "checkpoint of the same architecture, not quantised."
         )
 
     def read(self, key: str) -> Tensor:
@@ -75,7 +78,8 @@ class Checkpoint:
             t: Tensor = f.get_tensor(key)
         if not t.is_floating_point() or t.dim() != 2:
             raise FileError(
-                f"reference_weights: {key} in {self.where} is {t.dtype} of shape {tuple(t.shape)}, not a matrix of weights; give the checkpoint in full precision."
+                f"reference_weights: {key} in {self.where} is {t.dtype} of shape {tuple(t.shape)}, not a matrix of "
+                "weights; give the checkpoint in full precision."
             )
         return t
 
@@ -87,7 +91,8 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
     except Exception as e:
         raise FileError(
-            f"reference_weights: {name!r} is no file or folder here, and no repository that can be downloaded: {str(e).splitlines()[0]}"
+            f"reference_weights: {name!r} is no file or folder here, and no repository that can be downloaded: "
+            f"{str(e).splitlines()[0]}"
         ) from None
 
 
@@ -110,7 +115,8 @@ def check_reference(variant: type[Variant]) -> None:
     if variant.from_factors is None:
         able = [v.name for v in variants() if v.from_factors is not None]
         raise ConfigError(
-            f"variant {variant.name!r} cannot start from reference_weights: it is no free low-rank update. Methods that can: {', '.join(able)}."
+            f"variant {variant.name!r} cannot start from reference_weights: it is no free low-rank update. Methods "
+            f"that can: {', '.join(able)}."
         )
 
 
@@ -118,7 +124,8 @@ def start_from_reference(model: nn.Module, staged: list[StagedTarget], where: st
     """Fill every target's factors with s BA = the best rank-r part of W_ref − W, W being what the layer does.
 
     Raises:
-        TargetError: a target is no linear layer; FileError: a weight is missing; BaseMismatchError: it belongs to another model.
+        TargetError: a target is no linear layer; FileError: a weight is missing; BaseMismatchError: it belongs to
+            another model.
     """
     other = next((v for v in staged if v.target.kind != "linear"), None)
     if other is not None:
@@ -150,16 +157,19 @@ def start_from_reference(model: nn.Module, staged: list[StagedTarget], where: st
 
 
 def _aligned(reference: Tensor, W: Tensor, view: StagedTarget, checkpoint: Checkpoint) -> Tensor:
-    """The reference as (d_out, d_in). GPT-2 stores the transpose, and a quantised stand-in does not tell: the nearer one is meant."""
+    """The reference as (d_out, d_in). GPT-2 stores the transpose, and a quantised stand-in does not tell: the nearer
+    one is meant."""
     fitting = [t for t in (reference, reference.mT) if t.shape == W.shape]
     if not fitting:
         raise BaseMismatchError(
-            f"{view.path}: the reference weight is {tuple(reference.shape)}, the layer's {tuple(W.shape)}; {checkpoint.where} belongs to another model."
+            f"{view.path}: the reference weight is {tuple(reference.shape)}, the layer's {tuple(W.shape)}; "
+            f"{checkpoint.where} belongs to another model."
         )
     nearest = min(fitting, key=lambda t: float((t - W).norm()))
     error = float((nearest - W).norm() / nearest.norm().clamp_min(1e-30))
     if not error <= FAR:
         raise BaseMismatchError(
-            f"{view.path}: the reference weight differs by {error:.0%} from what the layer does, which is more than a precision; {checkpoint.where} belongs to another model."
+            f"{view.path}: the reference weight differs by {error:.0%} from what the layer does, which is more than a "
+            f"precision; {checkpoint.where} belongs to another model."
         )
     return nearest.clone()

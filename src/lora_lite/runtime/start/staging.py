@@ -1,4 +1,5 @@
-"""Adapter tensors before they are on the model: everything that can fail happens here, so an attach is all or nothing."""
+"""Adapter tensors before they are on the model: everything that can fail happens here, so an attach is all or
+nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from ..view.layer import StagedView, generator_for
 
 
 class StagedTarget(StagedView):
-    """What `init` and `group_init` see of one target: the layer view plus rank changes. Its tensors move onto the layer at the end."""
+    """What `init` and `group_init` see of one target: the layer view plus rank changes. Its tensors move onto the layer
+    at the end."""
 
     def __init__(self, module: nn.Module, record: Record, target: Target, fill: bool = True) -> None:
         super().__init__(module, Slot(record, target, {}), {})
@@ -78,7 +80,8 @@ class TrialView(StagedView):
 
 
 def modules_of(model: nn.Module, targets: Iterable[Target]) -> dict[str, nn.Module]:
-    """Path -> the target's layer; a bank of fused experts is made here, and joins the model when the attach succeeds."""
+    """Path -> the target's layer; a bank of fused experts is made here, and joins the model when the attach
+    succeeds."""
     targets = list(targets)
     fused = banks(model, describe(model).d_model) if any(t.experts for t in targets) else {}
     return {t.path: fused[t.path] if t.experts else model.get_submodule(t.path) for t in targets}
@@ -93,8 +96,8 @@ def stage(model: nn.Module, record: Record, fill: bool = True) -> list[StagedTar
         view = StagedTarget(modules[target.path], record, target, fill)
         if view.device.type == "meta" and not whole_on_meta:
             raise WeightError(
-                f"{target.path}: its weight is on the meta device (accelerate offload), so the adapter would run on weights that are not there. "
-                "Attach before dispatching the model, or load it without offloading."
+                f"{target.path}: its weight is on the meta device (accelerate offload), so the adapter would run on "
+                "weights that are not there. Attach before dispatching the model, or load it without offloading."
             )
         staged.append(view)
     return staged
@@ -126,6 +129,6 @@ def try_page(page: Any, view: Any, module: nn.Module, kind: str, device: torch.d
         page(view, x, y)
     except (TypeError, NotImplementedError) as e:
         raise TargetError(
-            f"{view.path}: variant {view.cfg.variant!r} does more with its input than multiply it by a matrix ({e}), so it cannot adapt "
-            f"{article(kind)}; take it out of target_kinds."
+            f"{view.path}: variant {view.cfg.variant!r} does more with its input than multiply it by a matrix ({e}), "
+            f"so it cannot adapt {article(kind)}; take it out of target_kinds."
         ) from None

@@ -15,7 +15,8 @@ from .structure import Place, Structure
 
 
 def whole_config(cfg: AdapterConfig) -> AdapterConfig:
-    """The config of the modules that `cfg` trains whole: the method that declares it, with the adapter's dtype and seed."""
+    """The config of the modules that `cfg` trains whole: the method that declares it, with the adapter's dtype and
+    seed."""
     holder = next((v for v in variants() if v.whole), None)
     if holder is None:
         raise ConfigError("train_modules: no registered method trains whole modules (none declares `whole = True`).")
@@ -26,7 +27,8 @@ def whole_sites(model: nn.Module, structure: Structure, cfg: AdapterConfig, hits
     """Every layer with parameters inside the modules that `train_modules` names; counts the modules in `hits`.
 
     Raises:
-        TargetError: a pattern matches no module, a module without parameters, or one with a parameter outside of the layers that can be trained.
+        TargetError: a pattern matches no module, a module without parameters, or one with a parameter outside of the
+            layers that can be trained.
     """
     if not cfg.train_modules:
         return []
@@ -39,19 +41,22 @@ def whole_sites(model: nn.Module, structure: Structure, cfg: AdapterConfig, hits
         if not named:
             tails = dict.fromkeys(part for p in modules for part in (p.rsplit(".", 1)[-1], p))
             raise TargetError(
-                f"train_modules: {pattern!r} matches none of the {len(modules)} modules.{did_you_mean(pattern, list(tails))} print(model) shows their names."
+                f"train_modules: {pattern!r} matches none of the {len(modules)} "
+                f"modules.{did_you_mean(pattern, list(tails))} print(model) shows their names."
             )
         for path in named:
             inside = [p for p, m in modules.items() if (p == path or p.startswith(f"{path}.")) and _has_own(m)]
             strange = [p for p in inside if p not in sites or not _is_covered(sites[p])]
             if strange or not inside:
                 what = (
-                    f"holds parameters that are no weight or bias of a linear layer, embedding, convolution or norm: {listing(strange)}"
+                    "holds parameters that are no weight or bias of a linear layer, embedding, convolution or norm: "
+                    f"{listing(strange)}"
                     if strange
                     else "has no parameters"
                 )
                 raise TargetError(
-                    f"train_modules: {pattern!r} names {path!r}, which {what}. Name the layers inside it that can be trained."
+                    f"train_modules: {pattern!r} names {path!r}, which {what}. Name the layers inside it that can be "
+                    "trained."
                 )
             found |= {p: dataclasses.replace(sites[p], role="trained whole") for p in inside}
     return list(found.values())

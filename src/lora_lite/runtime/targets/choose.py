@@ -32,7 +32,8 @@ def check_method(path: str, cfg: AdapterConfig) -> None:
     )
     if why:
         raise TargetError(
-            f"{path}: variant {variant.name!r} {why}, so it cannot stand on fused experts; take 'experts' out of target_kinds."
+            f"{path}: variant {variant.name!r} {why}, so it cannot stand on fused experts; take 'experts' out of "
+            "target_kinds."
         )
     if cfg.dropout:
         raise TargetError(
@@ -49,7 +50,9 @@ def count_hits(cfg: AdapterConfig, fields: tuple[str, ...] | None, sites: list[P
             hits[f"{name} {pattern!r}"] = n = sum(matches(pattern, s.path) for s in sites)
             if n == 0:
                 raise TargetError(
-                    f"{name}: {pattern!r} matches none of the {len(sites)} {what}.{did_you_mean(pattern, tails(sites))} ll.plan(model, ll.{type(cfg).__name__}()) shows all of them."
+                    f"{name}: {pattern!r} matches none of the {len(sites)} "
+                    f"{what}.{did_you_mean(pattern, tails(sites))} ll.plan(model, ll.{type(cfg).__name__}()) shows "
+                    "all of them."
                 )
     return hits
 
@@ -85,7 +88,8 @@ def select(sites: list[Place], structure: Structure, cfg: AdapterConfig) -> tupl
             else "lora_lite adapts linear-like layers; this model has none."
         )
         raise TargetError(
-            f"the config chooses none of the model's {len(sites)} layers ({', '.join(f'{n} {r}' for r, n in why.most_common(3)) or 'none found'}). {cure}"
+            f"the config chooses none of the model's {len(sites)} layers "
+            f"({', '.join(f'{n} {r}' for r, n in why.most_common(3)) or 'none found'}). {cure}"
         )
     return chosen, left
 
@@ -107,7 +111,8 @@ def make_target(path: str, d_in: int, d_out: int, cfg: AdapterConfig, kind: str 
     for short in specs:
         if not short.startswith("lora_") or "@" in short or "." in short:
             raise TargetError(
-                f"{variant.name}.param_specs names a tensor {short!r}; names begin with 'lora_' and hold neither '@' nor '.'."
+                f"{variant.name}.param_specs names a tensor {short!r}; names begin with 'lora_' and hold neither '@' "
+                "nor '.'."
             )
     if experts:
         specs = {k: dataclasses.replace(s, shape=(experts, *s.shape)) for k, s in specs.items()}
@@ -126,29 +131,34 @@ def check_site(site: Place, structure: Structure, cfg: AdapterConfig) -> None:
     variant = get_variant(cfg.variant)
     if site.kind == "norm" and not variant.norms:
         raise TargetError(
-            f"{site.path}: variant {variant.name!r} cannot stand on a norm; take it out of target_kinds, or train norms whole: train_modules=({site.path.rsplit('.', 1)[-1]!r},)."
+            f"{site.path}: variant {variant.name!r} cannot stand on a norm; take it out of target_kinds, or train "
+            f"norms whole: train_modules=({site.path.rsplit('.', 1)[-1]!r},)."
         )
     if site.kind in ("embedding", "conv"):
         check_place(site.module, site.path)
         if variant.forward_input is not None or variant.group_init is not None:
             why = "rewrites its layer's input" if variant.forward_input is not None else "starts from data"
             raise TargetError(
-                f"{site.path}: variant {variant.name!r} {why}, which {article(site.kind)} does not offer; take it out of target_kinds."
+                f"{site.path}: variant {variant.name!r} {why}, which {article(site.kind)} does not offer; take it out "
+                "of target_kinds."
             )
         if site.kind == "embedding" and cfg.dropout:
             raise TargetError(
-                f"{site.path}: dropout on the one-hot input of an embedding has no meaning; set dropout=0 or exclude it."
+                f"{site.path}: dropout on the one-hot input of an embedding has no meaning; set dropout=0 or exclude "
+                "it."
             )
     if site.kind == "experts":
         check_method(site.path, cfg)
     if site.uncalled:
         raise TargetError(
-            f"{site.path} is never called as a module ({site.uncalled}), so an adapter there would do nothing. Add it to exclude_names."
+            f"{site.path} is never called as a module ({site.uncalled}), so an adapter there would do nothing. Add it "
+            "to exclude_names."
         )
     paths = structure.aliases.get(id(site.module))
     if paths:
         raise TargetError(
-            f"one module has {len(paths)} paths ({listing(paths)}); an adapter on it would act at all of them. Add it to exclude_names, or give the model two modules."
+            f"one module has {len(paths)} paths ({listing(paths)}); an adapter on it would act at all of them. Add it "
+            "to exclude_names, or give the model two modules."
         )
 
 
@@ -171,7 +181,8 @@ def layer_set(cfg: AdapterConfig, structure: Structure, sites: list[Place]) -> s
 def block_sites(structure: Structure) -> list[Place]:
     if not structure.blocks or structure.d_model is None:
         raise TargetError(
-            "this variant hooks the residual stream after blocks, and the model has no list of blocks such as model.layers."
+            "this variant hooks the residual stream after blocks, and the model has no list of blocks such as "
+            "model.layers."
         )
     d = structure.d_model
     return [Place(path, module, d, d, index, "block", kind="block") for path, index, module in structure.blocks]

@@ -1,4 +1,5 @@
-"""The structure of a model: its linear layers, its stack of blocks, the width of its residual stream, the role of each layer."""
+"""The structure of a model: its linear layers, its stack of blocks, the width of its residual stream, the role of each
+layer."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class Structure:
     blocks: list[tuple[str, int, nn.Module]] = field(default_factory=list)
     """(path, index, module) of every block."""
     raw: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
-    """(path, shape) of parameters with two or more dimensions that no linear-like layer, embedding, norm or bank of experts owns."""
+    """(path, shape) of parameters with two or more dimensions that no linear-like layer, embedding, norm or bank of
+    experts owns."""
     aliases: dict[int, list[str]] = field(default_factory=dict)
     """id of a module -> all its paths, where there are several."""
 
@@ -114,7 +116,8 @@ def describe(model: nn.Module) -> Structure:
 
 
 def role_of(path: str, d_in: int, d_out: int, d_model: int | None) -> str:
-    """reader: takes the residual stream; writer: adds to it; inner: neither, or a square layer whose name says nothing."""
+    """reader: takes the residual stream; writer: adds to it; inner: neither, or a square layer whose name says
+    nothing."""
     if d_model is None or (d_in != d_model and d_out != d_model) or INNER.search(path):
         return "inner"
     if d_in != d_out:
@@ -132,7 +135,8 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _block_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]:
-    """The outermost lists of like children that hold linear layers: `model.layers`, `transformer.h`, `encoder.block`, ..."""
+    """The outermost lists of like children that hold linear layers: `model.layers`, `transformer.h`, `encoder.block`,
+    ..."""
     stacks: list[tuple[str, nn.ModuleList | nn.Sequential]] = []
     for path, module in model.named_modules():
         if (

@@ -11,7 +11,8 @@ from .structure import Place, Structure
 
 
 def tied_notes(model: nn.Module, chosen: list[Place]) -> list[str]:
-    """A sentence for each target whose weight another module uses too: the adapter changes the target's output alone."""
+    """A sentence for each target whose weight another module uses too: the adapter changes the target's output
+    alone."""
     users: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         w = module._parameters.get("weight")
@@ -25,7 +26,8 @@ def tied_notes(model: nn.Module, chosen: list[Place]) -> list[str]:
         ]
         if others:
             notes.append(
-                f"{site.path} shares its weight with {listing(others)}, which stays as it is: only {site.path} is adapted"
+                f"{site.path} shares its weight with {listing(others)}, which stays as it is: only {site.path} is "
+                "adapted"
             )
     return notes
 
@@ -58,6 +60,7 @@ def only_input_embedding(model: nn.Module, sites: list[Place]) -> list[Place]:
         module = None
     if not any(s.module is module for s in embeddings):
         raise TargetError(
-            f"the model has {len(embeddings)} embeddings ({listing([s.path for s in embeddings])}) and does not say which one holds the tokens; name it in target_names."
+            f"the model has {len(embeddings)} embeddings ({listing([s.path for s in embeddings])}) and does not say "
+            "which one holds the tokens; name it in target_names."
         )
     return [s for s in sites if s.kind != "embedding" or s.module is module]

@@ -1,4 +1,5 @@
-"""A layer with its adapters as one function of x, in the order in which the hooks apply them: what merging and swapped-in weights read."""
+"""A layer with its adapters as one function of x, in the order in which the hooks apply them: what merging and
+swapped-in weights read."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from .layer import DenseView
 
 
 def composed(slots: Sequence[tuple[Slot, float, DenseView]], w: Tensor, b: Tensor | None) -> Callable[[Any], Tensor]:
-    """F(x) = pages(W pages_in(x) + b), W (d_out, d_in). An affine F is x W'ᵀ + b' with b' = F(0) and W'ᵀ = F(I) − F(0)."""
+    """F(x) = pages(W pages_in(x) + b), W (d_out, d_in). An affine F is x W'ᵀ + b' with b' = F(0) and W'ᵀ = F(I) −
+    F(0)."""
     views = []
     for slot, weight, view in slots:
         view.strength = weight

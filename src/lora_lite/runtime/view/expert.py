@@ -70,7 +70,8 @@ def try_experts(view: StagedView, bank: Bank) -> None:
     f = composed([(view._slot, 1.0, ExpertView(bank, view._slot, w, None, tensors))], w, None)
     if bool(f(w.new_zeros(1, bank.d_in)).any()):
         raise TargetError(
-            f"{view.path}: variant {view.cfg.variant!r} adds a bias, and these experts have none; take 'experts' out of target_kinds."
+            f"{view.path}: variant {view.cfg.variant!r} adds a bias, and these experts have none; take 'experts' out "
+            "of target_kinds."
         )
 
 
@@ -104,7 +105,8 @@ def slices(bank: Bank, slot: Slot) -> dict[str, Tensor]:
 
 
 def adapted(bank: Bank, site: Site, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
-    """(W' (E, d_out, d_in), b' (E, d_out) or None) of these adapters with their weights, in the base's dtype, with gradients to their tensors."""
+    """(W' (E, d_out, d_in), b' (E, d_out) or None) of these adapters with their weights, in the base's dtype, with
+    gradients to their tensors."""
     w, b = bank.dense(), bank.bias
     slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
     if all(slot.factors is not None and slot.forward_input is None and not slot.own_weight for slot, _ in slots):

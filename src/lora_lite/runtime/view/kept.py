@@ -1,7 +1,8 @@
 """What pages compute from their parameters alone, kept while a model generates token by token.
 
-A call that continues a key-value cache comes from the same generation as the call before it, so a rotation or a norm need not be computed
-again. Nothing is kept between calls without a cache, in training, with gradients or in compiled code.
+A call that continues a key-value cache comes from the same generation as the call before it, so a rotation or a norm
+need not be computed again. Nothing is kept between calls without a cache, in training, with gradients or in compiled
+code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from ..model.state import SITE, ModelState
 
 
 def begin(state: ModelState, model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Open the memo for a root call: the last one's where the call continues the same cache, otherwise an empty one, or none."""
+    """Open the memo for a root call: the last one's where the call continues the same cache, otherwise an empty one, or
+    none."""
     state.memo = None
     cache = kwargs.get("past_key_values")
     if cache is None or model.training or torch.is_grad_enabled() or type(cache) is tuple:

@@ -25,7 +25,8 @@ PROBE = 256.0
 
 
 def generator_for(seed: int, *names: str) -> Generator:
-    """A CPU generator that depends on the seed and the names only: not on device, rank, target order or the global state."""
+    """A CPU generator that depends on the seed and the names only: not on device, rank, target order or the global
+    state."""
     digest = hashlib.blake2b("\0".join((str(seed), *names)).encode(), digest_size=8).digest()
     return Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -33,7 +34,8 @@ def generator_for(seed: int, *names: str) -> Generator:
 class LayerView:
     """One adapter's view of its layer.
 
-    `view.lora_A` is this adapter's tensor cast to the dtype in which the page computes; `view.master("lora_A")` is the stored one.
+    `view.lora_A` is this adapter's tensor cast to the dtype in which the page computes; `view.master("lora_A")` is the
+    stored one.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class LayerView:
         # reached only for names that are not the view's own
         if not name.startswith("lora_"):
             raise AttributeError(
-                f"a layer view has no {name!r}; it offers lora_*, weight, row_norms(), column_norms(), bias, cfg, in_features, out_features, base(v), project(v), spans(h), dropout(x), master(name), tiny(name), once(what, compute)"
+                f"a layer view has no {name!r}; it offers lora_*, weight, row_norms(), column_norms(), bias, cfg, "
+                "in_features, out_features, base(v), project(v), spans(h), dropout(x), master(name), tiny(name), "
+                "once(what, compute)"
             )
         tensor = self.master(name)
         if self._dtype is None or tensor.dtype == self._dtype or not tensor.is_floating_point():
@@ -69,14 +73,16 @@ class LayerView:
         attribute = slot.keys.get(name)
         if attribute is None:
             raise AttributeError(
-                f"adapter {slot.name!r} on {slot.path}: param_specs declares no {name!r}; it declares {sorted(slot.keys)}"
+                f"adapter {slot.name!r} on {slot.path}: param_specs declares no {name!r}; it declares "
+                f"{sorted(slot.keys)}"
             )
         module = slot.owners[name] if name in slot.owners else self._module
         tensor = tensor_on(module, attribute)
         if tensor is not None and tensor.is_meta and "_hf_hook" in self._module.__dict__:
             raise WeightError(
-                f"adapter {slot.name!r} on {slot.path}: accelerate offloads this layer, and with it the adapter's tensors, which are on the meta device when the adapter acts. "
-                "Merge before offloading (ll.merge), or keep adapted layers on a device."
+                f"adapter {slot.name!r} on {slot.path}: accelerate offloads this layer, and with it the adapter's "
+                "tensors, which are on the meta device when the adapter acts. Merge before offloading (ll.merge), or "
+                "keep adapted layers on a device."
             )
         if tensor is None:
             raise StateError(
@@ -85,13 +91,14 @@ class LayerView:
         return tensor
 
     def tiny(self, name: str) -> Tensor:
-        """The stored tensor in `promote_types(float32, dtype of the page)`: for Cayley maps, norms and other small algebra."""
+        """The stored tensor in `promote_types(float32, dtype of the page)`: for Cayley maps, norms and other small
+        algebra."""
         tensor = self.master(name)
         return tensor.to(torch.promote_types(torch.float32, self._dtype or tensor.dtype))
 
     def once(self, what: str, compute: Callable[[], T]) -> T:
-        """compute(), which must depend on this adapter's tensors, config and strength alone. While a model generates with a key-value
-        cache, the value is kept from token to token; in training it is computed in every call."""
+        """compute(), which must depend on this adapter's tensors, config and strength alone. While a model generates
+        with a key-value cache, the value is kept from token to token; in training it is computed in every call."""
         if torch.compiler.is_compiling():
             return compute()
         memo = memo_of(self._module)
@@ -135,8 +142,9 @@ class LayerView:
         """
         if not self.cfg.dequantize and is_quantised(self._module):
             raise WeightError(
-                f"adapter {self._slot.name!r} on {self.path}: variant {self.cfg.variant!r} reads the dense weight, and this {type(self._module).__name__} "
-                "is quantised. Allow it with dequantize=True in the config, or choose a variant that does not need the weight."
+                f"adapter {self._slot.name!r} on {self.path}: variant {self.cfg.variant!r} reads the dense weight, "
+                f"and this {type(self._module).__name__} is quantised. Allow it with dequantize=True in the config, "
+                "or choose a variant that does not need the weight."
             )
         w = read_weight(self._module, self.path)
         return w if self._dtype is None else w.to(self._dtype)
@@ -146,7 +154,8 @@ class LayerView:
         return run_bare(self._module, v)
 
     def project(self, v: Tensor) -> Tensor:
-        """W v without the bias, for a few rows v (n, d_in) -> (n, d_out); gradients flow to v. Never builds a dense weight."""
+        """W v without the bias, for a few rows v (n, d_in) -> (n, d_out); gradients flow to v. Never builds a dense
+        weight."""
         if is_plain(self._module):
             w = dense_view(self._module)
             return (v.to(w.dtype) @ w.mT).to(v.dtype)
@@ -162,15 +171,18 @@ class LayerView:
         return (out - b.to(out.dtype)) / PROBE  # a large bias must not cost W v its digits
 
     def spans(self, h: Tensor, split: bool = False) -> list[Span]:
-        """Where the config's `positions` lie in the hidden state h (B, T, d): `span.take(h)` and `span.add(h, change)` for each.
+        """Where the config's `positions` lie in the hidden state h (B, T, d): `span.take(h)` and `span.add(h, change)`
+        for each.
 
-        No span: none of them is in this call. `split` gives first and last prompt tokens a span of their own, in this order.
+        No span: none of them is in this call. `split` gives first and last prompt tokens a span of their own, in this
+        order.
         """
         text = getattr(self.cfg, "positions", "all")
         return spans(self._call, text, h.shape, self._rows, split, self.path)
 
     def row_norms(self) -> Tensor:
-        """Norms of the weight's rows (d_out,), in fp32 or better. Never builds a dense weight, so a quantised layer will do."""
+        """Norms of the weight's rows (d_out,), in fp32 or better. Never builds a dense weight, so a quantised layer
+        will do."""
         return weight_norms(self._module, self.path, 1)
 
     def column_norms(self) -> Tensor:

@@ -14,8 +14,8 @@ from ...core.errors import SelectionError
 class Call:
     """The positions in one call of the model, for every wording that an acting adapter uses.
 
-    `found[text]` is (index, keep, p): index (B, p + s) columns of prompt tokens and keep which of them are there; or index None and keep
-    (B, T) the chosen columns; or both None: every column. An empty tuple: none.
+    `found[text]` is (index, keep, p): index (B, p + s) columns of prompt tokens and keep which of them are there; or
+    index None and keep (B, T) the chosen columns; or both None: every column. An empty tuple: none.
     """
 
     def __init__(self, shape: tuple[int, int], found: dict[str, tuple[Any, ...]]) -> None:
@@ -63,12 +63,13 @@ def spans(
         return [Span(None, None)]
     if call is None:
         raise SelectionError(
-            f"{path}: positions={text!r} needs a call of the whole model that carries the adapters, not of a part of it. Call that model, or use positions='all'."
+            f"{path}: positions={text!r} needs a call of the whole model that carries the adapters, not of a part of "
+            "it. Call that model, or use positions='all'."
         )
     if tuple(shape[:2]) != (call.shape if rows is None else (len(rows), call.shape[1])):
         raise SelectionError(
-            f"{path}: positions={text!r} was found for a batch of shape {call.shape}, but the hidden state has shape {tuple(shape)}. "
-            "The model adds, drops or flattens tokens on the way; use positions='all'."
+            f"{path}: positions={text!r} was found for a batch of shape {call.shape}, but the hidden state has shape "
+            f"{tuple(shape)}. The model adds, drops or flattens tokens on the way; use positions='all'."
         )
     found = call.found[text]
     if not found:

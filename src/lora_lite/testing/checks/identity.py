@@ -18,7 +18,8 @@ def fresh_adapter_is_the_identity(case: Case) -> None:
     else:
         case.expect(
             bound > 0,
-            "exact_identity = False needs identity_bound, the largest relative departure in fp32 (math.inf: departs by design).",
+            "exact_identity = False needs identity_bound, the largest relative departure in fp32 (math.inf: departs "
+            "by design).",
         )
     for shape in ((5,), (3, 5), (2, 3, 4)):
         x = case.x(*shape)
@@ -33,7 +34,8 @@ def fresh_adapter_is_the_identity(case: Case) -> None:
             if variant.exact_identity:
                 case.expect(
                     torch.equal(y, base),
-                    f"a fresh adapter changes the output by {relative(y, base):.1e} (training={mode}, input {tuple(x.shape)}); train the deviation from the identity, or declare identity_bound.",
+                    f"a fresh adapter changes the output by {relative(y, base):.1e} (training={mode}, input "
+                    f"{tuple(x.shape)}); train the deviation from the identity, or declare identity_bound.",
                 )
             elif case.dtype == torch.float32:
                 case.expect(

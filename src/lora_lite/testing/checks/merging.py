@@ -16,7 +16,8 @@ from .suite import affine, check, full_precision, relative
 
 
 def _merged_and_not(case: Case, model: nn.Module, paths: list[str], **options: Any) -> None:
-    """Every layer alone: forward of the merged layer against forward with the adapter, in units of the dtype's rounding."""
+    """Every layer alone: forward of the merged layer against forward with the adapter, in units of the dtype's
+    rounding."""
     found = []
     for path in paths:
         layer = model.get_submodule(path)
@@ -37,7 +38,8 @@ def _merged_and_not(case: Case, model: nn.Module, paths: list[str], **options: A
         error = relative(run(layer, x), adapted)
         case.expect(
             error <= tolerance,
-            f"{path}: merged and adapted outputs differ by {error:.1e} of the largest output (allowed {tolerance:.1e}).",
+            f"{path}: merged and adapted outputs differ by {error:.1e} of the largest output (allowed "
+            f"{tolerance:.1e}).",
         )
     case.expect(merge(model).n_layers == 0, "merging again is not a no-op.")
     unmerge(model)

@@ -60,7 +60,8 @@ def schedule_must_be_stepped(case: Case) -> None:
 
 @check("3_nothing_silent", lambda case: case.linear and full_precision(case))
 def quantised_weight_is_read_only_on_request(case: Case) -> None:
-    """A method that reads W raises on a quantised layer, and works with dequantize=True; any other needs no permission."""
+    """A method that reads W raises on a quantised layer, and works with dequantize=True; any other needs no
+    permission."""
     model = case.model(kind=FakeQuantLinear)
     before = Snapshot(model, case.x())
     if case.variant.needs_weight:

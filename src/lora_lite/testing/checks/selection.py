@@ -35,7 +35,8 @@ def selection_restores_itself(case: Case) -> None:
 
 @check("selection", lambda case: trains(case))
 def rows_equal_single_runs(case: Case) -> None:
-    """One adapter per row: as in a run of its own; rows without adapter have the base's bits; NaN stays in its row; beams repeat rows."""
+    """One adapter per row: as in a run of its own; rows without adapter have the base's bits; NaN stays in its row;
+    beams repeat rows."""
     model, x = case.random("a", "b"), case.x(5, 4)
     names = ["b", None, "a", "b", None]
     alone = {}

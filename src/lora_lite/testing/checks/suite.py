@@ -1,4 +1,5 @@
-"""The contract, check by check. Each takes a `Case` and raises AssertionError with a sentence; the number is the promise it belongs to."""
+"""The contract, check by check. Each takes a `Case` and raises AssertionError with a sentence; the number is the
+promise it belongs to."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def effect(case: Case, model: nn.Module, x: Tensor) -> float:
-    """How much the active adapters change the output, relative to it; the checks mean something only when this is large."""
+    """How much the active adapters change the output, relative to it; the checks mean something only when this is
+    large."""
     new = run(model, x)
     with active(model, None):
         return relative(new, run(model, x))

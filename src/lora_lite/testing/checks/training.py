@@ -32,7 +32,8 @@ def gradients_reach_the_adapter_only(case: Case) -> None:
 
 @check("training", lambda case: trains(case) and full_precision(case))
 def first_step_scales_with_the_learning_rate(case: Case) -> None:
-    """From a fresh adapter, one step with twice the learning rate changes the output twice as much: ‖ΔW‖ is of the order of lr."""
+    """From a fresh adapter, one step with twice the learning rate changes the output twice as much: ‖ΔW‖ is of the
+    order of lr."""
     exact = Case(case.variant, torch.float64, case.bias, case.options, case.data)
     x = exact.x(8, 4)
     moved = []
@@ -47,7 +48,8 @@ def first_step_scales_with_the_learning_rate(case: Case) -> None:
     )
     case.expect(
         1.9 < moved[1] / moved[0] < 2.1,
-        f"one step with twice the learning rate moves the output {moved[1] / moved[0]:.2f} times as far, not twice; ‖ΔW‖ does not scale with lr.",
+        f"one step with twice the learning rate moves the output {moved[1] / moved[0]:.2f} times as far, not twice; "
+        "‖ΔW‖ does not scale with lr.",
     )
 
 
