@@ -20,7 +20,7 @@ def test_roles_blocks_and_heads(name):
     structure = describe(model)
     want = tiny_models.expected(name)
     prefix = tiny_models.MODELS[name][2]
-    linear = [s for s in structure.sites if s.kind == "linear"]
+    linear = [s for s in structure.places if s.kind == "linear"]
     found = {s.path: s.role for s in linear if s.path.startswith(f"{prefix}.0.")}
     if name == "deepseek":
         found = {p: r for p, r in found.items() if ".experts." not in p}
@@ -31,9 +31,9 @@ def test_roles_blocks_and_heads(name):
         assert s.layer == (int(inside[0].rsplit(".", 1)[1]) if inside else None)
     paths = {t.path for t in ll.plan(model, ll.LoRAConfig(r=2)).targets}
     assert set(want) <= paths
-    heads = [s.path for s in structure.sites if s.is_head]
+    heads = [s.path for s in structure.places if s.is_head]
     assert len(heads) == 1 and not set(heads) & paths
-    assert all(s.layer is not None for s in structure.sites if s.path in paths), "a layer outside of the blocks"
+    assert all(s.layer is not None for s in structure.places if s.path in paths), "a layer outside of the blocks"
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -144,7 +144,7 @@ def test_a_tied_head_leaves_the_embedding_alone():
 def test_without_config_the_width_is_the_commonest():
     structure = describe(toy())
     assert structure.d_model == 12 and structure.n_layers == 2
-    roles = {s.path: s.role for s in structure.sites if s.layer is not None}
+    roles = {s.path: s.role for s in structure.places if s.layer is not None}
     assert roles == {f"layers.{i}.{n}": r for i in (0, 1) for n, r in (("up", "reader"), ("down", "writer"))}
     # one wide layer does not become the width
     model = nn.Sequential(
@@ -200,7 +200,7 @@ def test_towers_have_widths_of_their_own():
             self.config = {"hidden_size": 12}
 
     structure = describe(Both())
-    roles = {s.path: s.role for s in structure.sites}
+    roles = {s.path: s.role for s in structure.places}
     assert roles["vision.layers.0.fc1"] == roles["text.layers.0.up"] == "reader"
     assert roles["vision.layers.0.fc2"] == roles["text.layers.1.down"] == "writer"
     only = ll.plan(Both(), ll.LoRAConfig(r=2, target_names=(r"vision\..*",)))
@@ -283,7 +283,7 @@ def test_the_plan_is_what_attach_does_and_touches_nothing():
 
 def test_conv1d_is_a_linear_layer_with_its_sizes():
     model = tiny_models.build("gpt2")
-    sizes = {s.path.rsplit(".", 1)[1]: (s.d_in, s.d_out) for s in describe(model).sites if ".0.mlp" in s.path}
+    sizes = {s.path.rsplit(".", 1)[1]: (s.d_in, s.d_out) for s in describe(model).places if ".0.mlp" in s.path}
     assert sizes == {"c_fc": (32, 128), "c_proj": (128, 32)}
     seen = {}
     lora = ll.get_variant("lora")
@@ -306,4 +306,4 @@ def test_wrapped_layers_are_their_inner_layer():
         def forward(self, x):
             return self.inner(x)
 
-    assert [s.path for s in describe(nn.Sequential(Wrapper())).sites] == ["0.inner"]
+    assert [s.path for s in describe(nn.Sequential(Wrapper())).places] == ["0.inner"]

@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_lite as ll
 import tiny_models
-from lora_lite.runtime.layers import read as weights
+from lora_lite.runtime.layers import linear, read
 from lora_lite.testing.case import randomise
 from lora_lite.testing.toy import FakeQuantLinear, Snapshot
 
@@ -65,9 +65,9 @@ def test_bitsandbytes(kind, bias, tmp_path):
     model, dense = quantised(kind, bias)
     base, tolerance = exact(model), 1e-5 if kind != "int8" else 2e-2
     for layer, w in zip((model.a, model.b), dense, strict=True):
-        assert weights.is_quantised(layer) and not weights.is_plain(layer)
+        assert read.is_quantised(layer) and not read.is_plain(layer)
         # int8 kernels round the activations too: probing with the identity is exact for the weight up to that
-        torch.testing.assert_close(weights.read_weight(layer, "a"), w, atol=2e-6 if kind != "int8" else 2e-3, rtol=0)
+        torch.testing.assert_close(read.read_weight(layer, "a"), w, atol=2e-6 if kind != "int8" else 2e-3, rtol=0)
     packed = model.a.weight.data.clone()
     plan = ll.plan(model, CFG)
     assert plan.base_params == 2 * 64 * 128 + bias * 192 and "quantised" in str(plan)
@@ -120,15 +120,15 @@ def test_fake_quantised_layers_are_read_exactly():
         layer = FakeQuantLinear(12, 20, bias)
         if bias:
             layer.bias.data.mul_(1e4)  # a large bias costs the weight no digits
-        assert torch.equal(weights.read_weight(layer, ""), layer.dequantised())
-        assert weights.is_quantised(layer) and weights.dims(layer) == (12, 20)
+        assert torch.equal(read.read_weight(layer, ""), layer.dequantised())
+        assert read.is_quantised(layer) and linear.dims(layer) == (12, 20)
         v = torch.randn(3, 12)
-        torch.testing.assert_close(weights.apply_linear(layer, v), v @ layer.dequantised().mT)
+        torch.testing.assert_close(linear.apply_linear(layer, v), v @ layer.dequantised().mT)
 
 
 def test_a_wide_layer_is_probed_in_pieces():
-    layer = FakeQuantLinear(2 * weights.COLUMNS + 7, 5)
-    assert torch.equal(weights.read_weight(layer, ""), layer.dequantised())
+    layer = FakeQuantLinear(2 * linear.COLUMNS + 7, 5)
+    assert torch.equal(read.read_weight(layer, ""), layer.dequantised())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -177,7 +177,21 @@ def measure(method: str, size: str, shape: str, r: int, rounds: int, tick: Calla
     ids = torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
     models = {"base": base(size), "peft": theirs(size, method, r), "ours": ours(size, method, r)}
     models = {k: m.train() for k, m in models.items() if m is not None}
-    times: dict[str, dict[str, list[float]]] = {what: {k: [] for k in models} for what in ("forward", "step")}
+    row: dict[str, Any] = {"method": method, "size": size, "shape": shape, "r": r, "rounds": rounds}
+    row["trained"] = sum(p.numel() for p in models["ours"].parameters() if p.requires_grad)
+    row |= _ratios(_timed(models, ids, rounds, tick)) | _memory(models, ids)
+    del models
+    gc.collect()
+    return row
+
+
+Times = dict[str, dict[str, list[float]]]
+"""forward or step -> model -> seconds of every round."""
+
+
+def _timed(models: dict[str, Any], ids: torch.Tensor, rounds: int, tick: Callable[[], None]) -> Times:
+    """Processor time, the models one after the other in every round."""
+    times: Times = {what: {k: [] for k in models} for what in ("forward", "step")}
     for i in range(rounds + 1):
         for name, model in models.items():
             for what, run in (("forward", forward), ("step", step)):
@@ -186,13 +200,22 @@ def measure(method: str, size: str, shape: str, r: int, rounds: int, tick: Calla
                 if i:  # the first round warms up
                     times[what][name].append(time.process_time() - start)
         tick()
-    row: dict[str, Any] = {"method": method, "size": size, "shape": shape, "r": r, "rounds": rounds}
-    row["trained"] = sum(p.numel() for p in models["ours"].parameters() if p.requires_grad)
+    return times
+
+
+def _ratios(times: Times) -> dict[str, Any]:
+    row = {}
     for what, found in times.items():
         row[f"ours_{what}_vs_base"] = paired(found["ours"], found["base"])
-        if "peft" in models:
+        if "peft" in found:
             row[f"peft_{what}_vs_base"] = paired(found["peft"], found["base"])
             row[f"{what}_vs_peft"] = paired(found["ours"], found["peft"])
+    return row
+
+
+def _memory(models: dict[str, Any], ids: torch.Tensor) -> dict[str, Any]:
+    """What adapters keep beyond the base: bytes saved for the backward pass, and at the peak."""
+    row: dict[str, Any] = {}
     saved = {k: saved_bytes(m, ids) for k, m in models.items()}
     peak = {k: peak_bytes(m, ids) for k, m in models.items()}
     for name in models.keys() - {"base"}:
@@ -200,8 +223,6 @@ def measure(method: str, size: str, shape: str, r: int, rounds: int, tick: Calla
         row[f"{name}_extra_peak_mb"] = round((peak[name] - peak["base"]) / 2**20, 2)
     if "peft" in models:
         row["saved_vs_peft"] = round((saved["ours"] - saved["base"]) / max(1, saved["peft"] - saved["base"]), 3)
-    del models
-    gc.collect()
     return row
 
 

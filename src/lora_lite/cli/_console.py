@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -39,24 +39,29 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     cells = [[str(c) for c in row] for row in rows]
     right = [bool(cells) and all(_numeric(row[i]) for row in cells) for i in range(len(columns))]
     if sys.stdout.isatty():
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for i, (name, r) in enumerate(zip(columns, right, strict=True)):
-            grid.add_column(name, justify="right" if r else "left", overflow="fold", no_wrap=i == 0)
-        for row in cells:
-            grid.add_row(*(_escape(c) for c in row))
-        Console().print(grid)
+        _rich_table(columns, cells, right, title)
         return
-    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+    lines = [list(columns), *cells]
+    widths = [max(len(row[i]) for row in lines) for i in range(len(columns))]
     if title:
         print(title)
-    for row in [list(columns), *cells]:
+    for row in lines:
         line = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
         print("  ".join(line).rstrip())
     sys.stdout.flush()
+
+
+def _rich_table(columns: Sequence[str], cells: list[list[str]], right: list[bool], title: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, (name, r) in enumerate(zip(columns, right, strict=True)):
+        grid.add_column(name, justify="right" if r else "left", overflow="fold", no_wrap=i == 0)
+    for row in cells:
+        grid.add_row(*(_escape(c) for c in row))
+    Console().print(grid)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -78,7 +83,7 @@ class Bar:
         self.what, self.total = what, max(1, total)
         self.tty = sys.stderr.isatty()
         self.start = self.last = time.monotonic()
-        self.first = 0
+        self.first = self.done = 0
         self.rich: Any = None
 
     def __enter__(self) -> Bar:
@@ -107,6 +112,15 @@ class Bar:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def ticker(self, note: str) -> Callable[[], None]:
+        """For work that reports every step alike: a function that counts on from the last one's steps."""
+
+        def tick() -> None:
+            self.done += 1
+            self.update(self.done, note)
+
+        return tick
 
     def hook(self, done: int, total: int) -> None:
         """The same for functions that report (done, total)."""

@@ -15,6 +15,8 @@ from ._console import Bar, clock, say, table
 
 SECONDS = {"S4": 1.0, "M3": 2.0, "tiny": 0.02}
 """Rough seconds of one round at 512 tokens, all three models."""
+Setting = tuple[str, str, str, int]
+"""Method, size, tokens, rank of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +55,11 @@ def run(args: Bench) -> int:
 
     todo = list(speed.settings(chosen(args, speed), args.sizes, args.shapes, args.ranks))
     data = read(args.json)
-    known = {(r["method"], r["size"], r["shape"], r["r"]) for r in data["rows"]}
+    known = {setting_of(row) for row in data["rows"]}
     rest = [s for s in todo if s not in known]
     if args.dry_run:
         seconds = sum(SECONDS[size] * tokens(shape) / 512 * (args.rounds + 4) for _, size, shape, _ in rest)
-        rows = [(m, size, shape, r, "known" if (m, size, shape, r) in known else "") for m, size, shape, r in todo]
+        rows = [(*setting, "known" if setting in known else "") for setting in todo]
         table(("method", "model", "tokens", "r", ""), rows, title=f"{len(rest)} rows, about {clock(seconds)}")
         return 0
     if not speed.has_peft():
@@ -70,35 +72,37 @@ def run(args: Bench) -> int:
     data["machine"] = speed.machine()
     try:
         with Bar("bench", len(rest) * (args.rounds + 1)) as bar:
-            done = 0
             for setting in rest:
-
-                def tick(note: str = " ".join(map(str, setting))) -> None:
-                    nonlocal done
-                    done += 1
-                    bar.update(done, note)
-
-                data["rows"].append(speed.measure(*setting, args.rounds, tick))
+                data["rows"].append(speed.measure(*setting, args.rounds, bar.ticker(" ".join(map(str, setting)))))
                 if args.json is not None:
-                    args.json.parent.mkdir(parents=True, exist_ok=True)
-                    args.json.write_text(json_module.dumps(data, indent=1) + "\n")
+                    write(args.json, json_module.dumps(data, indent=1) + "\n")
     finally:
         torch.set_num_threads(before)
-    shown = {**data, "rows": [r for r in data["rows"] if (r["method"], r["size"], r["shape"], r["r"]) in set(todo)]}
-    table(
-        report.COLUMNS,
-        [[c.replace("**", "") for c in report.cells(r)] for r in shown["rows"]],
-        title="medians [quartiles]",
-    )
-    if args.table is not None:
-        args.table.parent.mkdir(parents=True, exist_ok=True)
-        args.table.write_text(report.markdown(data))
-    if args.plot is not None:
-        if any("step_vs_peft" in r for r in data["rows"]):
-            report.plot(data, args.plot)
-        else:
-            say("no row holds a comparison with PEFT, so there is nothing to draw.")
+    report_on(args, data, set(todo), report)
     return 0
+
+
+def setting_of(row: dict[str, Any]) -> Setting:
+    return row["method"], row["size"], row["shape"], row["r"]
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def report_on(args: Bench, data: dict[str, Any], wanted: set[Setting], report: Any) -> None:
+    """The wanted rows on the screen; table and picture of all rows where they were asked for."""
+    rows = [report.cells(row) for row in data["rows"] if setting_of(row) in wanted]
+    table(report.COLUMNS, [[c.replace("**", "") for c in row] for row in rows], title="medians [quartiles]")
+    if args.table is not None:
+        write(args.table, report.markdown(data))
+    if args.plot is None:
+        return
+    if any("step_vs_peft" in r for r in data["rows"]):
+        report.plot(data, args.plot)
+    else:
+        say("no row holds a comparison with PEFT, so there is nothing to draw.")
 
 
 def chosen(args: Bench, speed: Any) -> tuple[str, ...]:

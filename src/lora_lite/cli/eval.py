@@ -7,12 +7,18 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lora_lite as ll
 
 from . import _session as session
 from ._console import Bar, say, table
+
+if TYPE_CHECKING:
+    from ..demo.data import Example
+
+Answer = tuple[str, str, str]
+"""Prompt, what the model said, what is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +61,9 @@ class Eval:
 
 
 def run(args: Eval) -> int:
-    if args.rows < 1 or args.batch_size < 1 or args.samples < 0 or args.max_new_tokens < 0:
-        raise ll.ConfigError("--rows and --batch-size must be positive, --samples and --max-new-tokens 0 or more.")
-    if args.data != "wordmath" and args.split != "test":
-        raise ll.ConfigError(f"--split chooses a split of wordmath; {args.data} has none. Leave the flag out.")
+    check(args)
     session.quiet(args.debug)
     from ..demo.data import load_examples
-    from ..demo.evaluate import complete, mean_loss
 
     model, tokenizer = session.prepare(args.model, args.base_dtype, args.threads, args.seed)
     if args.adapter is not None:
@@ -73,27 +75,62 @@ def run(args: Eval) -> int:
         "data": args.data,
         "rows": len(examples),
     }
-    said: list[str] = []
+    answers = answered(args, model, tokenizer, examples)
+    if answers:
+        result["accuracy"] = sum(right(said, reference) for _, said, reference in answers) / len(answers)
+    result["loss"] = loss_of(args, model, tokenizer, examples)
+    result["perplexity"] = math.exp(min(result["loss"], 700.0))
+    show(args, result, answers[: args.samples])
+    return 0
+
+
+def check(args: Eval) -> None:
+    """Values that no later step would catch with a good sentence."""
+    if args.rows < 1 or args.batch_size < 1 or args.samples < 0 or args.max_new_tokens < 0:
+        raise ll.ConfigError("--rows and --batch-size must be positive, --samples and --max-new-tokens 0 or more.")
+    if args.data != "wordmath" and args.split != "test":
+        raise ll.ConfigError(f"--split chooses a split of wordmath; {args.data} has none. Leave the flag out.")
+
+
+def answered(args: Eval, model: Any, tokenizer: Any, examples: list[Example]) -> list[Answer]:
+    """(prompt, the model's answer, the right one) of every row that asks something."""
+    from ..demo.evaluate import complete
+
     asked = [e for e in examples if e.prompt]
-    if asked and args.max_new_tokens:
-        with Bar("answering", len(asked)) as bar:
-            said = complete(model, tokenizer, [e.prompt for e in asked], args.batch_size, args.max_new_tokens, bar.hook)
-        result["accuracy"] = sum(map(right, said, (e.completion for e in asked))) / len(asked)
+    if not asked or not args.max_new_tokens:
+        return []
+    with Bar("answering", len(asked)) as bar:
+        said = complete(model, tokenizer, [e.prompt for e in asked], args.batch_size, args.max_new_tokens, bar.hook)
+    return [(e.prompt, s, e.completion) for e, s in zip(asked, said, strict=True)]
+
+
+def loss_of(args: Eval, model: Any, tokenizer: Any, examples: list[Example]) -> float:
+    """Mean loss per trained token."""
+    from ..demo.evaluate import mean_loss
+
     rows = session.encoded(examples, tokenizer, args.max_length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     with Bar("loss", len(rows)) as bar:
-        result["loss"] = mean_loss(model, rows, args.batch_size, pad, bar.hook)
-    result["perplexity"] = math.exp(min(result["loss"], 700.0))
+        return mean_loss(model, rows, args.batch_size, pad, bar.hook)
+
+
+def show(args: Eval, result: dict[str, Any], samples: list[Answer]) -> None:
+    """A table and some answers, or one JSON object."""
     if args.json:
-        samples = [{"prompt": e.prompt, "answer": s, "right": e.completion} for e, s in zip(asked, said, strict=False)]
-        print(json.dumps({**result, "samples": samples[: args.samples]}))
-        return 0
-    shown = [
-        (k, f"{v:.1%}" if k == "accuracy" else f"{v:.4f}" if isinstance(v, float) else v) for k, v in result.items()
-    ]
-    table(("what", "value"), [(k, "the bare base" if v is None else v) for k, v in shown])
-    show_samples([(e.prompt, s, e.completion) for e, s in zip(asked, said, strict=False)][: args.samples])
-    return 0
+        told = [{"prompt": prompt, "answer": said, "right": reference} for prompt, said, reference in samples]
+        print(json.dumps({**result, "samples": told}))
+        return
+    table(("what", "value"), [(k, cell(k, v)) for k, v in result.items()])
+    show_samples(samples)
+
+
+def cell(key: str, value: Any) -> Any:
+    """A value as the table shows it."""
+    if value is None:
+        return "the bare base"
+    if isinstance(value, float):
+        return f"{value:.1%}" if key == "accuracy" else f"{value:.4f}"
+    return value
 
 
 def final_number(text: str) -> str | None:
@@ -108,7 +145,7 @@ def right(said: str, reference: str) -> bool:
     return final_number(said) == number if number is not None else said.strip() == reference.strip()
 
 
-def show_samples(samples: list[tuple[str, str, str]]) -> None:
+def show_samples(samples: list[Answer]) -> None:
     """Question, the model's answer and the right one, each on one line."""
     for prompt, said, reference in samples:
         ok = right(said, reference)

@@ -9,9 +9,8 @@ from typing import Any
 
 import lora_lite as ll
 
-from ..core.errors import did_you_mean
+from ..core.errors import did_you_mean, size_text
 from ..cost.paper import Paper
-from ..runtime.plan import size_text
 from ._console import Bar, say, table
 from ._method import build_config
 

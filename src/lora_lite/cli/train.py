@@ -167,15 +167,21 @@ def check(args: Train) -> None:
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ll.ConfigError(f"--{name} must be positive, got {value}.")
-    if args.best and not (args.eval_every and args.eval_rows):
+    if args.best:
+        check_best(args)
+    if args.resume and args.overwrite:
+        raise ll.ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them.")
+
+
+def check_best(args: Train) -> None:
+    """Keeping the best checkpoint needs evaluations, and a checkpoint right after one."""
+    if not (args.eval_every and args.eval_rows):
         raise ll.ConfigError("--best needs evaluations: set --eval-every and --eval-rows above 0.")
-    if args.best and (not args.save_every or args.save_every % args.eval_every):
+    if not args.save_every or args.save_every % args.eval_every:
         raise ll.ConfigError(
             "--best needs a checkpoint only after an evaluation: make --save-every a multiple of --eval-every "
             f"{args.eval_every}."
         )
-    if args.resume and args.overwrite:
-        raise ll.ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them.")
 
 
 def decisive(args: Train, cfg: ll.AdapterConfig, steps: int, lr: float) -> dict[str, Any]:

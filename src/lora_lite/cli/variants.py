@@ -9,6 +9,7 @@ from typing import Any
 
 import lora_lite as ll
 
+from ..runtime.layers.kinds import kind_named
 from ..runtime.targets.choose import make_target
 from ._console import markdown, say, table
 
@@ -49,7 +50,7 @@ def facts(variant: type[ll.Variant]) -> dict[str, Any]:
         "name": variant.name,
         "title": variant.title,
         "site": variant.site,
-        "merges": variant.affine and variant.site != "block",
+        "merges": variant.affine and not kind_named(variant.site).stream,
         "needs_weight": variant.needs_weight,
         "needs_data": variant.needs_data,
         "schedule": variant.on_step is not None,
@@ -64,7 +65,7 @@ def trained(variant: type[ll.Variant]) -> int | None:
     does not fit it."""
     try:
         cfg = variant.config(variant=variant.name, r=RANK)
-        target = make_target("layer", WIDTH, WIDTH, cfg, "block" if variant.site == "block" else "linear")
+        target = make_target("layer", WIDTH, WIDTH, cfg, variant.site)
         specs = {**target.specs, **(variant.shared_specs([target], cfg) if variant.shared_specs is not None else {})}
     except ll.LoraLiteError:
         return None

@@ -16,7 +16,6 @@ import torch
 from .errors import ConfigError, did_you_mean
 
 Role = Literal["reader", "writer", "inner"]
-Kind = Literal["linear", "embedding", "conv", "norm", "experts"]
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -43,7 +42,7 @@ class AdapterConfig:
     target_names: tuple[str, ...] | None = None
     """Regular expressions, each matched against the whole path or its tail after a dot. None: all linear layers of the
     blocks."""
-    target_kinds: tuple[Kind, ...] = ("linear",)
+    target_kinds: tuple[str, ...] = ("linear",)
     """What to adapt: "linear", "embedding", "conv", "norm", and "experts" whose weights are one fused parameter
     (mixtures of experts)."""
     exclude_names: tuple[str, ...] = ()

@@ -57,3 +57,11 @@ def listing(items: Iterable[str], n: int = 6) -> str:
     items = list(items)
     text = ", ".join(repr(i) for i in items[:n])
     return text + (f" and {len(items) - n} more" if len(items) > n else "")
+
+
+def size_text(n: int) -> str:
+    """A number of bytes: "1.5 GiB"."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n / 2**10:.1f} KiB"

@@ -28,7 +28,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise FileError(f"{os.fspath(path)} does not exist.") from None
     except SafetensorError as e:
         raise FileError(
-            f"{os.fspath(path)} is damaged, or no safetensors file ({e}). "
+            f"{os.fspath(path)} cannot be read: damaged, or no safetensors file ({e}). "
             "lora_lite reads no pickles: .bin, .pt and .pkl are refused."
         ) from None
 

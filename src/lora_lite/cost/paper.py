@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, size_text
 from ..core.registry import get_variant
 from ..runtime.commit import commit
 from ..runtime.model.record import Record
 from ..runtime.model.state import STATE, unwrap
-from ..runtime.plan import plan, size_text
+from ..runtime.plan import plan
 from ..runtime.start.staging import stage
 from .counting import Saved, counter
 

@@ -18,7 +18,7 @@ import lora_lite as ll
 from ..core.errors import FileError, StateError
 from ..io import native
 from ..io.header import config_from_header
-from ..runtime.layers.kinds import is_sharded
+from ..runtime.layers.tensors import is_sharded
 from ..runtime.model.state import DEFAULT, state_of, unwrap
 
 _Base: Any = object

@@ -25,8 +25,8 @@ from ..core.files import opened, read_tensors
 from ..runtime.commit import commit
 from ..runtime.compact import compacted
 from ..runtime.handle import Adapter
-from ..runtime.layers.kinds import is_sharded
 from ..runtime.layers.read import fingerprint
+from ..runtime.layers.tensors import is_sharded
 from ..runtime.model.record import Record, Target
 from ..runtime.model.site import owned_tensors
 from ..runtime.model.state import record_of, state_of, unwrap

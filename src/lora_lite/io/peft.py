@@ -22,7 +22,7 @@ from ..core.files import read_tensors
 from ..core.registry import get_variant, variants
 from ..runtime.commit import commit
 from ..runtime.handle import Adapter
-from ..runtime.layers.kinds import dims
+from ..runtime.layers.linear import dims
 from ..runtime.model.record import Record, Target
 from ..runtime.model.state import record_of, state_of, unwrap
 from ..runtime.start.staging import stage

@@ -20,7 +20,7 @@ from ..runtime.layers.bank import PREFIX, Bank, banks
 from ..runtime.model.record import Target
 from ..runtime.targets.choose import make_target
 from ..runtime.targets.structure import describe
-from ..runtime.view.expert import expert_views
+from ..runtime.view.expert import matrix_views
 from ..runtime.view.layer import LayerView
 
 WRAPPED = ".base_layer"
@@ -32,7 +32,7 @@ def expert_factors(variant: type[Variant], views: list[LayerView]) -> dict[str, 
     return {
         view.path: [
             tuple(t.detach().float().cpu() for t in variant.factors(one))  # type: ignore[misc]
-            for one in expert_views(view)
+            for one in matrix_views(view)
         ]
         for view in views
     }

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
 from ..core.errors import FileError
-from ..runtime.layers.kinds import bias_of, extent, is_conv1d, stored_weight
+from ..runtime.layers.kinds import extent
+from ..runtime.layers.linear import is_conv1d
 from ..runtime.layers.norm import read_norm
 from ..runtime.layers.read import read_weight
+from ..runtime.layers.tensors import bias_of, stored_weight
 from ..runtime.model.record import Record, Target
 from ..runtime.model.site import stored_name, tensor_on
 from ..runtime.targets.beside import whole_config

@@ -1,5 +1,4 @@
-"""attach, detach, rename: put an adapter's tensors and the two hooks on the layers, or take them off again. All or
-nothing."""
+"""`ll.attach`: freeze the base and add one adapter. All or nothing."""
 
 from __future__ import annotations
 
@@ -12,19 +11,18 @@ from torch import nn
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, TargetError, WeightError
 from ..core.registry import get_variant
+from ..core.variant import Variant
 from .commit import check_attachable, commit
 from .handle import Adapter
-from .layers.bank import Bank
-from .layers.kinds import is_quantised
-from .layers.virtual import PLACES
+from .layers.kinds import kind_named
+from .layers.read import is_quantised
 from .model.record import Record
 from .model.state import DEFAULT, unwrap
 from .plan import Plan, plan
 from .progress import track
 from .start.calibrate import Targets
 from .start.reference import check_reference, start_from_reference
-from .start.staging import TrialView, stage, try_page
-from .view.expert import init_each, try_experts
+from .start.staging import StagedTarget, stage, start
 
 
 def attach(
@@ -58,12 +56,7 @@ def attach(
     model = unwrap(model)
     the_plan = plan(model, cfg)
     cfg, variant = the_plan.cfg, get_variant(the_plan.cfg.variant)
-    if variant.needs_data and calibration_data is None:
-        raise ConfigError(
-            f"variant {variant.name!r} starts from data: ll.attach(model, cfg, calibration_data=batches)."
-        )
-    if calibration_data is not None and variant.group_init is None:
-        raise ConfigError(f"variant {variant.name!r} uses no calibration data; leave calibration_data out.")
+    _check_data(variant, calibration_data)
     if reference_weights is not None:
         check_reference(variant)
     if variant.needs_weight:
@@ -71,30 +64,39 @@ def attach(
     record = Record(name, variant, cfg, {t.path: t for t in the_plan.targets})
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         staged = stage(model, record)
-        beside = [view for view in staged if view.cfg.variant != cfg.variant]
         for view in track(staged, f"{variant.name} init"):
-            page, init, kind = view.target.variant.forward, view.target.variant.init, view.target.kind
-            if isinstance(view.module, Bank):
-                if init is not None:
-                    init_each(view, view.module, init)
-                try_experts(view, view.module)
-            elif init is not None:
-                init(view, view.cfg)
-            if kind in PLACES and page is not None and view.device.type != "meta":
-                try_page(page, TrialView(view), view.module, kind, view.device, view.target.d_out)
+            start(view)
         if variant.group_init is not None:
-            targets = Targets(model, [view for view in staged if view not in beside])
-            variant.group_init(model, targets, cfg, calibration_data)
-            staged = [*targets, *beside]
-            if not targets:
-                raise TargetError(f"variant {variant.name!r} kept no target after calibration.")
+            staged = _start_from_data(model, variant, staged, cfg, calibration_data)
             the_plan.keep([view.target for view in staged])
         if reference_weights is not None:
-            own = [view for view in staged if view not in beside]
+            own = [view for view in staged if view.cfg.variant == cfg.variant]
             the_plan.notes.append(str(start_from_reference(model, own, reference_weights)))
     handle = commit(model, record, staged, trainable=True)
     handle._plan = the_plan
     return handle
+
+
+def _check_data(variant: type[Variant], calibration_data: Any) -> None:
+    """Raise where data is missing, or given to a method that would not look at it."""
+    if variant.needs_data and calibration_data is None:
+        raise ConfigError(
+            f"variant {variant.name!r} starts from data: ll.attach(model, cfg, calibration_data=batches)."
+        )
+    if calibration_data is not None and variant.group_init is None:
+        raise ConfigError(f"variant {variant.name!r} uses no calibration data; leave calibration_data out.")
+
+
+def _start_from_data(
+    model: nn.Module, variant: type[Variant], staged: list[StagedTarget], cfg: AdapterConfig, data: Any
+) -> list[StagedTarget]:
+    """The method's start of all its targets together; those that it keeps, and the modules trained whole beside it."""
+    beside = [view for view in staged if view.cfg.variant != cfg.variant]
+    targets = Targets(model, [view for view in staged if view not in beside])
+    variant.group_init(model, targets, cfg, data)  # type: ignore[misc]
+    if not targets:
+        raise TargetError(f"variant {variant.name!r} kept no target after calibration.")
+    return [*targets, *beside]
 
 
 def check_readable(model: nn.Module, the_plan: Plan) -> None:
@@ -102,7 +104,7 @@ def check_readable(model: nn.Module, the_plan: Plan) -> None:
     if the_plan.cfg.dequantize:
         return
     for t in the_plan.targets:
-        if not t.variant.needs_weight or t.kind != "linear":
+        if not t.variant.needs_weight or not kind_named(t.kind).replaceable:
             continue
         module = model.get_submodule(t.path)
         if is_quantised(module):

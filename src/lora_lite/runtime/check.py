@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import StateError, listing
+from .model.record import Record
 from .model.site import owned_tensors
 from .model.state import state_of, unwrap
 
@@ -38,34 +39,46 @@ def check(model: nn.Module) -> CheckReport:
     """
     model = unwrap(model)
     state = state_of(model)
-    report = CheckReport({}, {})
     trainable = [r for r in state.records.values() if r.trainable and (r.variant.trains or r.beside)]
     if not trainable:
         raise StateError("no attached adapter is trainable; set ll.adapters(model)[name].trainable = True.")
     active = {n for n, _ in state.active} | {n for n in state.rows or () if n}
+    report = CheckReport({}, {})
     for record in trainable:
-        grads: dict[str, list] = {path: [] for path in record.targets}
-        for target, short, _, tensor in owned_tensors(model, record):
-            if target.specs[short].is_trained:
-                grads[target.path].append(tensor.grad)
-        own = {path: gs for path, gs in grads.items() if gs}
-        dead = [path for path, gs in own.items() if all(g is None for g in gs)]
-        if len(dead) == len(own):
-            why = (
-                "it is not active" if record.name not in active else "backward did not run, or zero_grad() ran already"
-            )
-            raise StateError(
-                f"adapter {record.name!r}: no target has a gradient ({why}). Call ll.check(model) between "
-                "loss.backward() and zero_grad()."
-            )
-        if dead:
-            raise StateError(
-                f"adapter {record.name!r}: {len(dead)} of {len(own)} targets got no gradient: {listing(dead)}. They "
-                "were not called as modules, or their output is not used; add them to exclude_names."
-            )
-        bad = [path for path, gs in own.items() if any(g is not None and not bool(g.isfinite().all()) for g in gs)]
-        if bad:
-            raise StateError(f"adapter {record.name!r}: gradients are not finite on {listing(bad)}.")
-        report.learning[record.name] = len(own)
-        report.zero[record.name] = [path for path, gs in own.items() if all(g is None or not bool(g.any()) for g in gs)]
+        gradients = _gradients(model, record)
+        _check_all_learn(record, gradients, record.name in active)
+        report.learning[record.name] = len(gradients)
+        report.zero[record.name] = [path for path, own in gradients.items() if not any(_nonzero(g) for g in own)]
     return report
+
+
+def _gradients(model: nn.Module, record: Record) -> dict[str, list[Tensor | None]]:
+    """Path of a target -> the gradients of its trained tensors."""
+    found: dict[str, list[Tensor | None]] = {}
+    for target, short, _, tensor in owned_tensors(model, record):
+        if target.specs[short].is_trained:
+            found.setdefault(target.path, []).append(tensor.grad)
+    return found
+
+
+def _check_all_learn(record: Record, gradients: dict[str, list[Tensor | None]], active: bool) -> None:
+    """Raise where a target has no gradient, or one that is not finite."""
+    dead = [path for path, own in gradients.items() if all(g is None for g in own)]
+    if len(dead) == len(gradients):
+        why = "backward did not run, or zero_grad() ran already" if active else "it is not active"
+        raise StateError(
+            f"adapter {record.name!r}: no target has a gradient ({why}). Call ll.check(model) between loss.backward() "
+            "and zero_grad()."
+        )
+    if dead:
+        raise StateError(
+            f"adapter {record.name!r}: {len(dead)} of {len(gradients)} targets got no gradient: {listing(dead)}. They "
+            "were not called as modules, or their output is not used; add them to exclude_names."
+        )
+    bad = [path for path, own in gradients.items() if not all(g is None or bool(g.isfinite().all()) for g in own)]
+    if bad:
+        raise StateError(f"adapter {record.name!r}: gradients are not finite on {listing(bad)}.")
+
+
+def _nonzero(g: Tensor | None) -> bool:
+    return g is not None and bool(g.any())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .view.expert import layer_views
 from .view.layer import generator_for
 
 Method = Literal["sum", "ties", "dare", "dare_ties"]
+METHODS = get_args(Method)
 Pair = tuple[Tensor, Tensor]
 
 
@@ -55,42 +56,12 @@ def combine(
     """
     check_attachable(model, name)
     model = unwrap(model)
-    if not weights:
-        raise ConfigError("ll.combine needs at least one adapter: {'a': 0.5, 'b': 0.5}.")
-    if method not in ("sum", "ties", "dare", "dare_ties"):
-        raise ConfigError(f"method must be sum, ties, dare or dare_ties, got {method!r}.")
-    if method != "sum" and rank is None:
-        raise ConfigError(f"method {method!r} makes an update of full rank; say to which rank it is cut: rank=16.")
-    if not 0 < density <= 1:
-        raise ConfigError(f"density must lie in (0, 1], got {density}.")
-    if not all(math.isfinite(w) for w in weights.values()):
-        raise ConfigError(f"weights must be finite, got {dict(weights)}.")
+    _check_options(weights, method, rank, density)
     if state_of(model).merged is not None:
         raise StateError("the model is merged; call ll.unmerge(model) before ll.combine.")
     records = [record_of(model, n) for n in weights]
     for record in records:
-        if record.variant.own_weight:
-            raise StateError(
-                f"adapter {record.name!r}: variant {record.variant.name!r} is not linear in its weight, so a weighted "
-                "sum of its updates would be another model. Activate it with its weight instead."
-            )
-        if record.beside:
-            raise StateError(
-                f"adapter {record.name!r} trains {record.beside[0].path!r} whole, which a sum of factors cannot hold. "
-                f"Activate both adapters instead: ll.activate(model, {dict(weights)})."
-            )
-        if any(t.experts for t in record.targets.values()):
-            raise StateError(
-                f"adapter {record.name!r} stands on fused experts, which ll.combine does not sum. Activate the "
-                f"adapters together instead: ll.activate(model, {dict(weights)})."
-            )
-        if record.variant.factors is None:
-            raise StateError(
-                f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank "
-                "factors, so a weighted sum of it would be another model. Activate both instead: ll.activate(model, "
-                f"{dict(weights)})."
-            )
-    holder = next(v for v in variants() if v.from_factors is not None)
+        _check_summable(record, weights)
     with torch.no_grad():
         pairs: dict[str, list[Pair]] = {}
         shapes: dict[str, tuple[int, int]] = {}
@@ -99,21 +70,64 @@ def combine(
                 A, B = (t.detach().double() for t in record.variant.factors(view))  # type: ignore[misc]
                 pairs.setdefault(view.path, []).append((A, weights[record.name] * B))
                 shapes[view.path] = (view.in_features, view.out_features)
-        factors = {}
-        for path in track(list(pairs), "combine"):
-            factors[path] = _combined(pairs[path], path, method, rank, density, seed)
-        top = max(A.shape[0] for A, _ in factors.values())
-        cfg = holder.config(variant=holder.name, r=top, alpha=float(top), dtype=records[0].cfg.dtype)
-        targets = {}
-        for path, (A, _) in factors.items():
-            r = A.shape[0]
-            targets[path] = make_target(path, *shapes[path], dataclasses.replace(cfg, r=r, alpha=float(r)))
-        record = Record(name, holder, cfg, targets)
+        factors = {
+            path: _combined(pairs[path], path, method, rank, density, seed) for path in track(list(pairs), "combine")
+        }
+        record = _held(name, factors, shapes, records[0].cfg.dtype)
         staged = stage(model, record, fill=False)
         for view in staged:
-            A, B = factors[view.path]
-            holder.from_factors(view, A, B)  # type: ignore[misc]
+            record.variant.from_factors(view, *factors[view.path])  # type: ignore[misc]
     return commit(model, record, staged, trainable=False)
+
+
+def _check_options(weights: Mapping[str, float], method: str, rank: int | None, density: float) -> None:
+    if not weights:
+        raise ConfigError("ll.combine needs at least one adapter: {'a': 0.5, 'b': 0.5}.")
+    if method not in METHODS:
+        raise ConfigError(f"method must be sum, ties, dare or dare_ties, got {method!r}.")
+    if method != "sum" and rank is None:
+        raise ConfigError(f"method {method!r} makes an update of full rank; say to which rank it is cut: rank=16.")
+    if not 0 < density <= 1:
+        raise ConfigError(f"density must lie in (0, 1], got {density}.")
+    if not all(math.isfinite(w) for w in weights.values()):
+        raise ConfigError(f"weights must be finite, got {dict(weights)}.")
+
+
+def _check_summable(record: Record, weights: Mapping[str, float]) -> None:
+    """Raise where an adapter is no sum of low-rank updates of single matrices."""
+    variant, who, together = record.variant, f"adapter {record.name!r}", f"ll.activate(model, {dict(weights)})"
+    if variant.own_weight:
+        raise StateError(
+            f"{who}: variant {variant.name!r} is not linear in its weight, so a weighted sum of its updates would be "
+            "another model. Activate it with its weight instead."
+        )
+    if record.beside:
+        raise StateError(
+            f"{who} trains {record.beside[0].path!r} whole, which a sum of factors cannot hold. Activate both adapters "
+            f"instead: {together}."
+        )
+    if any(t.experts for t in record.targets.values()):
+        raise StateError(
+            f"{who} stands on fused experts, which ll.combine does not sum. Activate the adapters together instead: "
+            f"{together}."
+        )
+    if variant.factors is None:
+        raise StateError(
+            f"{who}: an update of variant {variant.name!r} is no pair of low-rank factors, so a weighted sum of it "
+            f"would be another model. Activate both instead: {together}."
+        )
+
+
+def _held(name: str, factors: dict[str, Pair], shapes: dict[str, tuple[int, int]], dtype: str) -> Record:
+    """The adapter that will hold the combined factors, every target with the rank of its own."""
+    holder = next(v for v in variants() if v.from_factors is not None)
+    top = max(A.shape[0] for A, _ in factors.values())
+    cfg = holder.config(variant=holder.name, r=top, alpha=float(top), dtype=dtype)
+    targets = {}
+    for path, (A, _) in factors.items():
+        r = A.shape[0]
+        targets[path] = make_target(path, *shapes[path], dataclasses.replace(cfg, r=r, alpha=float(r)))
+    return Record(name, holder, cfg, targets)
 
 
 def _combined(pairs: list[Pair], path: str, method: str, rank: int | None, density: float, seed: int) -> Pair:

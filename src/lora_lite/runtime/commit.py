@@ -1,9 +1,9 @@
-"""Put an adapter's tensors and hooks onto the model, and take them off again: commit, detach, rename."""
+"""Put an adapter's tensors and hooks onto the model, and take them off again: commit, detach, rename. All or nothing,
+at whatever line an exception strikes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -14,26 +14,20 @@ from .call.hooks import post_hook, pre_hook
 from .call.root import root_post_hook, root_pre_hook
 from .call.vocabulary import vocabulary_of
 from .handle import Adapter
-from .layers.bank import Bank
-from .layers.kinds import is_sharded
-from .layers.norm import read_norm
+from .layers.kinds import kind_named
 from .layers.read import fingerprint
+from .layers.tensors import is_sharded
+from .model.kind import Hooks, Kind, remove_hooks
 from .model.record import Record
-from .model.site import Site, Slot, stored_name
-from .model.state import SITE, STATE, outside_scope, record_of, reset_compiled, state_of, unwrap
+from .model.site import Site, Slot, base_parameters, owned_tensors, stored_name
+from .model.state import SITE, STATE, ModelState, outside_scope, record_of, reset_compiled, state_of, unwrap
+from .model.undo import Undo, all_or_nothing, restoring
 from .start.staging import StagedTarget
 from .state_dicts import after_state_dict, before_load_state_dict
 
-HOOKS: dict[str, Callable[..., Any]] = {"_forward_pre_hooks": pre_hook, "_forward_hooks": post_hook}
-
-
-EXPERT_HOOKS: dict[str, Callable[..., Any]] = {
-    "_forward_pre_hooks": experts_pre_hook,
-    "_forward_hooks": experts_post_hook,
-}
-
-
-ROOT_HOOKS: dict[str, Callable[..., Any]] = {
+HOOKS = Hooks(pre_hook, post_hook)
+SWAPPING_HOOKS = Hooks(experts_pre_hook, experts_post_hook)
+ROOT_HOOKS = {
     "_forward_pre_hooks": root_pre_hook,
     "_forward_hooks": root_post_hook,
     "_load_state_dict_pre_hooks": before_load_state_dict,
@@ -45,28 +39,10 @@ def check_attachable(model: nn.Module, name: str) -> None:
     """Raise when an adapter cannot be added to this model under this name."""
     if not name or not all(c.isalnum() or c in "_-" for c in name):
         raise StateError(f"an adapter's name consists of letters, digits, '_' and '-'; got {name!r}.")
-    wrapper = type(model).__name__
-    sharded = [n for n, p in model.named_parameters() if is_sharded(p)]
-    if (
-        wrapper in ("DistributedDataParallel", "FullyShardedDataParallel")
-        or sharded
-        or any(type(m).__name__.startswith("FSDP") for m in model.modules())
-    ):
-        raise StateError(
-            f"the model is already {'wrapped in ' + wrapper if not sharded else 'sharded (' + sharded[0] + ')'}; "
-            "adapters added now would not be synchronised between ranks. Attach first, then call fully_shard / "
-            "DistributedDataParallel / deepspeed.initialize."
-        )
+    _check_not_distributed(model)
     model = unwrap(model)
     state = model.__dict__.get(STATE)
-    for path, module in model.named_modules():
-        if SITE in module.__dict__ and module.__dict__[SITE].state is not state:
-            root = next((p for p, m in model.named_modules() if m is not model and STATE in m.__dict__), None)
-            raise StateError(
-                f"{path or 'the layer'!r} belongs to an adapter of "
-                f"{'a larger model' if root is None else repr(root)}, which chooses its adapters on its own. Attach "
-                "to the whole model (target_names says where), or ll.detach the other adapter first."
-            )
+    _check_not_part(model, state)
     if state is None:
         return
     outside_scope(state, "adding or renaming an adapter")
@@ -80,66 +56,134 @@ def check_attachable(model: nn.Module, name: str) -> None:
         )
 
 
+def _check_not_distributed(model: nn.Module) -> None:
+    """Raise on a model whose parameters were dealt out to ranks already."""
+    wrapper = type(model).__name__
+    sharded = next((n for n, p in base_parameters(model) if is_sharded(p)), None)
+    wrapped = wrapper in ("DistributedDataParallel", "FullyShardedDataParallel")
+    if sharded is None and not wrapped and not any(type(m).__name__.startswith("FSDP") for m in model.modules()):
+        return
+    how = f"wrapped in {wrapper}" if sharded is None else f"sharded ({sharded})"
+    raise StateError(
+        f"the model is already {how}; adapters added now would not be synchronised between ranks. Attach first, then "
+        "call fully_shard / DistributedDataParallel / deepspeed.initialize."
+    )
+
+
+def _check_not_part(model: nn.Module, state: ModelState | None) -> None:
+    """Raise where a layer belongs to the adapters of another model around or inside this one."""
+    for path, module in model.named_modules():
+        if SITE in module.__dict__ and module.__dict__[SITE].state is not state:
+            root = next((p for p, m in model.named_modules() if m is not model and STATE in m.__dict__), None)
+            raise StateError(
+                f"{path or 'the layer'!r} belongs to an adapter of "
+                f"{'a larger model' if root is None else repr(root)}, which chooses its adapters on its own. Attach "
+                "to the whole model (target_names says where), or ll.detach the other adapter first."
+            )
+
+
 def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainable: bool) -> Adapter:
     """Register staged tensors and hooks. Everything that can be checked is checked before the first change."""
+    with all_or_nothing() as undo:
+        return put_on(model, record, staged, trainable, undo)
+
+
+def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainable: bool, undo: Undo) -> Adapter:
+    """The steps of `commit`."""
     state = state_of(model, create=True)
     record.trainable = trainable
-    record.targets = {view.target.path: view.target for view in staged}
+    record.targets = {view.path: view.target for view in staged}
     for view in staged:
-        # a start drawn by a lambda has done its work, and the model must stay picklable
-        view.target.specs = {
-            k: dataclasses.replace(s, init="empty") if callable(s.init) else s for k, s in view.target.specs.items()
-        }
-        view.target.base = fingerprint(view.module) if view.target.kind != "block" else {}
-        for short in view.tensors:
-            attribute = stored_name(short, record.name)
-            if hasattr(view.module, attribute):
-                raise StateError(
-                    f"{view.target.path} has an attribute {attribute!r} of its own; choose another adapter name."
-                )
-    owners = {view.target.path: view.module for view in staged}
-    norms = {
-        view.target.path: read_norm(view.module, view.target.path)
+        _finish(view, record)
+    found = {
+        view.path: kind_named(view.target.kind).inspect(view.module, view.path)
         for view in staged
-        if view.target.kind == "norm" and view.device.type != "meta"
+        if view.device.type != "meta"
     }
-    frozen = _base_trainable(model)
+    owners = {view.path: view.module for view in staged}
+    vocabulary = vocabulary_of(model, owners)
+    training = [(path, p) for path, p in base_parameters(model) if p.requires_grad]
 
-    for n in frozen:
-        model.get_parameter(n).requires_grad_(False)
-    state.base_trainable = list(dict.fromkeys((*state.base_trainable, *frozen)))
+    for _, p in training:
+        undo(lambda p=p: p.requires_grad_(True))
+        p.requires_grad_(False)
     for view in staged:
-        layer, target = view.module, view.target
-        for short, spec in target.specs.items():
-            attribute = stored_name(short, record.name)
-            if spec.as_buffer:
-                layer.register_buffer(attribute, view.tensors[short])
-            else:
-                grad = trainable and spec.is_trained
-                layer.register_parameter(attribute, nn.Parameter(view.tensors[short], requires_grad=grad))
-        site = layer.__dict__.get(SITE)
-        if site is None:
-            site = layer.__dict__[SITE] = Site(target.path, target.kind, state)
-            if isinstance(layer, Bank):
-                _join(layer, target.path.rpartition(".")[2])
-            else:
-                layer.register_forward_pre_hook(pre_hook, with_kwargs=True)
-                layer.register_forward_hook(post_hook, with_kwargs=True)
-        site.norm = norms.get(target.path)
-        site.slots[record.name] = Slot(record, target, {short: owners[path] for short, path in target.shared.items()})
-        site.has_input = any(s.forward_input is not None for s in site.slots.values())
-    if STATE not in model.__dict__:
-        model.__dict__[STATE] = state
-        model.register_forward_pre_hook(root_pre_hook, with_kwargs=True)
-        model.register_forward_hook(root_post_hook, with_kwargs=True)
-        model.register_load_state_dict_pre_hook(before_load_state_dict)
-        model.register_state_dict_post_hook(after_state_dict)
-    state.vocabulary |= vocabulary_of(model, owners)
+        site = _site_of(view, state, undo)
+        _register(view, record, undo)
+        site.found = found.get(view.path)
+        shared = {short: owners[path] for short, path in view.target.shared.items()}
+        site.slots[record.name] = Slot(record, view.target, shared)
+        site.note_input()
+    undo(restoring(state, state.records))
+    _adopt(model, state, undo)
+    state.base_trainable = list(dict.fromkeys((*state.base_trainable, *(path for path, _ in training))))
+    state.vocabulary = {**state.vocabulary, **vocabulary}
     state.records[record.name] = record
     state.active = ((record.name, 1.0),)
     state.row_epoch += 1
     reset_compiled()
     return Adapter(model, record.name)
+
+
+def _finish(view: StagedTarget, record: Record) -> None:
+    """What a target remembers of its layer; raises where its tensors would hide something."""
+    target = view.target
+    # a start drawn by a lambda has done its work, and the model must stay picklable
+    target.specs = {k: dataclasses.replace(s, init="empty") if callable(s.init) else s for k, s in target.specs.items()}
+    target.base = fingerprint(view.module)
+    for short in view.tensors:
+        attribute = stored_name(short, record.name)
+        if hasattr(view.module, attribute):
+            raise StateError(f"{target.path} has an attribute {attribute!r} of its own; choose another adapter name.")
+
+
+def _site_of(view: StagedTarget, state: ModelState, undo: Undo) -> Site:
+    """The layer's site; a new one comes with the hooks."""
+    layer, path, kind = view.module, view.path, kind_named(view.target.kind)
+    site: Site | None = layer.__dict__.get(SITE)
+    if site is not None:
+        undo(restoring(site, site.slots))
+        return site
+    site = Site(path, kind, state, tuple(layer._parameters))
+    undo(lambda: _take_off(layer, path, kind))
+    layer.__dict__[SITE] = site
+    kind.join(layer, path, _hooks(kind))
+    return site
+
+
+def _register(view: StagedTarget, record: Record, undo: Undo) -> None:
+    layer = view.module
+    for short, spec in view.target.specs.items():
+        attribute = stored_name(short, record.name)
+        if spec.as_buffer:
+            undo(lambda a=attribute: layer._buffers.pop(a, None))
+            layer.register_buffer(attribute, view.tensors[short])
+        else:
+            grad = record.trainable and spec.is_trained
+            undo(lambda a=attribute: layer._parameters.pop(a, None))
+            layer.register_parameter(attribute, nn.Parameter(view.tensors[short], requires_grad=grad))
+
+
+def _take_off(layer: nn.Module, path: str, kind: Kind) -> None:
+    """Hooks and site off a layer."""
+    kind.part(layer, path, _hooks(kind))
+    layer.__dict__.pop(SITE, None)
+
+
+def _hooks(kind: Kind) -> Hooks:
+    return SWAPPING_HOOKS if kind.swaps_weight else HOOKS
+
+
+def _adopt(model: nn.Module, state: ModelState, undo: Undo) -> None:
+    """Make a model the root of its adapters, with the hooks of whole calls."""
+    if STATE in model.__dict__:
+        return
+    undo(lambda: (remove_hooks(model, ROOT_HOOKS), model.__dict__.pop(STATE, None)))
+    model.__dict__[STATE] = state
+    model.register_forward_pre_hook(root_pre_hook, with_kwargs=True)
+    model.register_forward_hook(root_post_hook, with_kwargs=True)
+    model.register_load_state_dict_pre_hook(before_load_state_dict)
+    model.register_state_dict_post_hook(after_state_dict)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -152,102 +196,128 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     model = unwrap(model)
     state = state_of(model)
+    check_free(model, state, "ll.detach")
+    names = list(state.records) if name is None else [record_of(model, name).name]
+    with all_or_nothing() as undo:
+        take_off(model, names, undo)
+
+
+def check_free(model: nn.Module, state: ModelState, verb: str) -> None:
+    """Raise where adapters cannot be taken off: merged, inside a selection's block, or sharded."""
     if state.merged is not None:
-        raise StateError("the model is merged; call ll.unmerge(model) before ll.detach(model).")
-    outside_scope(state, "ll.detach")
-    if any(is_sharded(p) for p in model.parameters()):
+        raise StateError(f"the model is merged; call ll.unmerge(model) before {verb}(model).")
+    outside_scope(state, verb)
+    if any(is_sharded(p) for _, p in base_parameters(model)):
         raise StateError(
             "the model is sharded, and the sharding owns the adapter's tensors. Save the adapter, and load it into a "
             "fresh model instead."
         )
-    names = list(state.records) if name is None else [record_of(model, name).name]
-    modules = dict(model.named_modules())
-    for record in (state.records.pop(n) for n in names):
-        for target in record.targets.values():
-            layer = modules.get(target.path)
-            site = layer.__dict__.get(SITE) if layer is not None else None
-            if layer is None or site is None:  # something replaced the layer
-                continue
-            for short in target.specs:
-                attribute = stored_name(short, record.name)
-                layer._parameters.pop(attribute, None)
-                layer._buffers.pop(attribute, None)
-            del site.slots[record.name]
-            site.has_input = any(s.forward_input is not None for s in site.slots.values())
-            if not site.slots:
-                del layer.__dict__[SITE]
-                _remove_hooks(layer, HOOKS)
-                if isinstance(layer, Bank):
-                    _leave(layer, target.path.rpartition(".")[2])
+
+
+def take_off(model: nn.Module, names: list[str], undo: Undo) -> None:
+    """The steps of `detach`."""
+    state, modules = state_of(model), dict(model.named_modules())
+    undo(restoring(state, state.records))
+    for record in [state.records.pop(n) for n in names]:
+        for path in record.targets:
+            layer = modules.get(path)
+            site: Site | None = None if layer is None else layer.__dict__.get(SITE)
+            if layer is not None and site is not None:  # otherwise something replaced the layer
+                _take_from(layer, site, record, undo)
     state.active = tuple((n, w) for n, w in state.active if n in state.records)
     state.row_epoch += 1
     if not state.records:
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for n in state.base_trainable:
-            if n in parameters:
-                parameters[n].requires_grad_(True)
-        del model.__dict__[STATE]
-        _remove_hooks(model, ROOT_HOOKS)
+        _release(model, state, undo)
     reset_compiled()
 
 
-def _join(bank: Bank, name: str) -> None:
-    """Make a bank a child of the experts' module, whose hooks swap the adapted weights in."""
-    owner: nn.Module = bank.__dict__["owner"]
-    if not any(isinstance(m, Bank) for m in owner._modules.values()):
-        owner.register_forward_pre_hook(experts_pre_hook, with_kwargs=True)
-        owner.register_forward_hook(experts_post_hook, with_kwargs=True, always_call=True)
-    owner.add_module(name, bank)
+def _take_from(layer: nn.Module, site: Site, record: Record, undo: Undo) -> None:
+    """One adapter off one layer, and the hooks with the last one."""
+    undo(restoring(layer._parameters, layer._buffers, site, site.slots))
+    slot = site.slots.pop(record.name)
+    for attribute in slot.keys.values():
+        layer._parameters.pop(attribute, None)
+        layer._buffers.pop(attribute, None)
+    site.note_input()
+    if not site.slots:
+        undo(lambda: _put_back(layer, site))
+        _take_off(layer, site.path, site.kind)
 
 
-def _leave(bank: Bank, name: str) -> None:
-    owner: nn.Module = bank.__dict__["owner"]
-    del owner._modules[name]
-    if not any(isinstance(m, Bank) for m in owner._modules.values()):
-        _remove_hooks(owner, EXPERT_HOOKS)
+def _put_back(layer: nn.Module, site: Site) -> None:
+    """The hooks on again, of which perhaps half was gone."""
+    if SITE in layer.__dict__:
+        _take_off(layer, site.path, site.kind)
+    layer.__dict__[SITE] = site
+    site.kind.join(layer, site.path, _hooks(site.kind))
+
+
+def _release(model: nn.Module, state: ModelState, undo: Undo) -> None:
+    """A model without adapters is a plain one: its parameters train again, its hooks are gone."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for p in (parameters[n] for n in state.base_trainable if n in parameters):
+        undo(lambda p=p: p.requires_grad_(False))
+        p.requires_grad_(True)
+    tables = [getattr(model, table) for table in ROOT_HOOKS]
+    undo(restoring(model, *tables, model._forward_pre_hooks_with_kwargs, model._forward_hooks_with_kwargs))
+    del model.__dict__[STATE]
+    remove_hooks(model, ROOT_HOOKS)
 
 
 def rename(model: nn.Module, old: str, new: str) -> None:
-    """Give an adapter another name; its tensors stay the same objects, so optimisers keep working."""
+    """Give an adapter another name; its tensors stay the same objects, so optimisers keep working.
+
+    Raises:
+        StateError: unknown or taken name, a layer that was replaced, a merged model.
+    """
     model = unwrap(model)
     record, state = record_of(model, old), state_of(model)
     check_attachable(model, new)
-    for target in record.targets.values():
-        layer = model.get_submodule(target.path)
-        for short in target.specs:
-            tables: list[dict[str, Any]] = [layer._parameters, layer._buffers]  # pyright: ignore[reportAssignmentType]
-            for table in tables:
-                if stored_name(short, old) in table:
-                    table[stored_name(short, new)] = table.pop(stored_name(short, old))
+    list(owned_tensors(model, record))  # raises where a layer was replaced
+    with all_or_nothing() as undo:
+        order = [new if n == old else n for n in state.records]
+        give_name(model, record, new, undo)
+        put_in_order(model, order, undo)
+
+
+def give_name(model: nn.Module, record: Record, new: str, undo: Undo) -> None:
+    """The steps of `rename`; the adapter comes last in the order."""
+    state, old = state_of(model), record.name
+    undo(restoring(state, state.records, record))
     record.name = new
-    state.row_epoch += 1
     for path, target in record.targets.items():
-        site = model.get_submodule(path).__dict__[SITE]
-        owners = site.slots[old].owners
-        site.slots = {
-            (new if n == old else n): (Slot(record, target, owners) if n == old else s) for n, s in site.slots.items()
-        }
-    state.records = {(new if n == old else n): r for n, r in state.records.items()}
+        layer = model.get_submodule(path)
+        site: Site = layer.__dict__[SITE]
+        undo(restoring(layer._parameters, layer._buffers, site, site.slots))
+        for short in target.specs:
+            _rename_key(layer, stored_name(short, old), stored_name(short, new))
+        site.slots[new] = Slot(record, target, site.slots.pop(old).owners)
+    state.row_epoch += 1
+    state.records[new] = state.records.pop(old)
     state.active = tuple((new if n == old else n, w) for n, w in state.active)
     reset_compiled()
 
 
-def _base_trainable(model: nn.Module) -> list[str]:
-    """Paths of the parameters that require a gradient and belong to no adapter."""
-    found = []
-    for path, module in model.named_modules():
-        site: Site | None = module.__dict__.get(SITE)
-        adapters = {a for slot in site.slots.values() for a in slot.keys.values()} if site is not None else ()
-        for attribute, p in module._parameters.items():
-            if p is not None and p.requires_grad and attribute not in adapters:
-                found.append(f"{path}.{attribute}" if path else attribute)
-    return found
+def put_in_order(model: nn.Module, names: list[str], undo: Undo) -> None:
+    """Let the adapters act in this order."""
+    state = state_of(model)
+    paths = dict.fromkeys(path for record in state.records.values() for path in record.targets)
+    undo(restoring(state.records))
+    _sort(state.records, names)
+    for path in paths:
+        site: Site = model.get_submodule(path).__dict__[SITE]
+        undo(restoring(site.slots))
+        _sort(site.slots, names)
 
 
-def _remove_hooks(module: nn.Module, hooks: dict[str, Callable[..., Any]]) -> None:
-    for table_name, function in hooks.items():
-        table = getattr(module, table_name)
-        for key in [k for k, h in table.items() if getattr(h, "hook", h) is function]:  # torch wraps some
-            del table[key]
-            for extra in ("_with_kwargs", "_always_called"):
-                getattr(module, table_name + extra, {}).pop(key, None)
+def _sort(table: dict[str, Any], names: list[str]) -> None:
+    for name in names:
+        if name in table:
+            table[name] = table.pop(name)
+
+
+def _rename_key(layer: nn.Module, old: str, new: str) -> None:
+    if old in layer._parameters:
+        layer._parameters[new] = layer._parameters.pop(old)
+    if old in layer._buffers:
+        layer._buffers[new] = layer._buffers.pop(old)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import StateError
-from .commit import commit, detach
+from .commit import check_free, give_name, put_in_order, put_on, take_off
 from .handle import Adapter
 from .model.record import Record, Target
 from .model.site import Slot, owned_tensors
 from .model.state import record_of, state_of, unwrap
+from .model.undo import all_or_nothing
 from .start.staging import stage
 from .targets.choose import make_target
 from .view.layer import StagedView
@@ -71,18 +72,22 @@ def compact(model: nn.Module, name: str | None = None, rank: int | None = None) 
             f"adapter {old.name!r}: its schedule has not ended (step {old.steps} of "
             f"{old.total_steps or 'an unknown number'}); train on, or pass rank=... if the method has nested ranks."
         )
+    check_free(model, state, "ll.compact")
     tensors = {_key(t.path, short): tensor.detach() for t, short, _, tensor in owned_tensors(model, old)}
     record, small = compacted(model, old, tensors, rank)
+    record.name = f"{old.name}~"  # which no user can give, until the old one has left
     staged = stage(model, record, fill=False)
     for view in staged:
         for short, t in view.tensors.items():
             t.copy_(small[_key(view.path, short)])
-    active, base = state.active, list(state.base_trainable)
-    detach(model, old.name)
-    handle = commit(model, record, staged, old.trainable)
-    state = state_of(model)
-    state.active, state.base_trainable = active, base
-    return handle
+    order, active = list(state.records), state.active
+    with all_or_nothing() as undo:
+        put_on(model, record, staged, old.trainable, undo)
+        take_off(model, [old.name], undo)
+        give_name(model, record, old.name, undo)
+        put_in_order(model, order, undo)
+        state.active = active
+        return Adapter(model, old.name)
 
 
 def _key(path: str, short: str) -> str:

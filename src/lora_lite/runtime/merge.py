@@ -3,49 +3,27 @@ back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import LoraLiteError, StateError, WeightError
-from .layers.bank import Bank
-from .layers.kinds import CONVS, bias_of, dense_view, device_of, is_plain, is_quantised, is_sharded, stored_weight
-from .layers.norm import norm_of
-from .layers.read import probe_dtype, read_weight
-from .layers.virtual import Lookup, Normed
+from .call.batch import call_batch, evaluating
+from .layers.cell import rounding
+from .layers.kinds import kind_named
+from .layers.tensors import bias_of, device_of, is_sharded, stored_weight
+from .model.kind import Cell
+from .model.merged import Merged, Original
 from .model.record import Record
-from .model.site import Site, owned_tensors
+from .model.site import Site, Slot, owned_tensors
 from .model.state import SITE, ModelState, outside_scope, record_of, reset_compiled, state_of, unwrap
 from .progress import track
 from .select import active as active_scope
-from .view.composed import composed
-from .view.expert import ExpertView, slices
-from .view.layer import DenseView
-
-COLUMNS = 1024  # of the identity, pushed through the pages at a time
-
-
-@dataclass
-class Original:
-    """What `unmerge` puts back on one layer."""
-
-    path: str
-    weight: Tensor | None = None
-    """A CPU copy of the bits; None when the whole module was replaced."""
-    bias: Tensor | None = None
-    had_bias: bool = True
-    module: nn.Module | None = None
-    """The quantised layer that a dense one replaces."""
-
-
-@dataclass
-class Merged:
-    """The model's merged state."""
-
-    active: tuple[tuple[str, float], ...]
-    originals: list[Original] = field(default_factory=list)
+from .view.expert import Chosen, with_adapters
 
 
 @dataclass
@@ -102,11 +80,7 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
     """
     model = unwrap(model)
     state = state_of(model)
-    chosen = (
-        ((record_of(model, name).name, 1.0),)
-        if name is not None
-        else (state.merged.active if state.merged is not None else state.active)
-    )
+    chosen = _chosen(model, state, name)
     if state.merged is not None:
         if state.merged.active == chosen:
             return MergeReport([n for n, _ in chosen], 0, {}, {}, [])
@@ -114,31 +88,23 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
     outside_scope(state, "ll.merge")
     if not chosen:
         raise StateError("no adapter is active; activate one, or name it: ll.merge(model, name=...).")
-    sites = _mergeable(model, state, chosen, dequantize)
-    before: list[Tensor] = []
-    base: list[Tensor] = []
-    if check is not None:
-        with active_scope(model, dict(chosen)):
-            before = _outputs(model, check)
-        with active_scope(model, None):
-            base = _outputs(model, check)
+    targets = _mergeable(model, state, chosen, dequantize)
+    before = None if check is None else (_outputs(model, check, dict(chosen)), _outputs(model, check, None))
     merged = Merged(chosen)
-    report = MergeReport([n for n, _ in chosen], len(sites), {}, {}, [])
+    report = MergeReport([n for n, _ in chosen], len(targets), {}, {}, [])
     try:
-        for path, layer, site in track(sites, "merge"):
-            _merge_layer(model, path, layer, site, chosen, merged, report)
+        for path, layer, site in track(targets, "merge"):
+            _merge_layer(model, path, layer, site, merged, report)
     except BaseException:
         _restore(model, merged)
         raise
     state.merged, state.active = merged, ()
     reset_compiled()
-    if before:
+    if before is not None:
+        adapted, bare = before
         after = _outputs(model, check)
-        report.logit_error, report.logit_scale, report.effect = (
-            _distance(before, after),
-            max(float(t.abs().max()) for t in before),
-            _distance(before, base),
-        )
+        report.logit_error, report.effect = _distance(adapted, after), _distance(adapted, bare)
+        report.logit_scale = max(float(t.abs().max()) for t in adapted)
     return report
 
 
@@ -150,139 +116,79 @@ def unmerge(model: nn.Module) -> None:
     if state.merged is None:
         return
     outside_scope(state, "ll.unmerge")
-    merged: Merged = state.merged
+    merged = state.merged
     _restore(model, merged)
     state.merged, state.active = None, merged.active
     reset_compiled()
 
 
-def merged_weight(
-    layer: nn.Module, path: str, site: Site, chosen: tuple[tuple[str, float], ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(W, W', b') in fp64 (fp32 where the device has no fp64): F(v) = pages(base(pages_in(v))), b' = F(0), W'ᵀ = F(I) −
-    F(0)."""
-    dtype = torch.float32 if device_of(layer).type == "mps" else torch.float64
-    w = read_weight(layer, path, dtype) if site.kind != "norm" else norm_of(layer).gain(layer, dtype)[:, None]
-    b = bias_of(layer)
-    b = None if b is None else b.detach().to(dtype)
-    d_out, d_in = w.shape
-    slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
-    f = composed([(slot, weight, DenseView(layer, slot, w, b)) for slot, weight in slots], w, b)
-
-    if site.kind == "norm":
-        one, zero = (f(Normed(t)) for t in (torch.ones_like(w.mT), torch.zeros_like(w.mT)))
-        return w, (one - zero).mT, zero[0]
-    new = torch.empty_like(w)
-    if site.kind == "embedding":  # one-hot rows of a large vocabulary are looked up, never built
-        for start in range(0, d_in, COLUMNS):
-            ids = torch.arange(start, min(COLUMNS + start, d_in), device=w.device)
-            new[:, start : start + len(ids)] = f(Lookup(ids, d_in, dtype)).mT
-        return w, new, w.new_zeros(d_out)
-    zero = f(w.new_zeros(1, d_in))[0]
-    for start in range(0, d_in, COLUMNS):
-        n = min(COLUMNS, d_in - start)
-        eye = w.new_zeros(n, d_in)
-        eye[torch.arange(n), torch.arange(start, start + n)] = 1
-        new[:, start : start + n] = (f(eye) - zero).mT
-    return w, new, zero
+def _chosen(model: nn.Module, state: ModelState, name: str | None) -> Chosen:
+    """The named adapter, or the merged ones, or the active ones."""
+    if name is not None:
+        return ((record_of(model, name).name, 1.0),)
+    return state.active if state.merged is None else state.merged.active
 
 
 @torch.no_grad()
 def _merge_layer(
+    model: nn.Module, path: str, layer: nn.Module, site: Site, merged: Merged, report: MergeReport
+) -> None:
+    """Every matrix of one layer: read, fold the pages in, write."""
+    slots = [(site.slots[n], weight) for n, weight in merged.active if n in site.slots]
+    if not site.kind.writable(layer):
+        _replace_layer(model, path, layer, site, slots, merged, report)
+        return
+    bias = bias_of(layer)
+    original = Original(path, stored_weight(layer).detach().to("cpu", copy=True), had_bias=bias is not None)
+    original.bias = None if bias is None else bias.detach().to("cpu", copy=True)
+    merged.originals.append(original)
+    change = size = rounded = 0.0
+    for cell in site.kind.cells(layer, path):
+        w, new, shift = merged_weight(layer, site, cell, slots)
+        change, size = change + float((new - w).square().sum()), size + float(w.square().sum())
+        rounded = max(rounded, cell.write(new, shift))
+    report.change[path], report.rounding[path] = (change / max(size, 1e-60)) ** 0.5, rounded
+
+
+def merged_weight(
+    layer: nn.Module, site: Site, cell: Cell, slots: list[tuple[Slot, float]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(W, W', b') of one matrix in fp64, or fp32 where the device has no fp64: W'ᵀ = F(I) − F(0) and b' = F(0) for
+    F(v) = pages(base(pages_in(v)))."""
+    w, b = cell.read(torch.float32 if device_of(layer).type == "mps" else torch.float64)
+    was_training = layer.training
+    layer.training = False
+    try:
+        new, shift = cell.read_off(with_adapters(layer, cell, slots, w, b), w)
+    finally:
+        layer.training = was_training
+    if not (torch.isfinite(new).all() and torch.isfinite(shift).all()):
+        which = "" if cell.index is None else f" of expert {cell.index}"
+        raise StateError(
+            f"{site.path}: the merged weight{which} is not finite; look at the adapter's tensors with "
+            "ll.adapter_state_dict."
+        )
+    return w, new, shift
+
+
+def _replace_layer(
     model: nn.Module,
     path: str,
     layer: nn.Module,
     site: Site,
-    chosen: tuple[tuple[str, float], ...],
+    slots: list[tuple[Slot, float]],
     merged: Merged,
     report: MergeReport,
 ) -> None:
-    if isinstance(layer, Bank):
-        _merge_bank(path, layer, site, chosen, merged, report)
-        return
-    was_training = layer.training
-    layer.eval()
-    try:
-        w, new, bias = merged_weight(layer, path, site, chosen)
-    finally:
-        layer.training = was_training
-    if not (torch.isfinite(new).all() and torch.isfinite(bias).all()):
-        raise StateError(
-            f"{path}: the merged weight is not finite; look at the adapter's tensors with ll.adapter_state_dict."
-        )
-    old_bias = bias_of(layer)
-    plain = site.kind == "norm" or is_plain(layer)
-    dtype = stored_weight(layer).dtype if plain else probe_dtype(layer)
+    """A dense layer in the place of one whose weight is packed."""
+    (cell,) = site.kind.cells(layer, path)
+    w, new, shift = merged_weight(layer, site, cell, slots)
+    dense = site.kind.replacement(layer, new, shift)
+    merged.originals.append(Original(path, module=layer))
     report.change[path] = float((new - w).norm() / w.norm().clamp_min(1e-30))
-    new = new - norm_of(layer).offset if site.kind == "norm" else new
-    stored = new.to(dtype)
-    report.rounding[path] = float((stored.to(new.dtype) - new).abs().max() / new.abs().max().clamp_min(1e-30))
-    needs_bias = old_bias is not None or bool(bias.abs().max() > 0)
-    if site.kind == "norm" and needs_bias and old_bias is None:
-        raise WeightError(
-            f"{path}: the adapter adds a bias, and this {type(layer).__name__} has none to hold it; keep the adapter "
-            "attached."
-        )
-    if not plain:
-        dense: Any = nn.utils.skip_init(
-            nn.Linear, w.shape[1], w.shape[0], bias=needs_bias, device=w.device, dtype=dtype
-        )  # draws nothing
-        dense.requires_grad_(False)
-        dense.weight.copy_(stored)
-        if needs_bias:
-            dense.bias.copy_(bias.to(dtype))
-        dense.train(was_training)
-        merged.originals.append(Original(path, module=layer))
-        report.dequantised.append(path)
-        _set_submodule(model, path, dense)
-        return
-    weight = stored_weight(layer)
-    original = Original(
-        path,
-        weight.detach().to("cpu", copy=True),
-        None if old_bias is None else old_bias.detach().to("cpu", copy=True),
-        old_bias is not None,
-    )
-    merged.originals.append(original)
-    if site.kind == "norm" or isinstance(layer, CONVS):
-        weight.copy_(stored.view_as(weight))
-    else:
-        dense_view(layer).copy_(stored)
-    if old_bias is not None:
-        old_bias.copy_(bias.to(old_bias.dtype))
-    elif needs_bias:
-        layer.__dict__.pop("bias", None)  # a layer may say `self.bias = None` before it knows of parameters
-        layer.register_parameter("bias", nn.Parameter(bias.to(dtype), requires_grad=False))
-
-
-def _merge_bank(
-    path: str, bank: Bank, site: Site, chosen: tuple[tuple[str, float], ...], merged: Merged, report: MergeReport
-) -> None:
-    """One expert after the other, so that one weight at a time stands in fp64."""
-    stored, bias = bank.dense().data, bank.bias
-    original = Original(path, bank.weight.detach().to("cpu", copy=True))
-    original.bias = None if bias is None else bias.detach().to("cpu", copy=True)
-    merged.originals.append(original)
-    dtype = torch.float32 if stored.device.type == "mps" else torch.float64
-    slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
-    change = size = rounding = 0.0
-    for e in range(bank.n_experts):
-        w, b = stored[e].to(dtype), None if bias is None else bias.detach()[e].to(dtype)
-        views = [(s, k, ExpertView(bank, s, w, b, {n: t[e] for n, t in slices(bank, s).items()})) for s, k in slots]
-        f = composed(views, w, b)
-        shift = f(w.new_zeros(1, bank.d_in))[0]
-        new = (f(torch.eye(bank.d_in, dtype=dtype, device=w.device)) - shift).mT
-        if not (torch.isfinite(new).all() and torch.isfinite(shift).all()):
-            raise StateError(
-                f"{path}: the merged weight of expert {e} is not finite; look at the adapter's tensors with "
-                "ll.adapter_state_dict."
-            )
-        change, size = change + float((new - w).square().sum()), size + float(w.square().sum())
-        stored[e].copy_(new.to(stored.dtype))
-        rounding = max(rounding, float((stored[e].to(dtype) - new).abs().max() / new.abs().max().clamp_min(1e-30)))
-        if bias is not None:
-            bias.data[e].copy_(shift.to(bias.dtype))
-    report.change[path], report.rounding[path] = (change / max(size, 1e-60)) ** 0.5, rounding
+    report.rounding[path] = rounding(stored_weight(dense), new)
+    report.dequantised.append(path)
+    _set_submodule(model, path, dense)
 
 
 @torch.no_grad()
@@ -293,80 +199,89 @@ def _restore(model: nn.Module, merged: Merged) -> None:
             continue
         layer = model.get_submodule(original.path)
         assert original.weight is not None
-        stored_weight(layer).copy_(original.weight)
-        if original.bias is not None:
-            bias = bias_of(layer)
-            assert bias is not None
-            bias.copy_(original.bias)
-        elif not original.had_bias and bias_of(layer) is not None:
+        stored_weight(layer).data.copy_(original.weight)
+        bias = bias_of(layer)
+        if original.bias is not None and bias is not None:
+            bias.data.copy_(original.bias)
+        elif not original.had_bias and bias is not None:
             layer.register_parameter("bias", None)
 
 
-def _mergeable(
-    model: nn.Module, state: ModelState, chosen: tuple[tuple[str, float], ...], dequantize: bool
-) -> list[tuple[str, nn.Module, Site]]:
-    for n, _ in chosen:
-        record = state.records[n]
-        if not record.variant.affine or record.variant.site == "block":
-            raise StateError(
-                f"adapter {n!r}: variant {record.variant.name!r} is not an affine function of its layer's "
-                f"input{' (it edits chosen positions of the residual stream)' if record.variant.site == 'block' else ''}, "
-                "so no weight can stand for it. Keep it attached."
-            )
-    paths = [p for p in dict.fromkeys(p for n, _ in chosen for p in state.records[n].targets)]
-    for n, _ in chosen:
-        list(owned_tensors(model, state.records[n]))  # raises where a layer was replaced
+Mergeable = list[tuple[str, nn.Module, Site]]
+
+
+def _mergeable(model: nn.Module, state: ModelState, chosen: Chosen, dequantize: bool) -> Mergeable:
+    """(path, layer, site) of every layer to write, or the reason why not all of them can be written."""
+    records = [state.records[n] for n, _ in chosen]
+    for record in records:
+        _check_affine(record)
+        list(owned_tensors(model, record))  # raises where a layer was replaced
     sharded = next((n for n, p in model.named_parameters() if is_sharded(p)), None)
     if sharded is not None:
         raise WeightError(
             f"the model is sharded ({sharded}). Save the adapter, load it into an unsharded model and merge there."
         )
-    sites = [(p, model.get_submodule(p), model.get_submodule(p).__dict__[SITE]) for p in paths]
-    owners: dict[int, list[str]] = {}
+    paths = dict.fromkeys(p for record in records for p in record.targets)
+    layers = [(p, model.get_submodule(p)) for p in paths]
+    targets = [(p, layer, layer.__dict__[SITE]) for p, layer in layers]
+    users = _users_of_weights(model)
+    for path, layer, site in targets:
+        _check_writable(path, layer, site, dequantize)
+        _check_tied(path, layer, records, users)
+    return _written_once(targets, records)
+
+
+def _check_affine(record: Record) -> None:
+    stream = kind_named(record.variant.site).stream
+    if stream or not record.variant.affine:
+        where = " (it edits chosen positions of the residual stream)" if stream else ""
+        raise StateError(
+            f"adapter {record.name!r}: variant {record.variant.name!r} is not an affine function of its layer's "
+            f"input{where}, so no weight can stand for it. Keep it attached."
+        )
+
+
+def _check_writable(path: str, layer: nn.Module, site: Site, dequantize: bool) -> None:
+    if site.kind.writable(layer):
+        return
+    if site.kind.is_quantised(layer) and not dequantize:
+        raise WeightError(
+            f"{path}: the weight of this {type(layer).__name__} is quantised. ll.merge(model, dequantize=True) "
+            "replaces such layers by dense ones and reports the error."
+        )
+    if not site.kind.replaceable:
+        raise WeightError(
+            f"{path}: a {type(layer).__name__} with a forward of its own cannot be merged; keep the adapter attached."
+        )
+
+
+def _users_of_weights(model: nn.Module) -> dict[int, list[str]]:
+    """What tied weights have in common -> paths of the modules that hold it."""
+    users: dict[int, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         w = module._parameters.get("weight")
-        if w is not None and not w.is_meta:
-            owners.setdefault(_storage(w), []).append(path)
-    for path, layer, site in sites:
-        w = layer._parameters.get("weight")
-        if isinstance(layer, Bank):
-            continue  # no module but its owner knows the parameter
-        plain = site.kind == "norm" or is_plain(layer)
-        if not plain and is_quantised(layer) and not dequantize:
-            raise WeightError(
-                f"{path}: the weight of this {type(layer).__name__} is quantised. ll.merge(model, dequantize=True) "
-                "replaces such layers by dense ones and reports the error."
-            )
-        if not plain and site.kind != "linear":
-            raise WeightError(
-                f"{path}: a {type(layer).__name__} with a forward of its own cannot be merged; keep the adapter "
-                "attached."
-            )
-        tied = owners.get(_storage(w), []) if w is not None and not w.is_meta and w.numel() else []
-        if len(tied) > 1 and not _moves_together([state.records[n] for n, _ in chosen], tied):
-            others = [t for t in tied if t != path]
-            raise WeightError(
-                f"{path}: its weight is tied to {others[0]!r}, so merging would change both. Untie them first: set "
-                "model.config.tie_word_embeddings = False and give the layer its own copy (layer.weight = "
-                "nn.Parameter(layer.weight.clone())), or keep the adapter attached."
-            )
-    shared = {id(layer._parameters.get("weight")) for p, layer, _ in sites if not _tied_to(state, chosen, p)}
-    return [
-        (p, layer, site)
-        for p, layer, site in sites
-        if not _tied_to(state, chosen, p) or id(layer._parameters.get("weight")) not in shared  # written once
-    ]
+        if w is not None and not w.is_meta and w.numel():
+            users[_storage(w)].append(path)
+    return users
 
 
 def _storage(w: Tensor) -> int:
-    """What tied weights have in common. Tensor subclasses, as torchao's, all say that they lie at address 0."""
+    """Tensor subclasses, as torchao's, all say that they lie at address 0."""
     return w.data_ptr() if type(w.data) is Tensor else id(w)
 
 
-def _tied_to(state: ModelState, chosen: tuple[tuple[str, float], ...], path: str) -> str:
-    """The target whose tensors act on this layer because both share one weight, or ''."""
-    mine = [state.records[n].targets[path].tied for n, _ in chosen if path in state.records[n].targets]
-    return mine[0] if mine and all(mine) else ""
+def _check_tied(path: str, layer: nn.Module, records: list[Record], users: dict[int, list[str]]) -> None:
+    """Raise where writing this weight would change a layer that the adapters do not change by the same tensors."""
+    w = layer._parameters.get("weight")
+    tied = [] if w is None else users.get(_storage(w), [])
+    if len(tied) < 2 or _moves_together(records, tied):
+        return
+    other = next(t for t in tied if t != path)
+    raise WeightError(
+        f"{path}: its weight is tied to {other!r}, so merging would change both. Untie them first: set "
+        "model.config.tie_word_embeddings = False and give the layer its own copy (layer.weight = "
+        "nn.Parameter(layer.weight.clone())), or keep the adapter attached."
+    )
 
 
 def _moves_together(records: list[Record], paths: list[str]) -> bool:
@@ -379,6 +294,17 @@ def _moves_together(records: list[Record], paths: list[str]) -> bool:
     return True
 
 
+def _written_once(targets: Mergeable, records: list[Record]) -> Mergeable:
+    """Without the layers whose weight is that of another one in the list."""
+
+    def is_tied(path: str) -> bool:
+        mine = [record.targets[path].tied for record in records if path in record.targets]
+        return bool(mine) and all(mine)
+
+    owners = {id(layer._parameters.get("weight")) for path, layer, _ in targets if not is_tied(path)}
+    return [t for t in targets if not is_tied(t[0]) or id(t[1]._parameters.get("weight")) not in owners]
+
+
 def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, child = path.rpartition(".")
     if not child:
@@ -389,23 +315,21 @@ def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """The floating tensors of the model's output in eval mode."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        out = (
-            model(**batch)
-            if isinstance(batch, dict) or hasattr(batch, "keys")
-            else model(*batch)
-            if isinstance(batch, (tuple, list))
-            else model(batch)
-        )
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-    values = [out] if isinstance(out, Tensor) else list(out.values()) if hasattr(out, "values") else list(out)
-    return [v.detach().float() for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+def _outputs(model: nn.Module, batch: Any, *selection: dict[str, float] | None) -> list[Tensor]:
+    """The floating tensors of the model's output in eval mode, under a selection or as it stands."""
+    with evaluating(model):
+        if selection:
+            with active_scope(model, selection[0]):
+                out = call_batch(model, batch)
+        else:
+            out = call_batch(model, batch)
+    return [v.detach().float() for v in _values(out) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def _values(out: Any) -> Iterable[Any]:
+    if isinstance(out, Tensor):
+        return (out,)
+    return out.values() if hasattr(out, "values") else out
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:

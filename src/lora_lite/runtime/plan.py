@@ -9,25 +9,19 @@ import torch
 from torch import nn
 
 from ..core.config import AdapterConfig
-from ..core.errors import TargetError, listing
+from ..core.errors import listing, size_text
 from ..core.registry import get_variant, resolve
 from ..core.spec import ParamSpec
-from .layers.bank import Bank
-from .layers.kinds import is_quantised
+from ..core.variant import Variant
+from .layers.kinds import kind_named
+from .layers.read import is_quantised
 from .model.record import Target
-from .model.state import SITE, unwrap
-from .targets.beside import whole_config, whole_sites
-from .targets.choose import (
-    add_shared,
-    block_sites,
-    check_site,
-    count_hits,
-    make_target,
-    select,
-    target_of,
-)
-from .targets.structure import Place, describe
-from .targets.tied import only_input_embedding, tied_notes, tied_sites
+from .model.site import base_parameters
+from .model.state import unwrap
+from .targets.beside import whole_config, whole_places
+from .targets.choose import add_shared, check_place, count_hits, make_target, places_of, select, target_of
+from .targets.structure import Place, Structure, describe
+from .targets.tied import tied_notes, tied_places
 
 
 @dataclass
@@ -124,82 +118,73 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     model, cfg = unwrap(model), resolve(cfg)
     variant = get_variant(cfg.variant)
     structure = describe(model)
-    if variant.site == "block" and cfg.target_kinds != type(cfg)(variant=cfg.variant).target_kinds:
-        raise TargetError(
-            f"variant {variant.name!r} hooks the residual stream after blocks, so target_kinds={cfg.target_kinds!r} "
-            "says nothing to it; leave it out."
-        )
-    sites = (
-        block_sites(structure)
-        if variant.site == "block"
-        else [s for s in structure.sites if s.kind in cfg.target_kinds]
-    )
-    if variant.site == "embedding" and cfg.target_names is None:
-        sites = only_input_embedding(model, sites)
-    hits = count_hits(cfg, ("target_names", "exclude_names"), sites, "layers")
-    whole = whole_sites(model, structure, cfg, hits)
+    places = places_of(structure, variant, cfg)
+    if cfg.target_names is None:
+        places = kind_named(variant.site).narrow(model, places)
+    hits = count_hits(cfg, ("target_names", "exclude_names"), places, "layers")
+    whole = whole_places(model, structure, cfg, hits)
     beside = {s.path for s in whole}
-    chosen, unadapted = select([s for s in sites if s.path not in beside], structure, cfg)
-    for site in chosen:
-        check_site(site, structure, cfg)
-    if variant.site != "block":
-        others = [s for s in structure.sites if s.kind not in (*cfg.target_kinds, "norm") and s.path not in beside]
-        unadapted += [(s.path, f"{s.kind}; add it with target_kinds") for s in others]
+    chosen, unadapted = select([s for s in places if s.path not in beside], structure, cfg)
+    for place in chosen:
+        check_place(place, structure, cfg)
     hits |= count_hits(cfg, None, chosen, "targets")
     targets = [target_of(s, cfg.for_target(s.path, s.role)) for s in chosen]
     if variant.shared_specs is not None:
         add_shared(targets, cfg)
     if variant.tied is not None:
-        for owner, site in tied_sites(structure, chosen):
-            target = make_target(site.path, site.d_in, site.d_out, variant.tied(targets[owner].cfg), "linear")
-            target.tied, target.shared = targets[owner].path, dict.fromkeys(targets[owner].specs, targets[owner].path)
-            targets.append(target)
-            chosen = [*chosen, site]
+        tied, more = _tied_targets(structure, chosen, targets)
+        chosen, targets = chosen + tied, targets + more
     if whole:
         own = whole_config(cfg)
-        for site in whole:
-            check_site(site, structure, own)
-        targets += [target_of(s, own) for s in whole]
-        chosen = chosen + whole
-    rows = [
-        (
-            type(s.module).__name__,
-            s.role,
-            s.layer,
-            _dtype_name(s.module),
-            variant.site == "linear" and is_quantised(s.module),
-        )
-        for s in chosen
-    ]
-    unadapted += [
+        for place in whole:
+            check_place(place, structure, own)
+        chosen, targets = chosen + whole, targets + [target_of(s, own) for s in whole]
+    unadapted += _not_offered(structure, variant, cfg, beside)
+    base = {id(p): p for _, p in base_parameters(model)}  # a tied parameter counts once
+    rows = [_row(place, variant) for place in chosen]
+    notes = tied_notes(model, chosen) + _kind_notes(chosen)
+    return Plan(cfg, targets, hits, unadapted, sum(map(_numel, base.values())), rows, notes)
+
+
+def _tied_targets(structure: Structure, chosen: list[Place], targets: list[Target]) -> tuple[list[Place], list[Target]]:
+    """The layers that share a chosen one's weight, and the targets on them, on which its tensors act too."""
+    places, more = [], []
+    for i, place in tied_places(structure, chosen):
+        owner = targets[i]
+        cfg = owner.variant.tied(owner.cfg)  # type: ignore[misc]
+        target = make_target(place.path, place.d_in, place.d_out, cfg, place.kind)
+        target.tied, target.shared = owner.path, dict.fromkeys(owner.specs, owner.path)
+        places.append(place)
+        more.append(target)
+    return places, more
+
+
+def _not_offered(
+    structure: Structure, variant: type[Variant], cfg: AdapterConfig, beside: set[str]
+) -> list[tuple[str, str]]:
+    """(path, reason) of the layers of other kinds and of bare parameters."""
+    others = [s for s in structure.places if s.kind not in cfg.target_kinds and kind_named(s.kind).offered]
+    left = []
+    if not kind_named(variant.site).stream:
+        left = [(s.path, f"{s.kind}; add it with target_kinds") for s in others if s.path not in beside]
+    return left + [
         (path, f"bare parameter of shape {'x'.join(map(str, shape))}, not a linear layer")
         for path, shape in structure.raw
     ]
-    notes = tied_notes(model, chosen) + _expert_notes(chosen)
-    return Plan(cfg, targets, hits, unadapted, sum(_numel(p) for p in _base_parameters(model)), rows, notes)
 
 
-def _expert_notes(chosen: list[Place]) -> list[str]:
-    """What swapped-in weights cost while training."""
-    size = sum(s.module.weight.numel() * s.module.weight.element_size() for s in chosen if isinstance(s.module, Bank))
-    if not size:
-        return []
-    return [
-        f"fused experts: training keeps their adapted weights ({size_text(size)} over all layers) for the backward "
-        "pass; with gradient checkpointing those of one layer at a time"
-    ]
+def _row(place: Place, variant: type[Variant]) -> tuple[str, str, int | None, str, bool]:
+    """What the table says of a target beyond its shape."""
+    quantised = not kind_named(variant.site).stream and is_quantised(place.module)
+    return type(place.module).__name__, place.role, place.layer, _dtype_name(place.module), quantised
 
 
-def _base_parameters(model: nn.Module) -> list[torch.Tensor]:
-    sites = [m.__dict__[SITE] for m in model.modules() if SITE in m.__dict__]
-    adapter = {k for site in sites for slot in site.slots.values() for k in slot.keys.values()}
-    found = {  # a tied parameter counts once
-        id(p): p
-        for m in model.modules()
-        for k, p in m._parameters.items()
-        if p is not None and not (SITE in m.__dict__ and k in adapter)
-    }
-    return list(found.values())
+def _kind_notes(chosen: list[Place]) -> list[str]:
+    """What the kinds of the chosen layers have to say."""
+    by_kind: dict[str, list[nn.Module]] = {}
+    for place in chosen:
+        by_kind.setdefault(place.kind, []).append(place.module)
+    return [note for name, modules in by_kind.items() for note in kind_named(name).notes(modules)]
 
 
 def _numel(p: torch.Tensor) -> int:
@@ -215,9 +200,3 @@ def _itemsize(spec: ParamSpec, cfg: AdapterConfig) -> int:
 def _dtype_name(module: nn.Module) -> str:
     w = next((p for p in (getattr(module, "weight", None), *module.parameters()) if isinstance(p, torch.Tensor)), None)
     return "?" if w is None else str(w.dtype).removeprefix("torch.")
-
-
-def size_text(n: int) -> str:
-    if n >= 2**30:
-        return f"{n / 2**30:.1f} GiB"
-    return f"{n / 2**20:.1f} MiB" if n >= 2**20 else f"{n / 2**10:.1f} KiB"

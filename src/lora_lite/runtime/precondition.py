@@ -68,7 +68,7 @@ def _is_pair(specs: dict[str, Any]) -> bool:
 
 def _precondition(view: LayerView, reg: float) -> None:
     a, b = view.master(A), view.master(B)
-    wa, wb = whole(view, A), whole(view, B)
+    wa, wb = with_start(view, A), with_start(view, B)
     eye = reg * torch.eye(wa.shape[0], dtype=wa.dtype, device=wa.device)
     if a.grad is not None:
         a.grad.copy_(torch.linalg.solve(wb.mT @ wb + eye, a.grad.to(wa.dtype)))
@@ -76,6 +76,6 @@ def _precondition(view: LayerView, reg: float) -> None:
         b.grad.copy_(torch.linalg.solve(wa @ wa.mT + eye, b.grad.to(wa.dtype), left=False))
 
 
-def whole(view: LayerView, short: str) -> Tensor:
+def with_start(view: LayerView, short: str) -> Tensor:
     """A factor with its frozen start added, in fp32 or better."""
     return view.tiny(short) + view.tiny(f"{short}0") if f"{short}0" in view._slot.keys else view.tiny(short)

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from ..core.errors import StateError
 from .model.record import Record
 from .model.site import owned_tensors
-from .model.state import record_of, state_of
-from .view.expert import expert_views, layer_views
+from .model.state import ModelState, record_of, state_of
+from .view.expert import layer_views, matrix_views
 from .view.layer import LayerView
 
 
@@ -43,19 +43,10 @@ def schedule(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
             positive.
     """
     state = state_of(model)
-    records = [r for r in state.records.values() if r.variant.on_step is not None]
-    if not records:
-        raise StateError("no attached adapter has a schedule, so ll.schedule has nothing to do; leave the call out.")
+    optimizer = torch_optimizer(optimizer)
+    driven = _driven_by(optimizer, model, state)
     if total_steps < 1:
         raise StateError(f"total_steps must be positive, got {total_steps}.")
-    optimizer = torch_optimizer(optimizer)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    driven = [r for r in records if any(id(t) in held for _, _, _, t in owned_tensors(model, r))]
-    if not driven:
-        raise StateError(
-            f"the optimiser trains no tensor of {', '.join(repr(r.name) for r in records)}. Build it from "
-            "adapter.parameters() after attaching or loading."
-        )
     for record in driven:
         record.total_steps, record.scheduled, record.train_calls = total_steps, True, 0
         record.schedule_number += 1
@@ -69,6 +60,21 @@ def schedule(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
                 step_record(model, record)
 
     optimizer.register_step_post_hook(after_step)
+
+
+def _driven_by(optimizer: Optimizer, model: nn.Module, state: ModelState) -> list[Record]:
+    """The scheduled adapters of which the optimiser trains a tensor; there must be one."""
+    records = [r for r in state.records.values() if r.variant.on_step is not None]
+    if not records:
+        raise StateError("no attached adapter has a schedule, so ll.schedule has nothing to do; leave the call out.")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    driven = [r for r in records if any(id(t) in held for _, _, _, t in owned_tensors(model, r))]
+    if not driven:
+        raise StateError(
+            f"the optimiser trains no tensor of {', '.join(repr(r.name) for r in records)}. Build it from "
+            "adapter.parameters() after attaching or loading."
+        )
+    return driven
 
 
 def torch_optimizer(optimizer: Any) -> Optimizer:
@@ -113,6 +119,6 @@ def penalty(model: nn.Module, name: str | None = None) -> Tensor:
     for record in records:
         if record.variant.penalty is not None:
             for view in layer_views(model, record):
-                for one in expert_views(view):
+                for one in matrix_views(view):
                     total = total + record.variant.penalty(one).to(device)
     return total

@@ -15,6 +15,7 @@ from ..core.errors import LoraLiteError
 from ..core.variant import Variant
 from ..runtime.attach import attach
 from ..runtime.handle import Adapter
+from ..runtime.layers.kinds import DEFAULT_KIND, kind_named
 from ..runtime.model.site import owned_tensors
 from ..runtime.model.state import record_of
 from ..runtime.plan import plan
@@ -49,8 +50,8 @@ class Case:
             "positions" in self.variant.config.__dataclass_fields__
         ):  # the toy's tokens do not mix, and its calls hold no prompt
             self.options = {"positions": "all", **self.options}
-        if self.linear and "linear" not in self.variant.config().target_kinds:
-            self.options = {"target_kinds": ("linear",), **self.options}
+        if self.linear and DEFAULT_KIND not in self.variant.config().target_kinds:
+            self.options = {"target_kinds": (DEFAULT_KIND,), **self.options}
         if self.linear and self.variant.config().target_roles is not None:  # the checks count four layers
             self.options = {"target_roles": None, **self.options}
 
@@ -70,7 +71,7 @@ class Case:
     @property
     def linear(self) -> bool:
         """Whether it hooks linear layers."""
-        return self.variant.site != "block"
+        return not kind_named(self.variant.site).stream
 
     @property
     def affine(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from ..core.config import AdapterConfig, Kind
+from ..core.config import AdapterConfig
 from ..core.errors import ConfigError
 from ..core.registry import register
 from ..core.spec import ParamSpec
@@ -18,7 +18,7 @@ from ..core.variant import Variant
 @dataclass(frozen=True, kw_only=True)
 class TokenRowsConfig(AdapterConfig):
     variant: str = "token_rows"
-    target_kinds: tuple[Kind, ...] = ("embedding",)
+    target_kinds: tuple[str, ...] = ("embedding",)
     token_ids: tuple[int, ...] = ()
     """The tokens whose rows are trained. Empty: the last r rows, where `resize_token_embeddings` puts new tokens."""
     side: Literal["input", "output"] = "input"

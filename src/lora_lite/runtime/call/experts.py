@@ -76,10 +76,11 @@ def _by_rows(
             "adapters cannot be told apart. Run one batch per adapter: with ll.active(model, name)."
         )
     names = {n for bank in _owned(owner) for n in bank.__dict__[SITE].slots}
-    everywhere = Site(site.path, site.kind, site.state)
-    everywhere.slots = dict.fromkeys(names)  # type: ignore[assignment]  # only the names are read
-    for group in row_groups(everywhere, rows, y):
-        pick = lambda t, index=group.index: t.index_select(0, index) if isinstance(t, Tensor) else t  # noqa: E731
+    for group in row_groups(site.state, site.path, names, rows, y):
+
+        def pick(t: Any, index: Tensor = group.index) -> Any:
+            return t.index_select(0, index) if isinstance(t, Tensor) else t
+
         _stand_before(owner, ((group.name, 1.0),))
         try:
             part = owner.forward(*map(pick, args), **{k: pick(v) for k, v in kwargs.items()})

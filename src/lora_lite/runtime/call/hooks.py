@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import SelectionError, WeightError
-from ..layers.virtual import PLACES, unwrap_output, wrap
 from ..model.site import Site, Slot
 from ..model.state import SITE
 from ..view.composed import blend
 from ..view.layer import LayerView
 from ..view.spans import Call
 from .grouped import grouped
-from .recompute import selection_of
+from .recompute import Selection, selection_of
 from .rows import row_groups
 
 
@@ -27,12 +26,12 @@ def pre_hook(
     site: Site = layer.__dict__[SITE]
     if not site.has_input:
         return None
-    active, rows, call = selection_of(site.state)
-    if not active and rows is None:
+    selection = selection_of(site.state)
+    if not selection[0] and selection[1] is None:
         return None
     key = None if args else first_name(layer, kwargs)
     x = args[0] if key is None else kwargs[key]
-    new = run(layer, site, x, None, active, rows, call)
+    new = apply_selected(layer, site, x, None, selection)
     if new is x:
         return None
     return ((new, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: new})
@@ -41,8 +40,8 @@ def pre_hook(
 def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """y -> every active `forward`, in attach order, each seeing the rewritten x and the previous y."""
     site: Site = layer.__dict__[SITE]
-    active, rows, call = selection_of(site.state)
-    if not active and rows is None:
+    selection = selection_of(site.state)
+    if not selection[0] and selection[1] is None:
         return None
     x = args[0] if args else kwargs[first_name(layer, kwargs)]
     y = output[0] if isinstance(output, tuple) else output
@@ -57,49 +56,53 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
             "before it would train on wrong gradients. Use a weight-only quantisation that is differentiable "
             "(bitsandbytes, torchao int8 weight-only, quanto)."
         )
-    if site.kind in PLACES:
-        virtual, flat = wrap(layer, site.kind, x, y)
-        return unwrap_output(site.kind, run(layer, site, virtual, flat, active, rows, call))  # type: ignore[arg-type]
-    new = run(layer, site, x, y, active, rows, call)
-    if new is y:
+    inner_x, inner_y = site.kind.enter(layer, x, y)
+    new = apply_selected(layer, site, inner_x, inner_y, selection)
+    if new is inner_y:
         return None
+    new = site.kind.leave(new)
     return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
-def run(
-    layer: nn.Module,
-    site: Site,
-    x: Tensor,
-    y: Tensor | None,
-    active: tuple[tuple[str, float], ...],
-    rows: tuple[str | None, ...] | None,
-    call: Call | None,
-) -> Tensor:
+def apply_selected(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, selection: Selection) -> Tensor:
     """The page of every selected adapter on this layer. y None: the input side."""
-    value = x if y is None else y
+    active, rows, call = selection
     if y is not None and x.dtype != y.dtype and isinstance(x, Tensor) and x.is_floating_point():
         x = x.to(y.dtype)  # autocast, or a layer that returns another dtype than it takes
-    if rows is None:
-        for name, weight in active:
-            slot = site.slots.get(name)
-            if slot is not None:
-                pair = (value, None) if y is None else (x, value)
-                new = apply_page(layer, slot, *pair, weight, call)
-                value = new if slot.own_weight else blend(value, new, weight)
-        return value
-    groups = row_groups(site, rows, x)
-    if site.kind == "linear":
+    if rows is not None:
+        return _apply_rows(layer, site, x, y, rows, call)
+    value = x if y is None else y
+    for name, weight in active:
+        slot = site.slots.get(name)
+        if slot is not None:
+            new = apply_page(layer, slot, *_sides(x, y, value), weight, call)
+            value = new if slot.own_weight else blend(value, new, weight)
+    return value
+
+
+def _apply_rows(
+    layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, rows: tuple[str | None, ...], call: Call | None
+) -> Tensor:
+    """The same with one adapter per row: several at once where they can, the rest one after the other."""
+    value = x if y is None else y
+    groups = row_groups(site.state, site.path, site.slots, rows, x)
+    if site.kind.groups_rows:
         value, groups = grouped(layer, site, groups, x, y)
     for group in groups:
         slot = site.slots[group.name]
         if (slot.forward_input if y is None else slot.forward) is None:
             continue
         part = value.index_select(0, group.index)
-        pair = (part, None) if y is None else (x.index_select(0, group.index), part)
-        new = apply_page(layer, slot, *pair, 1.0, call, group.index)
+        own_x = x if y is None else x.index_select(0, group.index)
+        new = apply_page(layer, slot, *_sides(own_x, y, part), 1.0, call, group.index)
         if new is not part:
             value = value.index_copy(0, group.index, new)
     return value
+
+
+def _sides(x: Tensor, y: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a page takes when `value` is what the pages before it made of x, or of y."""
+    return (value, None) if y is None else (x, value)
 
 
 def apply_page(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...core.errors import SelectionError
 from ...core.positions import parse_positions
 from ..model.state import ModelState
+from ..view.cache import cache_of
 from ..view.spans import Call
 
 IGNORED = -100
@@ -54,30 +55,60 @@ def locate(state: ModelState, model: nn.Module, args: tuple[Any, ...], kwargs: d
         raise SelectionError(
             f"{who}: an encoder-decoder model has two sequences and no prompt in either; use positions='all'."
         )
-    named = _named(model, args, kwargs)
-    tokens = _tokens(named)
-    if tokens is None:
-        raise SelectionError(f"{who}: the call brings no tensor of shape (batch, tokens, ...). Use positions='all'.")
-    (B, T), device = tokens.shape[:2], tokens.device
-    past = _past(named, who)
-    found = {}
-    if _is_over(state.prompt, past, T):
-        for text in texts:
-            found[text] = (None, None, 0) if text == "generated" else ()
-        return Call((B, T), found)
-    mask = _mask(named.get("attention_mask"), B, T, past, who)
-    count = None if mask is None else mask.to(device).long().cumsum(1)
-    n = _lengths(state, model, named, tokens, count, past, who)
-    for text in texts:
-        spec = parse_positions(text)
-        if not isinstance(spec, str):
-            found[text] = _prompt_tokens(*spec, n, count, T, past)
-            continue
-        column = torch.arange(T, device=device) + past
-        rank = column.expand(B, T) if count is None else count.index_select(1, column) - 1
-        keep = (rank < n[:, None]) if spec == "prompt" else (rank >= n[:, None])
-        found[text] = (None, keep if mask is None else keep & mask.to(device).index_select(1, column), 0)
-    return Call((B, T), found)
+    batch = _Batch(model, args, kwargs, who)
+    if _is_over(state.prompt, batch.past, batch.T):
+        over = {text: (None, None, 0) if text == "generated" else () for text in texts}
+        return Call((batch.B, batch.T), over)
+    n = _lengths(state, model, batch)
+    return Call((batch.B, batch.T), {text: _columns(text, n, batch) for text in texts})
+
+
+class _Batch:
+    """One call of the model: its tokens, what is cached before them, and which of them are padding."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], who: str) -> None:
+        self.named, self.who = _named(model, args, kwargs), who
+        tokens = _tokens(self.named)
+        if tokens is None:
+            raise SelectionError(
+                f"{who}: the call brings no tensor of shape (batch, tokens, ...). Use positions='all'."
+            )
+        self.tokens, (self.B, self.T), self.device = tokens, tokens.shape[:2], tokens.device
+        self.cache = cache_of(self.named)
+        self.past = _past(self.named, self.cache, who)
+        self.mask = _mask(self.named.get("attention_mask"), self.B, self.T, self.past, who)
+        if self.mask is not None:
+            self.mask = self.mask.to(self.device)
+            _check_cache_found(self.mask, self.T, self.cache, self.past, who)
+        self.count = None if self.mask is None else self.mask.long().cumsum(1)
+        """(B, columns so far): how many tokens that are no padding lie up to each column."""
+        self.eager = not torch.compiler.is_compiling()
+
+    @property
+    def is_first(self) -> bool:
+        """Nothing is cached before it."""
+        return isinstance(self.past, int) and self.past == 0
+
+    @property
+    def total(self) -> Tensor:
+        """(B,) number of tokens so far, padding not counted."""
+        if self.count is not None:
+            return self.count[:, -1]
+        return torch.full((self.B,), self.T, device=self.device) + self.past
+
+
+def _columns(text: str, n: Tensor, batch: _Batch) -> tuple[Any, ...]:
+    """What `Call.found` holds for one wording, n (B,) being the lengths of the prompts."""
+    spec = parse_positions(text)
+    if not isinstance(spec, str):
+        return _prompt_tokens(*spec, n, batch.count, batch.T, batch.past)
+    column = torch.arange(batch.T, device=batch.device) + batch.past
+    if batch.count is None or batch.mask is None:
+        rank = column.expand(batch.B, batch.T)
+        return None, (rank < n[:, None]) if spec == "prompt" else (rank >= n[:, None]), 0
+    rank = batch.count.index_select(1, column) - 1
+    keep = (rank < n[:, None]) if spec == "prompt" else (rank >= n[:, None])
+    return None, keep & batch.mask.index_select(1, column), 0
 
 
 def _is_over(given: Prompt | None, past: Any, T: int) -> bool:
@@ -103,67 +134,72 @@ def _prompt_tokens(p: int, s: int, n: Tensor, count: Tensor | None, T: int, past
     return column.clamp(0, T - 1), keep & (column >= 0) & (column < T), p
 
 
-def _lengths(
-    state: ModelState,
-    model: nn.Module,
-    named: Mapping[str, Any],
-    tokens: Tensor,
-    count: Tensor | None,
-    past: Any,
-    who: str,
-) -> Tensor:
+def _lengths(state: ModelState, model: nn.Module, batch: _Batch) -> Tensor:
     """(B,) number of prompt tokens per row: what `ll.prompt` says, else what the labels say, else all tokens of a first
     call."""
-    B, T = tokens.shape[:2]
-    total = count[:, -1] if count is not None else torch.full((B,), T, device=tokens.device) + past
-    given: Prompt | None = state.prompt
-    eager = not torch.compiler.is_compiling()
+    given = state.prompt
     if given is not None and given.lengths is not None:
-        if B % len(given.lengths):
-            raise SelectionError(f"ll.prompt names {len(given.lengths)} rows, and the batch has {B}.")
-        n = given.lengths.to(tokens.device).repeat_interleave(B // len(given.lengths))
-        if eager and isinstance(past, int) and past == 0:
-            fits = bool((n <= total).all())
-            given.ends = T if fits else None
-            if not fits and named.get("past_key_values") is None and not named.get("use_cache"):
-                raise SelectionError(
-                    f"ll.prompt names prompts of {given.lengths.tolist()} tokens, and the batch has rows of "
-                    f"{total.tolist()} tokens."
-                )
-        return n
-    if given is not None and isinstance(past, int) and past == 0:
-        return total
-    if _packed(named, eager):
+        return _named_lengths(given, given.lengths, batch)
+    if given is not None and batch.is_first:
+        return batch.total
+    if _packed(batch.named, batch.eager):
         raise SelectionError(
-            f"{who}: the batch packs several sequences into one row, and a prompt cannot be found in it. Turn packing "
-            "(padding-free batches) off."
+            f"{batch.who}: the batch packs several sequences into one row, and a prompt cannot be found in it. Turn "
+            "packing (padding-free batches) off."
         )
-    labels = named.get("labels")
-    if isinstance(labels, Tensor) and tuple(labels.shape[:2]) == (B, T) and isinstance(past, int) and past == 0:
-        free = (labels != IGNORED).long().cumsum(1) == 0
-        if count is not None:
-            free = free & (count.diff(dim=1, prepend=count.new_zeros(B, 1)) > 0)[:, :T]
-        n = free.sum(1)
-        if eager and bool((n == 0).any()):
-            raise SelectionError(
-                f"{who}: labels are given, and a row of them does not start with {IGNORED}, so where its prompt ends "
-                f"cannot be told. Mask the prompt in the labels with {IGNORED} (TRL: completion_only_loss=True), or "
-                f"name it. {CURE}"
-            )
-        return n
+    labels = batch.named.get("labels")
+    if isinstance(labels, Tensor) and tuple(labels.shape[:2]) == (batch.B, batch.T) and batch.is_first:
+        return _labelled_lengths(labels, batch)
     if model.training and torch.is_grad_enabled() and not isinstance(labels, Tensor):
-        raise SelectionError(f"{who}: a training call without labels does not tell where the prompts end. {CURE}")
-    if not isinstance(past, int):  # a static cache in compiled code: its length is a tensor
-        return torch.where(past == 0, total, torch.zeros_like(total))
-    if past == 0:
-        if eager:
-            _watch_growth(state, named, tokens, who)
-        return total
-    if T > 1:
+        raise SelectionError(f"{batch.who}: a training call without labels does not tell where the prompts end. {CURE}")
+    return _lengths_of_first_call(state, batch)
+
+
+def _lengths_of_first_call(state: ModelState, batch: _Batch) -> Tensor:
+    """All tokens of a call with nothing cached before it; none of a later one."""
+    if not isinstance(batch.past, int):  # a static cache in compiled code: its length is a tensor
+        return torch.where(batch.past == 0, batch.total, torch.zeros_like(batch.total))
+    if batch.is_first:
+        if batch.eager:
+            _watch_growth(state, batch.named, batch.tokens, batch.who)
+        return batch.total
+    if batch.T > 1:
         raise SelectionError(
-            f"{who}: {T} new tokens follow {past} cached ones; whether they are prompt or answer cannot be told. {CURE}"
+            f"{batch.who}: {batch.T} new tokens follow {batch.past} cached ones; whether they are prompt or answer "
+            f"cannot be told. {CURE}"
         )
-    return torch.zeros_like(total)
+    return torch.zeros_like(batch.total)
+
+
+def _named_lengths(given: Prompt, lengths: Tensor, batch: _Batch) -> Tensor:
+    """The lengths that a `with ll.prompt(...)` block names, repeated for beams."""
+    if batch.B % len(lengths):
+        raise SelectionError(f"ll.prompt names {len(lengths)} rows, and the batch has {batch.B}.")
+    n = lengths.to(batch.device).repeat_interleave(batch.B // len(lengths))
+    if batch.eager and batch.is_first:
+        fits = bool((n <= batch.total).all())
+        given.ends = batch.T if fits else None
+        if not fits and batch.cache is None and not batch.named.get("use_cache"):
+            raise SelectionError(
+                f"ll.prompt names prompts of {lengths.tolist()} tokens, and the batch has rows of "
+                f"{batch.total.tolist()} tokens."
+            )
+    return n
+
+
+def _labelled_lengths(labels: Tensor, batch: _Batch) -> Tensor:
+    """The tokens before the first label of each row."""
+    free = (labels != IGNORED).long().cumsum(1) == 0
+    if batch.count is not None:
+        free = free & (batch.count.diff(dim=1, prepend=batch.count.new_zeros(batch.B, 1)) > 0)[:, : batch.T]
+    n = free.sum(1)
+    if batch.eager and bool((n == 0).any()):
+        raise SelectionError(
+            f"{batch.who}: labels are given, and a row of them does not start with {IGNORED}, so where its prompt ends "
+            f"cannot be told. Mask the prompt in the labels with {IGNORED} (TRL: completion_only_loss=True), or name "
+            f"it. {CURE}"
+        )
+    return n
 
 
 def _watch_growth(state: ModelState, named: Mapping[str, Any], tokens: Tensor, who: str) -> None:
@@ -200,16 +236,16 @@ def _tokens(named: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def _past(named: Mapping[str, Any], who: str) -> Any:
+def _past(named: Mapping[str, Any], cache: Any, who: str) -> Any:
     """Number of cached tokens before this call."""
-    cache, n = named.get("past_key_values"), None
+    n = None
     if named.get("cache_params") is not None and named.get("cache_position") is None:
         raise SelectionError(
             f"{who}: the model's state (cache_params) does not tell how many tokens came before; use positions='all'."
         )
     if hasattr(cache, "get_seq_length"):
-        n = cache.get_seq_length()  # type: ignore[union-attr]
-    elif isinstance(cache, (tuple, list)) and cache:
+        n = cache.get_seq_length()
+    elif isinstance(cache, (tuple, list)):
         n = cache[0][0].shape[-2]
     elif isinstance(named.get("cache_position"), Tensor):
         n = named["cache_position"][0]
@@ -227,17 +263,23 @@ def _mask(mask: Any, B: int, T: int, past: Any, who: str) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.dim() == 4:  # what the newest token may see: all but padding
         row = mask[:, 0, -1, :].expand(B, -1)
         mask = row > torch.finfo(row.dtype).min / 2 if row.is_floating_point() else row.bool()
-    if (
-        not isinstance(mask, Tensor)
-        or mask.dim() != 2
-        or mask.shape[0] != B
-        or (isinstance(past, int) and mask.shape[1] < past + T)
-    ):
+    so_far = past + T if isinstance(past, int) else 0
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] < so_far:
         what = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
         raise SelectionError(
             f"{who}: attention_mask {what}; to find the prompt it must be (batch, tokens), cached tokens included."
         )
     return mask.bool()
+
+
+def _check_cache_found(mask: Tensor, T: int, cache: Any, past: Any, who: str) -> None:
+    """Raise where the mask says that tokens came before, and nothing that holds them was found in the call."""
+    before = mask.shape[1] - T
+    if cache is None and isinstance(past, int) and past == 0 and before > 0 and not torch.compiler.is_compiling():
+        raise SelectionError(
+            f"{who}: attention_mask covers {mask.shape[1]} tokens and the call brings {T}, so {before} came "
+            f"before, but no cache of them was found. {CURE}"
+        )
 
 
 def _packed(named: Mapping[str, Any], eager: bool) -> bool:

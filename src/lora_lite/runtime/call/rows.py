@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...core.errors import SelectionError
-from ..model.site import Site
 from ..model.state import ModelState
 
 
@@ -23,8 +23,10 @@ class RowGroup:
     """(n,) bool, True at its rows."""
 
 
-def row_groups(site: Site, rows: tuple[str | None, ...], x: Tensor) -> list[RowGroup]:
-    """The rows of each adapter on this layer, in attach order.
+def row_groups(
+    state: ModelState, path: str, names: Iterable[str], rows: tuple[str | None, ...], x: Tensor
+) -> list[RowGroup]:
+    """The rows of each of these adapters on the layer at `path`, in their order.
 
     A batch k times as long as `rows` repeats each row k times (beam search); a 2-D x with a multiple of the batch is
     the flattened (batch * time, d) that some models use.
@@ -33,15 +35,15 @@ def row_groups(site: Site, rows: tuple[str | None, ...], x: Tensor) -> list[RowG
         SelectionError: the leading dimension does not fit.
     """
     n = x.shape[0]
-    batch = site.state.batch or (n if x.dim() > 2 else len(rows))
+    batch = state.batch or (n if x.dim() > 2 else len(rows))
     if batch % len(rows) or (n != batch and (x.dim() != 2 or n % batch)):
         raise SelectionError(
-            f"{site.path}: ll.rows names {len(rows)} rows, but the layer got an input of shape "
-            f"{tuple(x.shape)}{f' in a batch of {batch}' if site.state.batch else ''}. Give one name per batch row; "
+            f"{path}: ll.rows names {len(rows)} rows, but the layer got an input of shape "
+            f"{tuple(x.shape)}{f' in a batch of {batch}' if state.batch else ''}. Give one name per batch row; "
             "batch-first layers only."
         )
-    all_groups = _groups(site.state, rows, n // len(rows), x.device)
-    return [all_groups[name] for name in site.slots if name in all_groups]
+    all_groups = _groups(state, rows, n // len(rows), x.device)
+    return [all_groups[name] for name in names if name in all_groups]
 
 
 def _groups(state: ModelState, rows: tuple[str | None, ...], each: int, device: torch.device) -> dict[str, RowGroup]:

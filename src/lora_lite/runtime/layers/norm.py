@@ -1,123 +1,103 @@
-"""Norms as layers that multiply each feature of a normalised input by one number: which features, and how they are
-normalised.
-
-What a foreign class computes is not taken from its name: it is tried on random vectors with random parameters, as it
-would be run.
-"""
+"""Norms: a product of the normalised input with one number per feature."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.errors import TargetError
-from ..model.site import Site, adapter_attributes
-from ..model.state import SITE
-
-EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps")
-"""Attributes under which norms keep what they add to the variance."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """y = n(x) (weight + offset) + bias."""
-
-    centred: bool
-    """n subtracts the mean (LayerNorm), or does not (RMSNorm)."""
-    eps: float | None
-    offset: float
-    """1 where the stored weight is a deviation from 1, as in Gemma."""
-
-    def gain(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
-        """What multiplies n(x), offset included."""
-        weight = module._parameters["weight"]
-        assert weight is not None
-        return weight.detach().to(dtype) + self.offset
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """n(x) over the last dimension, in x's dtype."""
-        d = (x.shape[-1],)
-        return F.layer_norm(x, d, eps=self.eps or 0.0) if self.centred else F.rms_norm(x, d, eps=self.eps)
+from ...core.errors import WeightError
+from ..model.kind import Cell, Function, Kind
+from .cell import MatrixCell, rounding
+from .norm_reading import Norm, norm_of, norm_width, read_norm
+from .tensors import bias_of, stored_weight
+from .virtual import VirtualInput, rows_only
 
 
-def norm_width(module: nn.Module) -> int | None:
-    """The number of features of a norm over the last dimension with one weight each; None for any other module."""
-    w = module._parameters.get("weight")
-    if w is None or w.dim() != 1 or "norm" not in type(module).__name__.lower() or any(True for _ in module.children()):
-        return None
-    if isinstance(module, nn.GroupNorm) or "running_mean" in module._buffers:  # channels lie elsewhere
-        return None
-    adapters = adapter_attributes(module)
-    others = {k: p for k, p in module._parameters.items() if p is not None and k != "weight" and k not in adapters}
-    if set(others) - {"bias"} or any(p.shape != w.shape for p in others.values()):
-        return None
-    takes = list(inspect.signature(type(module).forward).parameters)
-    return int(w.shape[0]) if len(takes) == 2 else None  # self and x: a gated norm takes more
+class Normed(VirtualInput):
+    """n(x) (..., d) with one input per feature: x @ M = n(x) ∘ M for one row M (1, d)."""
+
+    def __init__(self, n: Tensor) -> None:
+        super().__init__((*n.shape[:-1], 1), n.dtype, n.device)
+        self.n = n
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        if other.shape != (1, self.n.shape[-1]):
+            raise TypeError(f"x @ M with M of shape {tuple(other.shape)}")
+        return self.n * other[0]
+
+    def index_select(self, dim: int, index: Tensor) -> Normed:
+        rows_only(dim)
+        return Normed(self.n.index_select(dim, index))
+
+    def dropout(self, p: float) -> Normed:
+        return Normed(F.dropout(self.n, p, True))
 
 
-@torch.no_grad()
-def read_norm(module: nn.Module, path: str) -> Norm:
-    """What the module does to its input.
+class NormCell(MatrixCell):
+    """W (d, 1): the gain, which is the stored weight plus the norm's offset."""
 
-    Raises:
-        TargetError: it is neither y = n(x) w + b with n an RMS or layer norm, nor y = n(x) (1 + w) + b.
-    """
-    if type(module).forward is nn.LayerNorm.forward:
-        return Norm(True, module.eps, 0.0)  # pyright: ignore[reportArgumentType]
-    if type(module).forward is nn.RMSNorm.forward:
-        return Norm(False, module.eps, 0.0)  # pyright: ignore[reportArgumentType]
-    eps = next((v for k in EPS if isinstance(v := getattr(module, k, None), float)), None)
-    weight = module._parameters["weight"]
-    assert weight is not None
-    g = torch.Generator().manual_seed(0)
-    draw = torch.randn(6, weight.shape[0], generator=g).to(weight)
-    w, b = draw[0], draw[1] if module._parameters.get("bias") is not None else None
-    small = draw[2:] + 0.5
-    x = torch.cat((small, small * 3 * (eps or 1e-6) ** 0.5))  # where eps counts, and where it does not
-    with _given(module, w, b):
-        y = module.forward(x)
-    if isinstance(y, Tensor) and y.shape == x.shape and eps is not None:
-        tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 0.04
-        for norm in (Norm(c, eps, o) for c in (False, True) for o in (0.0, 1.0)):
-            want = norm.normalise(x.double()) * (w.double() + norm.offset) + (0 if b is None else b.double())
-            if float((y.double() - want).abs().max()) <= tolerance * float(want.abs().max()):
-                return norm
-    raise TargetError(
-        f"{path}: this {type(module).__name__} computes something else than a layer norm or an RMS norm with a weight "
-        "per feature, so it cannot be trained. Take it out of the patterns."
-    )
+    def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        return norm_of(self.module).gain(self.module, dtype)[:, None], self._bias(dtype)
+
+    def write(self, w: Tensor, b: Tensor) -> float:
+        if bias_of(self.module) is None and bool(b.any()):
+            raise WeightError(
+                f"{self.path}: the adapter adds a bias, and this {type(self.module).__name__} has none to hold it; "
+                "keep the adapter attached."
+            )
+        weight, exact = stored_weight(self.module), w[:, 0] - norm_of(self.module).offset
+        stored = exact.to(weight.dtype)
+        weight.copy_(stored)
+        self._write_bias(b)
+        return rounding(stored, exact)
+
+    def read_off(self, f: Function, w: Tensor) -> tuple[Tensor, Tensor]:
+        one, zero = (f(Normed(t)) for t in (torch.ones_like(w.mT), torch.zeros_like(w.mT)))
+        return (one - zero).mT, zero[0]
 
 
-def norm_of(module: nn.Module) -> Norm:
-    """What an adapted norm does: read at attach, or now where the model was on the meta device then. Without values,
-    any norm's cost."""
-    site: Site = module.__dict__[SITE]
-    if site.norm is not None:
-        return site.norm
-    from torch._subclasses.fake_tensor import FakeTensor
+class NormKind(Kind):
+    """A norm over the last dimension with one weight per feature: d_in = 1."""
 
-    weight = module._parameters["weight"]
-    assert weight is not None
-    if weight.is_meta or isinstance(weight, FakeTensor):
-        return Norm(False, 1e-6, 0.0)
-    site.norm = read_norm(module, site.path)
-    return site.norm
+    name = "norm"
+    offered = False
 
+    def size(self, module: nn.Module) -> tuple[int, int] | None:
+        width = norm_width(module)
+        return None if width is None else (1, width)
 
-@contextmanager
-def _given(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
-    """Inside, the module has these parameters."""
-    own = dict(module._parameters)
-    new: Any = {"weight": weight, "bias": bias}
-    try:
-        module._parameters.update({k: new[k] for k, p in own.items() if k in new and p is not None})
-        yield
-    finally:
-        module._parameters.update(own)
+    def refuse(self, module: nn.Module, path: str, variant: Any, cfg: Any) -> str:
+        if variant.norms:
+            return ""
+        return (
+            f"variant {variant.name!r} cannot stand on a norm; take it out of target_kinds, or train norms whole: "
+            f"train_modules=({path.rsplit('.', 1)[-1]!r},)."
+        )
+
+    def inspect(self, module: nn.Module, path: str) -> Norm:
+        return read_norm(module, path)
+
+    def trial(self, module: nn.Module, dtype: torch.dtype, d_out: int) -> tuple[Any, Tensor]:
+        n = torch.zeros(2, 3, d_out, dtype=dtype, device=stored_weight(module).device)
+        return Normed(n), n
+
+    def enter(self, module: nn.Module, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
+        return Normed(norm_of(module).normalise(x).to(y.dtype)), y
+
+    def writable(self, module: nn.Module) -> bool:
+        return True
+
+    def as_matrix(self, module: nn.Module, stored: Tensor) -> Tensor:
+        return stored[:, None]
+
+    def as_stored(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix[:, 0]
+
+    def cells(self, module: nn.Module, path: str) -> list[Cell]:
+        return [NormCell(self, module, path)]
+
+    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> Tensor:
+        return self.as_matrix(module, stored_weight(module)).detach()[rows][:, columns]

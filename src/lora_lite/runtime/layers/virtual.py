@@ -1,7 +1,7 @@
-"""Embeddings, convolutions and norms as linear layers of an input that is never built: one-hot rows, unfolded patches,
-one input per feature.
+"""The input of a layer that is linear in something it never builds: one-hot rows, unfolded patches, one input per
+feature.
 
-A page that only multiplies x by a matrix (`x @ M`) runs on them unchanged. Anything else it does to x raises at attach.
+A page that only multiplies x by a matrix (`x @ M`) runs on it unchanged. Anything else it does to x raises at attach.
 """
 
 from __future__ import annotations
@@ -10,18 +10,11 @@ import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from ...core.errors import TargetError
-from .norm import norm_of
-
-PLACES = ("embedding", "conv", "norm")
-_APPLY: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+from torch import Tensor
 
 
 class VirtualInput:
-    """The part of a tensor's interface that both kinds share."""
+    """The part of a tensor's interface that all of them share."""
 
     requires_grad = False
 
@@ -50,98 +43,26 @@ class VirtualInput:
     def __matmul__(self, other: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def index_select(self, dim: int, index: Tensor) -> VirtualInput:
+    def index_select(self, dim: int, index: Tensor) -> Any:
         raise NotImplementedError
 
     def dropout(self, p: float) -> VirtualInput:
         raise NotImplementedError
 
 
-class Lookup(VirtualInput):
-    """One-hot rows (…, V) for the token ids (…): x @ M picks rows of M."""
-
-    def __init__(self, ids: Tensor, size: int, dtype: torch.dtype) -> None:
-        super().__init__((*ids.shape, size), dtype, ids.device)
-        self.ids = ids
-
-    def __matmul__(self, other: Tensor) -> Tensor:
-        return F.embedding(self.ids, other)
-
-    def index_select(self, dim: int, index: Tensor) -> Any:
-        if dim == -1:  # few columns of the one-hot rows are small enough to be built
-            return (self.ids[..., None] == index).to(self.dtype)
-        return Lookup(self.ids.index_select(dim, index), self.shape[-1], self.dtype)
-
-    def dropout(self, p: float) -> Lookup:
-        raise TargetError(
-            "dropout on the one-hot input of an embedding has no meaning; set dropout=0 or exclude the embedding."
-        )
-
-
-class Patches(VirtualInput):
-    """The patches (B, …, C·k) that a convolution multiplies with its kernel: x @ M is a convolution with M's columns as
-    kernels."""
-
-    def __init__(self, module: nn.Module, x: Tensor, spatial: tuple[int, ...]) -> None:
-        kernel = tuple(module.kernel_size)  # type: ignore[arg-type]
-        size = x.shape[1]
-        for k in kernel:
-            size *= k
-        super().__init__((x.shape[0], *spatial, size), x.dtype, x.device)
-        self.module, self.x, self.kernel = module, x, kernel
-
-    def __matmul__(self, other: Tensor) -> Tensor:
-        m: Any = self.module
-        x, padding = self.x, m.padding
-        if m.padding_mode != "zeros":
-            x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
-        kernel = other.mT.reshape(other.shape[1], x.shape[1], *self.kernel)
-        out = _APPLY[len(self.kernel)](x, kernel, None, m.stride, padding, m.dilation)
-        return out.movedim(1, -1)
-
-    def index_select(self, dim: int, index: Tensor) -> Patches:
-        _rows_only(dim)
-        return Patches(self.module, self.x.index_select(dim, index), self.shape[1:-1])
-
-    def dropout(self, p: float) -> Patches:
-        return Patches(self.module, F.dropout(self.x, p, True), self.shape[1:-1])
-
-
-class Normed(VirtualInput):
-    """n(x) (..., d) with one input per feature: x @ M = n(x) ∘ M for one row M (1, d)."""
-
-    def __init__(self, n: Tensor) -> None:
-        super().__init__((*n.shape[:-1], 1), n.dtype, n.device)
-        self.n = n
-
-    def __matmul__(self, other: Tensor) -> Tensor:
-        if other.shape != (1, self.n.shape[-1]):
-            raise TypeError(f"x @ M with M of shape {tuple(other.shape)}")
-        return self.n * other[0]
-
-    def index_select(self, dim: int, index: Tensor) -> Normed:
-        _rows_only(dim)
-        return Normed(self.n.index_select(dim, index))
-
-    def dropout(self, p: float) -> Normed:
-        return Normed(F.dropout(self.n, p, True))
-
-
-def _rows_only(dim: int) -> None:
+def rows_only(dim: int) -> None:
+    """Raise where a page selects along anything but the batch."""
     if dim != 0:
         raise TypeError(f"x.index_select({dim}, index)")
 
 
-def wrap(module: nn.Module, kind: str, x: Tensor, y: Tensor) -> tuple[VirtualInput, Tensor]:
-    """(x, y) as a page wants them: y with its channels last."""
-    if kind == "embedding":
-        return Lookup(x, int(module.num_embeddings), y.dtype), y  # type: ignore[arg-type]
-    if kind == "norm":
-        return Normed(norm_of(module).normalise(x).to(y.dtype)), y
-    last = y.movedim(1, -1)
-    return Patches(module, x.to(y.dtype), tuple(last.shape[1:-1])), last
-
-
-def unwrap_output(kind: str, y: Tensor) -> Tensor:
-    """What the module returns: a convolution's channels go back to dimension 1."""
-    return y.movedim(-1, 1) if kind == "conv" else y
+def refuse_input(kind: str, variant: Any) -> str:
+    """Why a method that does more with its input than a product cannot stand on a virtual one; empty where it can."""
+    article = "an" if kind[0] in "aeiou" else "a"
+    if variant.forward_input is not None:
+        why = "rewrites its layer's input"
+    elif variant.group_init is not None:
+        why = "starts from data"
+    else:
+        return ""
+    return f"variant {variant.name!r} {why}, which {article} {kind} does not offer; take it out of target_kinds."

@@ -20,7 +20,7 @@ class Target:
     d_out: int
     cfg: AdapterConfig
     specs: dict[str, ParamSpec]
-    kind: str = "linear"
+    kind: str
     experts: int = 0
     """Number of experts, whose tensors are stacked along dimension 0; 0 for anything else."""
     shared: dict[str, str] = field(default_factory=dict)

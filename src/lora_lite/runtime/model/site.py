@@ -12,6 +12,7 @@ from ...core.config import AdapterConfig
 from ...core.errors import StateError
 from ...core.registry import get_variant
 from ...core.variant import Variant
+from .kind import Kind
 from .record import Record, Target
 from .state import DEFAULT, SITE, ModelState, unwrap
 
@@ -68,14 +69,20 @@ class Site:
     """All adapters of one layer, in the order in which they were attached. Lives on the layer, outside its
     submodules."""
 
-    def __init__(self, path: str, kind: str, state: ModelState) -> None:
+    def __init__(self, path: str, kind: Kind, state: ModelState, own: tuple[str, ...] = ()) -> None:
         self.path, self.kind, self.state = path, kind, state
+        self.own = own
+        """The layer's parameters before it was adapted, by attribute: what is the base's."""
         self.slots: dict[str, Slot] = {}
         self.has_input = False
-        self.norm: Any = None
-        """What the layer normalises by, where it is a norm; see `norms`."""
+        self.found: object = None
+        """What its kind found out about the layer, see `Kind.inspect`."""
         self.stacks: dict[Any, Any] = {}
         """Factors of several adapters side by side, see `grouped`."""
+
+    def note_input(self) -> None:
+        """Whether any adapter rewrites the input, after the slots have changed."""
+        self.has_input = any(slot.forward_input is not None for slot in self.slots.values())
 
 
 def stored_name(short: str, adapter: str) -> str:
@@ -87,6 +94,16 @@ def adapter_attributes(module: nn.Module) -> set[str]:
     """The attributes of a layer that hold tensors of adapters."""
     site: Site | None = module.__dict__.get(SITE)
     return set() if site is None else {a for slot in site.slots.values() for a in slot.keys.values()}
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(path, parameter) of everything that belongs to no adapter, in a time that does not depend on their number."""
+    for path, module in model.named_modules():
+        site: Site | None = module.__dict__.get(SITE)
+        for attribute in module._parameters if site is None else site.own:
+            p = module._parameters.get(attribute)
+            if p is not None:
+                yield (f"{path}.{attribute}" if path else attribute), p
 
 
 def tensor_on(module: nn.Module, attribute: str) -> Tensor | None:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError, StateError
+from ..call.batch import call_batch, evaluating
 from ..call.hooks import first_name
 from ..call.scope import nobody_acts
-from ..layers.kinds import dims, is_quantised
+from ..layers.linear import dims
+from ..layers.read import is_quantised
 from ..model.state import STATE
 from ..progress import track
 from .staging import StagedTarget
@@ -185,16 +187,14 @@ class Targets(list[StagedTarget]):
                 x = args[0] if args else kwargs[first_name(module, kwargs)]
                 y = output[0] if isinstance(output, tuple) else output
                 new = visit(view, x, y)
-                return None if new is None else (new, *output[1:]) if isinstance(output, tuple) else new
+                return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
             return hook
 
         try:
             for view in views:
                 handles.append(view.module.register_forward_hook(hook_for(view), with_kwargs=True))
-            if isinstance(batch, Mapping):
-                return self.model(**batch)
-            return self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch)
+            return call_batch(self.model, batch)
         finally:
             for h in handles:
                 h.remove()
@@ -251,20 +251,15 @@ def _grams_of_pass(
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode, with every module's own mode restored; existing adapters do not act."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    for m in modes:
-        if dims(m) is not None and is_quantised(m):
-            m.training = True  # bitsandbytes repacks the weight of a layer on the CPU that evaluates
-    try:
-        if STATE in model.__dict__:
-            with nobody_acts(model.__dict__[STATE]):
-                yield
-        else:
+    with evaluating(model):
+        for m in model.modules():
+            if dims(m) is not None and is_quantised(m):
+                m.training = True  # bitsandbytes repacks the weight of a layer on the CPU that evaluates
+        if STATE not in model.__dict__:
             yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+            return
+        with nobody_acts(model.__dict__[STATE]):
+            yield
 
 
 @contextmanager
@@ -286,43 +281,44 @@ def _batches(model: nn.Module, data: Any, labelled: bool = False) -> Iterator[tu
         data = [data]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     cache = "use_cache" in inspect.signature(model.forward).parameters  # a cache would only cost memory
-    n = 0
+    batch = None
     for batch in track(data, "calibration") if hasattr(data, "__len__") else data:
-        n += 1
         if isinstance(batch, Mapping):
-            if not any(isinstance(v, Tensor) for v in batch.values()):
-                raise ConfigError(
-                    f"a calibration batch holds no tensor (keys {sorted(batch)}): tokenize with return_tensors='pt', "
-                    "or pass a DataLoader."
-                )
-            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            mask = _mask(batch, labelled)
-            yield ({"use_cache": False} if cache else {}) | batch, mask
+            moved = _moved(batch, device)
+            mask = _mask(moved, labelled)
+            yield ({"use_cache": False} if cache else {}) | moved, mask
         elif isinstance(batch, (tuple, list)):
             yield [v.to(device) if isinstance(v, Tensor) else v for v in batch], None
         elif isinstance(batch, Tensor):
             yield batch.to(device), None
         else:
             raise ConfigError(f"a calibration batch is a dict, a tuple or a tensor; got {type(batch).__name__}.")
-    if n == 0:
+    if batch is None:
         raise ConfigError("calibration_data is empty, or an iterator that was used up; pass a list or a DataLoader.")
+
+
+def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A dict's tensors on the device; there must be one."""
+    if not any(isinstance(v, Tensor) for v in batch.values()):
+        raise ConfigError(
+            f"a calibration batch holds no tensor (keys {sorted(batch)}): tokenize with return_tensors='pt', or pass a "
+            "DataLoader."
+        )
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _mask(batch: dict[str, Any], labelled: bool) -> Tensor | None:
     """The tokens that count. Labels of padding are set to -100 in the batch, so that no loss can see them."""
     mask, labels = batch.get("attention_mask"), batch.get("labels")
-    if mask is not None and mask.dim() != 2:
-        raise ConfigError(
-            f"attention_mask has shape {tuple(mask.shape)}; calibration needs (batch, tokens), to leave padding out."
-        )
-    mask = None if mask is None else mask.bool()
-    if (
-        mask is not None
-        and isinstance(labels, Tensor)
-        and labels.shape == mask.shape
-        and not labels.is_floating_point()
-    ):
-        batch["labels"] = labels = labels.masked_fill(~mask, IGNORED)
+    if mask is not None:
+        if mask.dim() != 2:
+            raise ConfigError(
+                f"attention_mask has shape {tuple(mask.shape)}; calibration needs (batch, tokens), to leave padding "
+                "out."
+            )
+        mask = mask.bool()
+        if isinstance(labels, Tensor) and labels.shape == mask.shape and not labels.is_floating_point():
+            batch["labels"] = labels = labels.masked_fill(~mask, IGNORED)
     if labelled:
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             raise ConfigError(

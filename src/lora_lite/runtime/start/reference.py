@@ -16,6 +16,7 @@ from ...core.registry import variants
 from ...core.variant import Variant
 from ...ops.spectrum import top_svd
 from ...ops.svd import balanced_factors
+from ..layers.kinds import kind_named
 from ..layers.read import read_weight
 from ..progress import track
 from .staging import StagedTarget
@@ -127,7 +128,7 @@ def start_from_reference(model: nn.Module, staged: list[StagedTarget], where: st
         TargetError: a target is no linear layer; FileError: a weight is missing; BaseMismatchError: it belongs to
             another model.
     """
-    other = next((v for v in staged if v.target.kind != "linear"), None)
+    other = next((v for v in staged if not kind_named(v.target.kind).replaceable), None)
     if other is not None:
         raise TargetError(
             f"{other.path}: reference_weights start linear layers only; take {other.target.kind!r} out of target_kinds."

@@ -4,7 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from ...core.config import AdapterConfig
 from ...core.errors import TargetError, WeightError
-from ..layers.bank import banks
-from ..layers.kinds import device_of, stored_weight
-from ..layers.virtual import Lookup, Normed, VirtualInput, wrap
+from ..layers.kinds import kind_named
+from ..layers.tensors import device_of, stored_dtype
+from ..model.kind import Kind
 from ..model.record import Record, Target
 from ..model.site import Slot
-from ..targets.choose import article, make_target
+from ..targets.choose import make_target
 from ..targets.structure import describe
-from ..view.layer import StagedView, generator_for
+from ..view.composed import composed
+from ..view.expert import sliced
+from ..view.layer import DenseView, StagedView, generator_for
 
 
 class StagedTarget(StagedView):
@@ -43,6 +45,17 @@ class StagedTarget(StagedView):
     def tensors(self) -> dict[str, Tensor]:
         """Short name -> staged tensor."""
         return self._staged
+
+    def each(self) -> Iterator[StagedView]:
+        """The view itself, or one for each of several matrices, on a linear layer that shows its weight."""
+        if not self.target.experts:
+            yield self
+            return
+        for cell in kind_named(self.target.kind).cells(self._module, self.path):
+            w, _ = cell.read(stored_dtype(self._module))
+            layer = nn.Linear(*w.shape[::-1], bias=False, device="meta")
+            layer.weight = nn.Parameter(w, requires_grad=False)
+            yield StagedView(layer, self._slot, sliced(self._staged, cell))
 
     def resize(self, **changes: Any) -> None:
         """Replace fields of this target's config (say `r=4, alpha=8`) and draw its tensors anew."""
@@ -70,21 +83,17 @@ class StagedTarget(StagedView):
             self._staged[short] = t.to(device=self.device, dtype=dtype)
 
 
-class TrialView(StagedView):
-    """A staged target as a page sees it: tensors cast to the layer's dtype."""
-
-    def __init__(self, staged: StagedTarget) -> None:
-        dtype = stored_weight(staged.module).dtype
-        cast = {k: t.to(dtype) if t.is_floating_point() else t for k, t in staged.tensors.items()}
-        super().__init__(staged.module, staged._slot, cast)
-
-
 def modules_of(model: nn.Module, targets: Iterable[Target]) -> dict[str, nn.Module]:
-    """Path -> the target's layer; a bank of fused experts is made here, and joins the model when the attach
-    succeeds."""
+    """Path -> the target's layer. A layer that is no module of the model yet, as a bank of experts, is made here and
+    joins the model when the attach succeeds."""
     targets = list(targets)
-    fused = banks(model, describe(model).d_model) if any(t.experts for t in targets) else {}
-    return {t.path: fused[t.path] if t.experts else model.get_submodule(t.path) for t in targets}
+    modules = dict(model.named_modules())
+    absent = {t.kind for t in targets if t.path not in modules}
+    if absent:
+        d_model = describe(model).d_model
+        for name in absent:
+            modules |= dict(kind_named(name).find(model, d_model))
+    return {t.path: modules[t.path] for t in targets}
 
 
 def stage(model: nn.Module, record: Record, fill: bool = True) -> list[StagedTarget]:
@@ -103,32 +112,53 @@ def stage(model: nn.Module, record: Record, fill: bool = True) -> list[StagedTar
     return staged
 
 
-def probe(
-    kind: str, module: nn.Module, dtype: torch.dtype, d_out: int, device: torch.device
-) -> tuple[VirtualInput, Tensor]:
-    """A tiny (x, y) to try a page on."""
-    m: Any = module
-    if kind == "embedding":
-        ids = torch.zeros(2, 3, dtype=torch.long, device=device)
-        return Lookup(ids, m.num_embeddings, dtype), torch.zeros(2, 3, d_out, dtype=dtype, device=device)
-    if kind == "norm":
-        n = torch.zeros(2, 3, d_out, dtype=dtype, device=device)
-        return Normed(n), n
-    size = [max(8, d * (k - 1) + 1) for k, d in zip(m.kernel_size, m.dilation, strict=True)]
-    x = torch.zeros(2, m.in_channels, *size, dtype=m.weight.dtype, device=device)
-    with torch.no_grad():
-        y = m.forward(x).to(dtype)
-    return wrap(module, kind, x.to(dtype), y)
+def start(view: StagedTarget) -> None:
+    """Fill one target's tensors by the page's `init`, and try the page where its layer is no plain product.
+
+    Raises:
+        TargetError: the page does more with its input, or changes more of its layer, than this kind of layer offers.
+    """
+    kind, init = kind_named(view.target.kind), view.target.variant.init
+    if init is not None:
+        for one in view.each():
+            init(one, one.cfg)
+    if view.device.type == "meta":
+        return
+    if kind.swaps_weight:
+        _try_without_bias(view, kind)
+    _try_page(view, kind)
 
 
-def try_page(page: Any, view: Any, module: nn.Module, kind: str, device: torch.device, d_out: int) -> None:
-    """Run a page once on a tiny virtual input; raises `TargetError` when it does more than multiply x by a matrix."""
-    dtype = module.weight.dtype  # type: ignore[union-attr]
-    x, y = probe(kind, module, dtype, d_out, device)  # type: ignore[arg-type]
+def _try_page(view: StagedTarget, kind: Kind) -> None:
+    page, dtype = view.target.variant.forward, stored_dtype(view.module)
+    pair = None if page is None else kind.trial(view.module, dtype, view.target.d_out)
+    if page is None or pair is None:
+        return
+    cast = {k: t.to(dtype) if t.is_floating_point() else t for k, t in view.tensors.items()}
     try:
-        page(view, x, y)
+        page(StagedView(view.module, view._slot, cast), *pair)
     except (TypeError, NotImplementedError) as e:
+        article = "an" if kind.name[0] in "aeiou" else "a"
         raise TargetError(
             f"{view.path}: variant {view.cfg.variant!r} does more with its input than multiply it by a matrix ({e}), "
-            f"so it cannot adapt {article(kind)}; take it out of target_kinds."
+            f"so it cannot adapt {article} {kind.name}; take it out of target_kinds."
         ) from None
+
+
+def _try_without_bias(view: StagedTarget, kind: Kind) -> None:
+    """Raise when the page adds a bias and the layer, whose weights are swapped, has none to hold it."""
+    cell = kind.cells(view.module, view.path)[0]
+    w, b = cell.read(torch.float32)
+    if b is not None:
+        return
+    g = torch.Generator().manual_seed(0)
+    tensors = sliced(view.tensors, cell)
+    for k, t in tensors.items():
+        if t.is_floating_point():
+            tensors[k] = t.float() + 0.1 * torch.randn(t.shape, generator=g).to(t.device)
+    f = composed([(view._slot, 1.0, DenseView(view.module, view._slot, w, None, tensors))], w, None)
+    if bool(f(w.new_zeros(1, w.shape[1])).any()):
+        raise TargetError(
+            f"{view.path}: variant {view.cfg.variant!r} adds a bias, and these {kind.name} have none; take "
+            f"{kind.name!r} out of target_kinds."
+        )

@@ -1,4 +1,4 @@
-"""Modules that an adapter trains whole beside its method (`train_modules`), and what a plan says of shared weights."""
+"""Modules that an adapter trains whole beside its method: `train_modules`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import nn
 from ...core.config import AdapterConfig, matches
 from ...core.errors import ConfigError, TargetError, did_you_mean, listing
 from ...core.registry import variants
-from ..layers.kinds import dims, is_quantised
+from ..layers.linear import dims
+from ..layers.read import is_quantised
 from ..model.site import adapter_attributes
 from .structure import Place, Structure
 
@@ -23,43 +24,52 @@ def whole_config(cfg: AdapterConfig) -> AdapterConfig:
     return holder.config(variant=holder.name, dtype=cfg.dtype, seed=cfg.seed)
 
 
-def whole_sites(model: nn.Module, structure: Structure, cfg: AdapterConfig, hits: dict[str, int]) -> list[Place]:
+def whole_places(model: nn.Module, structure: Structure, cfg: AdapterConfig, hits: dict[str, int]) -> list[Place]:
     """Every layer with parameters inside the modules that `train_modules` names; counts the modules in `hits`.
 
     Raises:
         TargetError: a pattern matches no module, a module without parameters, or one with a parameter outside of the
             layers that can be trained.
     """
-    if not cfg.train_modules:
-        return []
-    sites = {s.path: s for s in structure.sites}
+    places = {s.path: s for s in structure.places}
     modules = {path: m for path, m in model.named_modules() if path}
     found: dict[str, Place] = {}
     for pattern in cfg.train_modules:
-        named = [path for path in modules if matches(pattern, path)]
+        named = _named_modules(pattern, list(modules))
         hits[f"train_modules {pattern!r}"] = len(named)
-        if not named:
-            tails = dict.fromkeys(part for p in modules for part in (p.rsplit(".", 1)[-1], p))
-            raise TargetError(
-                f"train_modules: {pattern!r} matches none of the {len(modules)} "
-                f"modules.{did_you_mean(pattern, list(tails))} print(model) shows their names."
-            )
         for path in named:
             inside = [p for p, m in modules.items() if (p == path or p.startswith(f"{path}.")) and _has_own(m)]
-            strange = [p for p in inside if p not in sites or not _is_covered(sites[p])]
-            if strange or not inside:
-                what = (
-                    "holds parameters that are no weight or bias of a linear layer, embedding, convolution or norm: "
-                    f"{listing(strange)}"
-                    if strange
-                    else "has no parameters"
-                )
-                raise TargetError(
-                    f"train_modules: {pattern!r} names {path!r}, which {what}. Name the layers inside it that can be "
-                    "trained."
-                )
-            found |= {p: dataclasses.replace(sites[p], role="trained whole") for p in inside}
+            _check_inside(inside, places, pattern, path)
+            found |= {p: dataclasses.replace(places[p], role="trained whole") for p in inside}
     return list(found.values())
+
+
+def _named_modules(pattern: str, paths: list[str]) -> list[str]:
+    """The modules that a pattern of `train_modules` matches; there must be one."""
+    named = [path for path in paths if matches(pattern, path)]
+    if not named:
+        tails = dict.fromkeys(part for p in paths for part in (p.rsplit(".", 1)[-1], p))
+        raise TargetError(
+            f"train_modules: {pattern!r} matches none of the {len(paths)} "
+            f"modules.{did_you_mean(pattern, list(tails))} print(model) shows their names."
+        )
+    return named
+
+
+def _check_inside(inside: list[str], places: dict[str, Place], pattern: str, path: str) -> None:
+    """Raise where a module holds nothing to train, or something that no change of weights and biases covers."""
+    strange = [p for p in inside if p not in places or not _is_covered(places[p])]
+    if inside and not strange:
+        return
+    what = "has no parameters"
+    if strange:
+        what = (
+            "holds parameters that are no weight or bias of a linear layer, embedding, convolution or norm: "
+            f"{listing(strange)}"
+        )
+    raise TargetError(
+        f"train_modules: {pattern!r} names {path!r}, which {what}. Name the layers inside it that can be trained."
+    )
 
 
 def _own(module: nn.Module) -> set[str]:
@@ -70,6 +80,6 @@ def _has_own(module: nn.Module) -> bool:
     return bool(_own(module)) or dims(module) is not None
 
 
-def _is_covered(site: Place) -> bool:
+def _is_covered(place: Place) -> bool:
     """Its parameters are a weight and a bias, so that a change of both is a change of everything."""
-    return _own(site.module) <= {"weight", "bias"} or is_quantised(site.module)
+    return _own(place.module) <= {"weight", "bias"} or is_quantised(place.module)

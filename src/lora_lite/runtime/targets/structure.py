@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..layers.bank import Bank, banks
-from ..layers.kinds import dims, extent
+from ..layers.kinds import DEFAULT_KIND, KINDS, kind_named
+from ..layers.linear import dims
+from ..layers.tensors import bias_of
+
+Stacks = list[tuple[str, nn.ModuleList | nn.Sequential]]
+"""(path, list of blocks)."""
 
 # A square layer says nothing by its shape. Common names decide; unknown ones are "inner".
 # Low-rank queries and keys, and the steps of state-space mixers, lie inside a block whatever their shape.
@@ -29,7 +33,7 @@ HEADS = re.compile(
 
 @dataclass(frozen=True)
 class Place:
-    """One linear-like layer of a model."""
+    """One layer of a model that a method may stand on."""
 
     path: str
     module: nn.Module
@@ -42,14 +46,14 @@ class Place:
     is_head: bool = False
     uncalled: str = ""
     """Why its forward is never called, if so."""
-    kind: str = "linear"
+    kind: str = DEFAULT_KIND
 
 
 @dataclass
 class Structure:
     """What `describe` found."""
 
-    sites: list[Place]
+    places: list[Place]
     d_model: int | None
     n_layers: int
     blocks: list[tuple[str, int, nn.Module]] = field(default_factory=list)
@@ -65,54 +69,49 @@ def describe(model: nn.Module) -> Structure:
     """Read a model's structure from its modules; reads shapes only, so it works on the meta device."""
     stacks = _block_stacks(model)
     blocks = [(f"{path}.{i}" if path else str(i), i, block) for path, stack in stacks for i, block in enumerate(stack)]
+    linear = [(path, size) for path, m in kind_named(DEFAULT_KIND).find(model, None) if (size := dims(m)) is not None]
+    d_model = _width(model, [(size, _block_index(path, stacks)) for path, size in linear])
+    places = _places(model, stacks, d_model, _stack_widths(stacks, linear, d_model))
+    owned = {id(p) for s in places for p in s.module.parameters()}
+    owned |= {id(t) for s in places for t in (getattr(s.module, "weight", None), bias_of(s.module))}
+    raw = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in owned]
+    n_layers = max((len(stack) for _, stack in stacks), default=0)
+    return Structure(places, d_model, n_layers, blocks, raw, _aliases(model))
+
+
+def _places(model: nn.Module, stacks: Stacks, d_model: int | None, widths: dict[str, int | None]) -> list[Place]:
+    """Every layer of a known kind, kind by kind; a module that two kinds know belongs to the first."""
+    head, uncalled = _output_head(model), _uncalled(model)
+    found: dict[int, Place] = {}
+    for kind in KINDS.values():
+        for path, module in kind.find(model, d_model):
+            size = kind.size(module)
+            if size is None or id(module) in found:
+                continue
+            layer, role = _block_index(path, stacks), "inner"
+            if kind.plain_vectors:
+                role = role_of(path, *size, next((w for p, w in widths.items() if path.startswith(p)), d_model))
+            is_head = kind.inside_blocks and (module is head or (layer is None and HEADS.search(path) is not None))
+            why = uncalled.get(path, "")
+            found[id(module)] = Place(path, module, *size, layer, role, is_head, why, kind.name)
+    return list(found.values())
+
+
+def _aliases(model: nn.Module) -> dict[int, list[str]]:
+    """id of a module -> all its paths, where there are several."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
-    found = [
-        (path, module, size) for path, module in model.named_modules() if (size := dims(module)) and _is_leaf(module)
-    ]
-    d_model = _width(model, [(size, _block_index(path, stacks)) for path, _, size in found])
-    widths = _stack_widths(stacks, [(path, size) for path, _, size in found], d_model)
-    head = _output_head(model)
-    uncalled = {
+    return {k: v for k, v in paths.items() if len(v) > 1}
+
+
+def _uncalled(model: nn.Module) -> dict[str, str]:
+    """Path -> why its forward is never called."""
+    return {
         f"{path}.out_proj" if path else "out_proj": "nn.MultiheadAttention passes its weight to a function"
         for path, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention)
     }
-    sites = [
-        Place(
-            path,
-            module,
-            *size,
-            layer=_block_index(path, stacks),
-            role=role_of(path, *size, next((w for p, w in widths.items() if path.startswith(p)), d_model)),
-            is_head=module is head or (_block_index(path, stacks) is None and HEADS.search(path) is not None),
-            uncalled=uncalled.get(path, ""),
-        )
-        for path, module, size in found
-    ]
-    fused = banks(model, d_model)
-    for path, bank in fused.items():
-        layer, role = _block_index(path, stacks), role_of(path, bank.d_in, bank.d_out, d_model)
-        sites.append(Place(path, bank, bank.d_in, bank.d_out, layer, role, kind="experts"))
-    places = [
-        (path, m, e)
-        for path, m in model.named_modules()
-        if (e := extent(m)) and e[0] != "linear" and not isinstance(m, Bank)
-    ]
-    sites += [Place(path, m, e[1], e[2], _block_index(path, stacks), "inner", kind=e[0]) for path, m, e in places]
-    owned = {id(p) for s in sites for p in s.module.parameters()}
-    owned |= {id(p) for m in model.modules() if isinstance(m, (nn.Embedding, Bank)) for p in m.parameters()}
-    owned |= {id(t) for bank in fused.values() for t in (bank.weight, bank.bias)}
-    raw = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in owned]
-    return Structure(
-        sites,
-        d_model,
-        max((len(s) for _, s in stacks), default=0),
-        blocks,
-        raw,
-        {k: v for k, v in paths.items() if len(v) > 1},
-    )
 
 
 def role_of(path: str, d_in: int, d_out: int, d_model: int | None) -> str:
@@ -129,36 +128,28 @@ def role_of(path: str, d_in: int, d_out: int, d_model: int | None) -> str:
     return "writer" if WRITES.search(path) else "inner"
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    """Linear-like layers have no linear-like child (a wrapper that copies in_features is not the layer)."""
-    return not any(dims(child) for child in module.modules() if child is not module)
-
-
-def _block_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]:
+def _block_stacks(model: nn.Module) -> Stacks:
     """The outermost lists of like children that hold linear layers: `model.layers`, `transformer.h`, `encoder.block`,
     ..."""
-    stacks: list[tuple[str, nn.ModuleList | nn.Sequential]] = []
+    stacks: Stacks = []
     for path, module in model.named_modules():
-        if (
-            not isinstance(module, (nn.ModuleList, nn.Sequential))
-            or len(module) == 0
-            or any(path.startswith(f"{p}." if p else "") and path != p for p, _ in stacks)
-        ):
-            continue
-        named = re.search(r"(^|\.)(layers|layer|h|block|blocks)$", path) is not None
-        alike = len({type(child) for child in module}) == 1
-        composite = all(any(True for _ in child.children()) for child in module)
-        holds = any(dims(m) for child in module for m in child.modules())
-        if (
-            holds
-            and composite
-            and ((alike and (len(module) > 1 or named)) or (named and isinstance(module, nn.ModuleList)))
-        ):
+        inside = any(path.startswith(f"{p}." if p else "") and path != p for p, _ in stacks)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not inside and _is_stack(path, module):
             stacks.append((path, module))
     return stacks
 
 
-def _block_index(path: str, stacks: list[tuple[str, nn.ModuleList | nn.Sequential]]) -> int | None:
+def _is_stack(path: str, module: nn.ModuleList | nn.Sequential) -> bool:
+    """Composite children, of one class or called layers, with a linear layer in one of them."""
+    named = re.search(r"(^|\.)(layers|layer|h|block|blocks)$", path) is not None
+    composite = len(module) > 0 and all(any(True for _ in child.children()) for child in module)
+    if not composite or not any(dims(m) for child in module for m in child.modules()):
+        return False
+    alike = len({type(child) for child in module}) == 1
+    return (alike and (len(module) > 1 or named)) or (named and isinstance(module, nn.ModuleList))
+
+
+def _block_index(path: str, stacks: Stacks) -> int | None:
     for stack, _ in stacks:
         prefix = f"{stack}." if stack else ""
         if path.startswith(prefix):
@@ -169,7 +160,7 @@ def _block_index(path: str, stacks: list[tuple[str, nn.ModuleList | nn.Sequentia
 
 
 def _stack_widths(
-    stacks: list[tuple[str, nn.ModuleList | nn.Sequential]],
+    stacks: Stacks,
     found: list[tuple[str, tuple[int, int]]],
     d_model: int | None,
 ) -> dict[str, int | None]:

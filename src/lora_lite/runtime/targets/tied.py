@@ -6,7 +6,8 @@ import dataclasses
 
 from torch import nn
 
-from ...core.errors import TargetError, listing
+from ...core.errors import listing
+from ..layers.kinds import kind_named
 from .structure import Place, Structure
 
 
@@ -32,35 +33,13 @@ def tied_notes(model: nn.Module, chosen: list[Place]) -> list[str]:
     return notes
 
 
-def tied_sites(structure: Structure, chosen: list[Place]) -> list[tuple[int, Place]]:
-    """(number of a chosen embedding, linear layer that shares its weight)."""
-    linear = [s for s in structure.sites if s.kind == "linear"]
+def tied_places(structure: Structure, chosen: list[Place]) -> list[tuple[int, Place]]:
+    """(number of a chosen embedding, layer that multiplies with the same weight)."""
+    others = [s for s in structure.places if not kind_named(s.kind).by_number]
     return [
         (i, dataclasses.replace(other, role="tied"))
-        for i, site in enumerate(chosen)
-        if site.kind == "embedding"
-        for other in linear
-        if other.module._parameters.get("weight") is site.module._parameters.get("weight") is not None
+        for i, place in enumerate(chosen)
+        if kind_named(place.kind).by_number
+        for other in others
+        if other.module._parameters.get("weight") is place.module._parameters.get("weight") is not None
     ]
-
-
-def only_input_embedding(model: nn.Module, sites: list[Place]) -> list[Place]:
-    """The sites without embeddings other than the input embedding (those of positions, say).
-
-    Raises:
-        TargetError: the model does not say which of several it is.
-    """
-    embeddings = [s for s in sites if s.kind == "embedding"]
-    if len(embeddings) < 2:
-        return sites
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        module = get() if callable(get) else None
-    except (NotImplementedError, AttributeError):
-        module = None
-    if not any(s.module is module for s in embeddings):
-        raise TargetError(
-            f"the model has {len(embeddings)} embeddings ({listing([s.path for s in embeddings])}) and does not say "
-            "which one holds the tokens; name it in target_names."
-        )
-    return [s for s in sites if s.kind != "embedding" or s.module is module]

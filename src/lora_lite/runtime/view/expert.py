@@ -1,20 +1,23 @@
-"""Experts as pages see them: one view per expert of a bank."""
+"""The matrices inside a layer as pages see them: one view each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import StateError, TargetError
+from ...core.errors import StateError
 from ..layers.bank import Bank
+from ..model.kind import Cell, Function
 from ..model.record import Record
 from ..model.site import Site, Slot, tensor_on
 from ..model.state import SITE, unwrap
 from .composed import composed
-from .layer import DenseView, LayerView, StagedView, StillView
+from .layer import DenseView, LayerView
+
+Chosen = tuple[tuple[str, float], ...]
+"""Adapters with their weights, in attach order."""
 
 
 def layer_views(model: nn.Module, record: Record) -> list[LayerView]:
@@ -26,82 +29,57 @@ def layer_views(model: nn.Module, record: Record) -> list[LayerView]:
             continue
         layer = model.get_submodule(path)
         slot: Slot = layer.__dict__[SITE].slots[record.name]
-        found.append(StillView(layer, slot, None))
+        view = LayerView(layer, slot, None)
+        view.still = True
+        found.append(view)
     return found
 
 
-Chosen = tuple[tuple[str, float], ...]
-
-
-class ExpertView(DenseView):
-    """One expert as a page sees it: its slices of the tensors, and its weight."""
-
-    def __init__(self, bank: Bank, slot: Slot, w: Tensor, b: Tensor | None, tensors: dict[str, Tensor]) -> None:
-        super().__init__(bank, slot, w, b)
-        self._slices = tensors
-
-    def master(self, name: str) -> Tensor:
-        if name not in self._slices:
-            raise AttributeError(f"{self.path}: param_specs declares no {name!r}; it declares {sorted(self._slices)}")
-        return self._slices[name]
-
-    def once(self, what: str, compute: Any) -> Any:
-        return compute()
-
-
-def init_each(view: StagedView, bank: Bank, init: Any) -> None:
-    """Run a page's `init` for every expert, on its slices and a linear layer that shows its weight."""
-    for e in range(bank.n_experts):
-        layer = nn.Linear(bank.d_in, bank.d_out, bias=False, device="meta")
-        layer.weight = nn.Parameter(bank.dense()[e].detach(), requires_grad=False)
-        init(StagedView(layer, view._slot, {k: t[e] for k, t in view._staged.items()}), view.cfg)
-
-
-def try_experts(view: StagedView, bank: Bank) -> None:
-    """Raise when the page adds a bias and the experts have none to hold it."""
-    if bank.bias is not None or bank.weight.is_meta:
-        return
-    w = bank.dense()[0].detach().float()
-    g = torch.Generator().manual_seed(0)
-    tensors = {
-        k: (t[0].float() + 0.1 * torch.randn(t[0].shape, generator=g).to(t.device)) if t.is_floating_point() else t[0]
-        for k, t in view._staged.items()
-    }
-    f = composed([(view._slot, 1.0, ExpertView(bank, view._slot, w, None, tensors))], w, None)
-    if bool(f(w.new_zeros(1, bank.d_in)).any()):
-        raise TargetError(
-            f"{view.path}: variant {view.cfg.variant!r} adds a bias, and these experts have none; take 'experts' out "
-            "of target_kinds."
-        )
-
-
-def expert_views(view: LayerView) -> Iterator[LayerView]:
-    """The view itself, or one per expert of a bank."""
-    bank, slot = view._module, view._slot
-    if not isinstance(bank, Bank):
+def matrix_views(view: LayerView) -> Iterator[LayerView]:
+    """The view itself, or one for each of several matrices, such as a bank's experts."""
+    module, slot = view._module, view._slot
+    site: Site = module.__dict__[SITE]
+    if not site.kind.copies(module):
         yield view
         return
-    for e, w in enumerate(bank.dense()):
-        one = ExpertView(bank, slot, w, None, {k: t[e] for k, t in slices(bank, slot).items()})
+    for cell in site.kind.cells(module, site.path):
+        w, _ = cell.read(torch.float32)
+        one = DenseView(module, slot, w, None, sliced(tensors_of(module, slot), cell))
         one._dtype = view._dtype
         yield one
 
 
-def slices(bank: Bank, slot: Slot) -> dict[str, Tensor]:
-    """Short name -> (E, …) tensor of one adapter.
+def tensors_of(module: nn.Module, slot: Slot) -> dict[str, Tensor]:
+    """Short name -> stored tensor of one adapter on its layer.
 
     Raises:
         StateError: a tensor is gone.
     """
     found = {}
     for short, attribute in slot.keys.items():
-        t = tensor_on(bank, attribute)
+        t = tensor_on(module, attribute)
         if t is None:
             raise StateError(
                 f"adapter {slot.name!r}: {slot.path}.{attribute} is gone; detach and load the adapter again."
             )
         found[short] = t
     return found
+
+
+def sliced(tensors: dict[str, Tensor], cell: Cell) -> dict[str, Tensor]:
+    """The part of stacked tensors that belongs to one of several matrices."""
+    return {k: t[cell.index] for k, t in tensors.items()}
+
+
+def with_adapters(
+    module: nn.Module, cell: Cell, slots: list[tuple[Slot, float]], w: Tensor, b: Tensor | None
+) -> Function:
+    """One matrix with these adapters as a function of x."""
+    views = []
+    for slot, weight in slots:
+        own = None if cell.index is None else sliced(tensors_of(module, slot), cell)
+        views.append((slot, weight, DenseView(module, slot, w, b, own)))
+    return composed(views, w, b)
 
 
 def adapted(bank: Bank, site: Site, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
@@ -111,26 +89,23 @@ def adapted(bank: Bank, site: Site, chosen: Chosen) -> tuple[Tensor, Tensor | No
     slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
     if all(slot.factors is not None and slot.forward_input is None and not slot.own_weight for slot, _ in slots):
         for slot, weight in slots:
-            A, B = torch.vmap(lambda t, w=w, slot=slot: slot.factors(ExpertView(bank, slot, w, None, t)))(
-                slices(bank, slot)
-            )
-            w = torch.baddbmm(w, (weight * B).to(w.dtype), A.to(w.dtype))
+            w = _plus_factors(bank, slot, weight, w)
         return w, b
     wide = torch.promote_types(w.dtype, torch.float32)
-    eye, zero = torch.eye(bank.d_in, dtype=wide, device=w.device), w.new_zeros(1, bank.d_in, dtype=wide)
     new, shifts = [], []
-    tensors = [slices(bank, slot) for slot, _ in slots]
-    for e in range(bank.n_experts):
-        own = [{k: t[e] for k, t in some.items()} for some in tensors]
-        f = _function(bank, slots, own, w[e].to(wide), None)  # the bias apart, or W + b − b would round
-        new.append((f(eye) - f(zero)).mT.to(w.dtype))
+    for cell in site.kind.cells(bank, site.path):
+        own_w, own_b = cell.read(wide)
+        shifted, _ = cell.read_off(with_adapters(bank, cell, slots, own_w, None), own_w)  # or W + b − b would round
+        new.append(shifted.to(w.dtype))
         if b is not None:
-            shifts.append(_function(bank, slots, own, w[e].to(wide), b[e].to(wide))(zero)[0].to(b.dtype))
+            zero = own_w.new_zeros(1, bank.d_in)
+            shifts.append(with_adapters(bank, cell, slots, own_w, own_b)(zero)[0].to(b.dtype))
     return torch.stack(new), None if b is None else torch.stack(shifts)
 
 
-def _function(
-    bank: Bank, slots: list[tuple[Slot, float]], tensors: list[dict[str, Tensor]], w: Tensor, b: Tensor | None
-) -> Any:
-    views = [(slot, k, ExpertView(bank, slot, w, b, own)) for (slot, k), own in zip(slots, tensors, strict=True)]
-    return composed(views, w, b)
+def _plus_factors(bank: Bank, slot: Slot, weight: float, w: Tensor) -> Tensor:
+    """w + weight B A, for all experts at once."""
+    factors = slot.factors
+    assert factors is not None
+    A, B = torch.vmap(lambda t: factors(DenseView(bank, slot, w, None, t)))(tensors_of(bank, slot))
+    return torch.baddbmm(w, (weight * B).to(w.dtype), A.to(w.dtype))

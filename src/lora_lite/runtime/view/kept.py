@@ -15,14 +15,15 @@ from torch import nn
 
 from ..model.site import Slot, tensor_on
 from ..model.state import SITE, ModelState
+from .cache import cache_of
 
 
 def begin(state: ModelState, model: nn.Module, kwargs: dict[str, Any]) -> None:
     """Open the memo for a root call: the last one's where the call continues the same cache, otherwise an empty one, or
     none."""
     state.memo = None
-    cache = kwargs.get("past_key_values")
-    if cache is None or model.training or torch.is_grad_enabled() or type(cache) is tuple:
+    cache = cache_of(kwargs)
+    if cache is None or model.training or torch.is_grad_enabled() or isinstance(cache, (tuple, list)):
         state.decoding = None
         return
     last = state.decoding

@@ -13,9 +13,12 @@ from torch import Generator, Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import StateError, WeightError
 from ...ops.dropout import dropout
-from ..layers.kinds import bias_of, dense_view, is_plain, is_quantised
-from ..layers.read import read_weight, run_bare, weight_norms
-from ..model.site import Slot, tensor_on
+from ..layers.linear import run_bare
+from ..layers.read import known_kind, read_weight, weight_norms
+from ..layers.tensors import bias_of, stored_weight
+from ..model.kind import Kind
+from ..model.site import Site, Slot, tensor_on
+from ..model.state import SITE
 from .kept import memo_of, versions
 from .spans import Call, Span, spans
 
@@ -51,6 +54,8 @@ class LayerView:
         self._dtype = dtype
         self._call, self._rows = call, rows
         self.cfg: AdapterConfig = slot.cfg
+        self.still = False
+        """Outside of any forward: dropout and other noise of training do not exist for it."""
         self.strength = 1.0
         """The adapter's weight in `ll.activate`, for methods that declare `own_weight`."""
 
@@ -111,13 +116,19 @@ class LayerView:
         return memo[key][1]
 
     @property
+    def _kind(self) -> Kind:
+        site: Site | None = self._module.__dict__.get(SITE)
+        return known_kind(self._module) if site is None else site.kind
+
+    @property
     def path(self) -> str:
         """Full path of the layer in the model."""
         return self._slot.path
 
     @property
     def training(self) -> bool:
-        return self._module.training
+        """Whether the layer trains."""
+        return self._module.training and not self.still
 
     @property
     def in_features(self) -> int:
@@ -140,7 +151,7 @@ class LayerView:
         Raises:
             WeightError: it is quantised and the config does not say `dequantize=True`, or it is offloaded or sharded.
         """
-        if not self.cfg.dequantize and is_quantised(self._module):
+        if not self.cfg.dequantize and self._kind.is_quantised(self._module):
             raise WeightError(
                 f"adapter {self._slot.name!r} on {self.path}: variant {self.cfg.variant!r} reads the dense weight, "
                 f"and this {type(self._module).__name__} is quantised. Allow it with dequantize=True in the config, "
@@ -156,8 +167,8 @@ class LayerView:
     def project(self, v: Tensor) -> Tensor:
         """W v without the bias, for a few rows v (n, d_in) -> (n, d_out); gradients flow to v. Never builds a dense
         weight."""
-        if is_plain(self._module):
-            w = dense_view(self._module)
+        if self._kind.is_plain(self._module):
+            w = self._kind.as_matrix(self._module, stored_weight(self._module))
             return (v.to(w.dtype) @ w.mT).to(v.dtype)
         return self._project_packed(v.to(self._dtype or v.dtype)).to(v.dtype)
 
@@ -192,7 +203,7 @@ class LayerView:
     def dropout(self, x: Tensor) -> Tensor:
         """Dropout with the config's probability while the layer trains; x itself otherwise."""
         p = self.cfg.dropout
-        if not (p and self._module.training):
+        if not (p and self.training):
             return x
         return dropout(x, p) if isinstance(x, Tensor) else x.dropout(p)
 
@@ -204,8 +215,10 @@ class LayerView:
 class StagedView(LayerView):
     """The view `init` gets: tensors that are not on the layer yet, at storage precision, assignable."""
 
-    def __init__(self, module: nn.Module, slot: Slot, staged: dict[str, Tensor]) -> None:
-        super().__init__(module, slot, None)
+    def __init__(
+        self, module: nn.Module, slot: Slot, staged: dict[str, Tensor], dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(module, slot, dtype)
         self._staged = staged
 
     def master(self, name: str) -> Tensor:
@@ -228,11 +241,31 @@ class StagedView(LayerView):
 
 
 class DenseView(LayerView):
-    """The view that merging uses: weight and bias given, everything in one high precision, no dropout."""
+    """The view that merging and swapped-in weights use: weight and bias given, all in one precision, no dropout.
 
-    def __init__(self, module: nn.Module, slot: Slot, weight: Tensor, bias: Tensor | None) -> None:
+    Of a layer with several matrices it shows one: the adapter's tensors are the slices of that one.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        slot: Slot,
+        weight: Tensor,
+        bias: Tensor | None,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> None:
         super().__init__(module, slot, weight.dtype)
-        self._weight, self._bias = weight, bias
+        self._weight, self._bias, self._tensors = weight, bias, tensors
+
+    def master(self, name: str) -> Tensor:
+        if self._tensors is None:
+            return super().master(name)
+        if name not in self._tensors:
+            raise AttributeError(f"{self.path}: param_specs declares no {name!r}; it declares {sorted(self._tensors)}")
+        return self._tensors[name]
+
+    def once(self, what: str, compute: Callable[[], T]) -> T:
+        return compute()  # the memo of a generation knows a layer, not its experts
 
     @property
     def weight(self) -> Tensor:
@@ -256,11 +289,3 @@ class DenseView(LayerView):
 
     def dropout(self, x: Tensor) -> Tensor:
         return x
-
-
-class StillView(LayerView):
-    """A view outside of any forward: dropout and other noise of training do not exist for it."""
-
-    @property
-    def training(self) -> bool:
-        return False

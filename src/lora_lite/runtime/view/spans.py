@@ -25,13 +25,17 @@ class Call:
         """By value, so that gradient checkpointing can tell two calls apart."""
         if not isinstance(other, Call) or self.shape != other.shape or self.found.keys() != other.found.keys():
             return self is other
-        return all(
-            len(a) == len(b)
-            and all(torch.equal(u, v) if isinstance(u, Tensor) and isinstance(v, Tensor) else u is v or u == v for u, v in zip(a, b, strict=True))
-            for a, b in ((self.found[k], other.found[k]) for k in self.found)
-        )  # fmt: skip
+        return all(_same(self.found[text], other.found[text]) for text in self.found)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Equal entries; tensors by value."""
+    if len(a) != len(b):
+        return False
+    both = [(u, v) for u, v in zip(a, b, strict=True) if u is not v]
+    return all(torch.equal(u, v) if isinstance(u, Tensor) and isinstance(v, Tensor) else u == v for u, v in both)
 
 
 class Span:

@@ -1,0 +1,17 @@
+"""Blocks: the residual stream after one of them, which no weight stands for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..model.kind import Kind
+
+
+class Block(Kind):
+    """A decoder block; d_in = d_out = the width of the stream. `structure.describe` finds them."""
+
+    name = "block"
+    stream = True
+
+    def size(self, module: nn.Module) -> tuple[int, int] | None:
+        return None  # a block is known by the stack that it lies in

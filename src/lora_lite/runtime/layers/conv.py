@@ -1,0 +1,97 @@
+"""Convolutions: a product of unfolded patches, which are never built, with the flattened kernel."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..model.kind import Cell, Kind
+from .cell import MatrixCell
+from .tensors import is_ordinary, is_packed, stored_weight
+from .virtual import VirtualInput, refuse_input, rows_only
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_APPLY: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Patches(VirtualInput):
+    """The patches (B, …, C·k) that a convolution multiplies with its kernel: x @ M is a convolution with M's columns as
+    kernels."""
+
+    def __init__(self, module: nn.Module, x: Tensor, spatial: tuple[int, ...]) -> None:
+        kernel = cast(_ConvNd, module).kernel_size
+        super().__init__((x.shape[0], *spatial, x.shape[1] * math.prod(kernel)), x.dtype, x.device)
+        self.module, self.x, self.kernel = module, x, kernel
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        m: Any = self.module
+        x, padding = self.x, m.padding
+        if m.padding_mode != "zeros":
+            x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
+        kernel = other.mT.reshape(other.shape[1], x.shape[1], *self.kernel)
+        out = _APPLY[len(self.kernel)](x, kernel, None, m.stride, padding, m.dilation)
+        return out.movedim(1, -1)
+
+    def index_select(self, dim: int, index: Tensor) -> Patches:
+        rows_only(dim)
+        return Patches(self.module, self.x.index_select(dim, index), self.shape[1:-1])
+
+    def dropout(self, p: float) -> Patches:
+        return Patches(self.module, F.dropout(self.x, p, True), self.shape[1:-1])
+
+
+class Conv(Kind):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: d_in = C·k, the size of a patch."""
+
+    name = "conv"
+
+    def size(self, module: nn.Module) -> tuple[int, int] | None:
+        if not isinstance(module, CONVS):
+            return None
+        return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
+
+    def refuse(self, module: nn.Module, path: str, variant: Any, cfg: Any) -> str:
+        groups = cast(_ConvNd, module).groups
+        if groups != 1:
+            return f"a convolution with groups={groups} is not one matrix; add it to exclude_names."
+        return refuse_input(self.name, variant)
+
+    def trial(self, module: nn.Module, dtype: torch.dtype, d_out: int) -> tuple[Any, Tensor]:
+        m, w = cast(_ConvNd, module), stored_weight(module)
+        size = [max(8, d * (k - 1) + 1) for k, d in zip(m.kernel_size, m.dilation, strict=True)]
+        x = torch.zeros(2, m.in_channels, *size, dtype=w.dtype, device=w.device)
+        with torch.no_grad():
+            y = m.forward(x).to(dtype)
+        return self.enter(module, x.to(dtype), y)
+
+    def enter(self, module: nn.Module, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
+        """y with its channels last."""
+        last = y.movedim(1, -1)
+        return Patches(module, x.to(y.dtype), tuple(last.shape[1:-1])), last
+
+    def leave(self, y: Tensor) -> Tensor:
+        return y.movedim(-1, 1)
+
+    def is_plain(self, module: nn.Module) -> bool:
+        own = type(module).forward in {conv.forward for conv in CONVS}
+        return own and is_ordinary(module._parameters.get("weight"))
+
+    def is_quantised(self, module: nn.Module) -> bool:
+        return is_packed(module.weight, math.prod(self.size(module) or ()))
+
+    def as_matrix(self, module: nn.Module, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def as_stored(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.reshape(stored_weight(module).shape)
+
+    def cells(self, module: nn.Module, path: str) -> list[Cell]:
+        return [MatrixCell(self, module, path)]
+
+    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> Tensor:
+        return self.as_matrix(module, stored_weight(module)).detach()[rows][:, columns]

@@ -1,0 +1,181 @@
+"""What a kind of layer answers: everything that differs between a linear layer, an embedding, a bank of experts, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ...core.config import AdapterConfig
+    from ...core.variant import Variant
+
+Hook = Callable[..., Any]
+
+
+class Hooks(NamedTuple):
+    """The pre-hook and the hook of an adapted module; both take keyword arguments."""
+
+    before: Hook
+    after: Hook
+
+
+class HasModule(Protocol):
+    """A place in a model: what `Kind.narrow` looks at."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
+P = TypeVar("P", bound=HasModule)
+Function = Callable[[Any], Tensor]
+"""A layer with its adapters as a function of its input."""
+
+
+class Cell:
+    """One matrix W (d_out, d_in) inside a layer, with its bias b (d_out,) or None: y = W x + b."""
+
+    index: int | None = None
+    """Number of the expert it belongs to; None where the layer has one matrix."""
+
+    def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """W and b."""
+        raise NotImplementedError
+
+    def write(self, w: Tensor, b: Tensor) -> float:
+        """Put W and b in the place of the stored ones. Returns the largest rounding to the storage dtype, relative to
+        the largest entry."""
+        raise NotImplementedError
+
+    def read_off(self, f: Function, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(W', b') of the affine f: b' = f(0), W'ᵀ = f(I) − f(0). w: the base's W, for its shape, dtype and device."""
+        raise NotImplementedError
+
+
+class Kind:
+    """One kind of layer. A target remembers the kind's name; outside of `layers/` nothing compares it.
+
+    The defaults are those of a layer that multiplies vectors with one matrix and takes them as a page wants them.
+    """
+
+    name: str
+    # ---- facts
+    stream = False
+    """It is no layer with a weight, but the residual stream after a block."""
+    swaps_weight = False
+    """Its adapted weights stand in for the stored ones while it runs: no page sees its input."""
+    plain_vectors = False
+    """x and y are ordinary tensors of vectors, so a pair of factors means the same everywhere."""
+    groups_rows = False
+    """Several adapters of one batch may act on it with one call."""
+    by_number = False
+    """It picks rows of its weight by number, so a layer that multiplies with the same weight is tied to it."""
+    inside_blocks = False
+    """By default only those in the blocks are adapted, where the model has blocks."""
+    replaceable = False
+    """A dense layer can take the place of one whose weight is packed."""
+    offered = True
+    """A plan names those that stay unadapted, with how to add them."""
+
+    # ---- where it stands
+    def size(self, module: nn.Module) -> tuple[int, int] | None:
+        """(d_in, d_out) of a module of this kind; None for any other."""
+        raise NotImplementedError
+
+    def find(self, model: nn.Module, d_model: int | None) -> Iterator[tuple[str, nn.Module]]:
+        """(path, module) of everything of this kind in a model whose residual stream is `d_model` wide."""
+        return ((path, m) for path, m in model.named_modules() if self.size(m) is not None)
+
+    def copies(self, module: nn.Module) -> int:
+        """How many matrices its adapter's tensors are stacked for; 0 for one matrix that is not stacked."""
+        return 0
+
+    def refuse(self, module: nn.Module, path: str, variant: type[Variant], cfg: AdapterConfig) -> str:
+        """Why the method cannot stand on this layer and what to do instead; empty where it can."""
+        return ""
+
+    def narrow(self, model: nn.Module, places: list[P]) -> list[P]:
+        """The places that a method of this kind means when the config names none."""
+        return places
+
+    def notes(self, modules: Sequence[nn.Module]) -> list[str]:
+        """What one should know before such layers are adapted."""
+        return []
+
+    # ---- before the first step
+    def inspect(self, module: nn.Module, path: str) -> object:
+        """What must be known of a layer while its adapters run; raises `TargetError` where it is not what it seems."""
+        return None
+
+    def trial(self, module: nn.Module, dtype: torch.dtype, d_out: int) -> tuple[Any, Tensor] | None:
+        """A tiny (x, y) to try a page on; None where any page will do."""
+        return None
+
+    def join(self, module: nn.Module, path: str, hooks: Hooks) -> None:
+        """Put the hooks on."""
+        module.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        module.register_forward_hook(hooks.after, with_kwargs=True)
+
+    def part(self, module: nn.Module, path: str, hooks: Hooks) -> None:
+        """Take the hooks off."""
+        remove_hooks(module, {"_forward_pre_hooks": hooks.before, "_forward_hooks": hooks.after})
+
+    # ---- while the model runs
+    def enter(self, module: nn.Module, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
+        """(x, y) of a call as a page wants them."""
+        return x, y
+
+    def leave(self, y: Tensor) -> Tensor:
+        """What the layer returns, from a page's y."""
+        return y
+
+    # ---- the matrices inside
+    def is_plain(self, module: nn.Module) -> bool:
+        """Whether its weight is an ordinary tensor that the layer multiplies with."""
+        return False
+
+    def writable(self, module: nn.Module) -> bool:
+        """Whether merging can write into its weight."""
+        return self.is_plain(module)
+
+    def is_quantised(self, module: nn.Module) -> bool:
+        """Whether its weight is packed: no ordinary floating tensor of the right size."""
+        return False
+
+    def replacement(self, module: nn.Module, w: Tensor, b: Tensor) -> nn.Module:
+        """A dense layer with this W and b, where `replaceable`."""
+        raise NotImplementedError
+
+    def as_matrix(self, module: nn.Module, stored: Tensor) -> Tensor:
+        """A tensor of the stored weight's layout seen as (d_out, d_in), without a copy."""
+        return stored
+
+    def as_stored(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        """The inverse of `as_matrix`."""
+        return matrix
+
+    def cells(self, module: nn.Module, path: str) -> list[Cell]:
+        """The matrices inside, in order."""
+        return []
+
+    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> Tensor | None:
+        """W[rows][:, columns], for a fingerprint; None where there is nothing to look at."""
+        return None
+
+
+def remove_hooks(module: nn.Module, hooks: dict[str, Hook]) -> None:
+    """Take functions out of a module's tables of hooks."""
+    for table_name, function in hooks.items():
+        table = getattr(module, table_name)
+        for key in [k for k, h in table.items() if getattr(h, "hook", h) is function]:  # torch wraps some
+            del table[key]
+            for extra in ("_with_kwargs", "_always_called"):
+                getattr(module, table_name + extra, {}).pop(key, None)
