@@ -27,10 +27,10 @@ from ..runtime.compact import compacted
 from ..runtime.handle import Adapter
 from ..runtime.layers.kinds import is_sharded
 from ..runtime.layers.read import fingerprint
-from ..runtime.model.record import Record, Target
+from ..runtime.model.record import Record
 from ..runtime.model.site import owned_tensors
 from ..runtime.model.state import record_of, state_of, unwrap
-from ..runtime.start.staging import StagedTarget, modules_of, stage
+from ..runtime.start.staging import filled, modules_of
 from .gather import full_tensor
 from .header import header, read_header, record_from_header
 from .tensors import write_tensors
@@ -127,7 +127,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
                 f"{target.path}.{short} is on the meta device and has no values; nothing was saved. Load the model's "
                 "weights first, then attach."
             )
-        found[_key(target, short)] = whole.to("cpu", copy=True).contiguous()
+        found[target.key(short)] = whole.to("cpu", copy=True).contiguous()
     return found
 
 
@@ -138,7 +138,7 @@ def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str,
         FileError: keys or shapes do not agree exactly; nothing is copied then.
     """
     record = record_of(model, name)
-    own = {_key(target, short): tensor for target, short, _, tensor in owned_tensors(model, record)}
+    own = {target.key(short): tensor for target, short, _, tensor in owned_tensors(model, record)}
     check_keys(own, state, "the state dict")
     if any(is_sharded(t) for t in own.values()):
         raise StateError("the model is sharded; load the adapter before sharding, or use torch's set_model_state_dict.")
@@ -164,19 +164,12 @@ def _install(
     check_keys(expected(record), tensors, where)
     if base_check != "ignore":
         check_base(model, record, head, base_check, where)
-    staged: list[StagedTarget] = stage(model, record, fill=False)
-    with torch.no_grad():
-        for view in staged:
-            for short, t in view.tensors.items():
-                if t.is_meta:
-                    raise StateError(f"{view.path} lies on the meta device; load the base weights before the adapter.")
-                t.copy_(tensors[_key(view.target, short)])
-    return commit(model, record, staged, trainable)
+    return commit(model, record, filled(model, record, tensors), trainable)
 
 
 def expected(record: Record) -> dict[str, Any]:
     """Key -> spec of every tensor that the adapter owns."""
-    return {_key(t, short): spec for t in record.targets.values() for short, spec in t.specs.items()}
+    return {t.key(short): spec for t in record.targets.values() for short, spec in t.specs.items()}
 
 
 def _check_names(wanted: Iterable[str], got: Iterable[str], where: str) -> None:
@@ -249,7 +242,3 @@ def _check_strangers(model: nn.Module) -> None:
             f"{len(strangers)} trainable parameters belong to no adapter and would not be saved: "
             f"{listing(strangers)}. Freeze them (requires_grad_(False)), or save them yourself first."
         )
-
-
-def _key(target: Target, short: str) -> str:
-    return f"{target.path}.{short}" if target.path else short

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -18,11 +18,12 @@ from .layers.bank import Bank
 from .layers.kinds import is_sharded
 from .layers.norm import read_norm
 from .layers.read import fingerprint
-from .model.record import Record
-from .model.site import Site, Slot, stored_name
+from .model.record import Record, Target
+from .model.site import Site, Slot, adapter_attributes, place
 from .model.state import SITE, STATE, outside_scope, record_of, reset_compiled, state_of, unwrap
 from .start.staging import StagedTarget
 from .state_dicts import after_state_dict, before_load_state_dict
+from .targets.choose import check_owners
 
 HOOKS: dict[str, Callable[..., Any]] = {"_forward_pre_hooks": pre_hook, "_forward_hooks": post_hook}
 
@@ -85,6 +86,9 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     state = state_of(model, create=True)
     record.trainable = trainable
     record.targets = {view.target.path: view.target for view in staged}
+    check_owners(record.targets)
+    owners = {view.target.path: view.module for view in staged}
+    modules = {**owners, "": model}
     for view in staged:
         # a start drawn by a lambda has done its work, and the model must stay picklable
         view.target.specs = {
@@ -92,12 +96,11 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
         }
         view.target.base = fingerprint(view.module) if view.target.kind != "block" else {}
         for short in view.tensors:
-            attribute = stored_name(short, record.name)
-            if hasattr(view.module, attribute):
+            path, attribute = place(view.target, short, record.name)
+            if hasattr(modules[path], attribute):
                 raise StateError(
-                    f"{view.target.path} has an attribute {attribute!r} of its own; choose another adapter name."
+                    f"{path or 'the model'} has an attribute {attribute!r} of its own; choose another adapter name."
                 )
-    owners = {view.target.path: view.module for view in staged}
     norms = {
         view.target.path: read_norm(view.module, view.target.path)
         for view in staged
@@ -111,12 +114,12 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     for view in staged:
         layer, target = view.module, view.target
         for short, spec in target.specs.items():
-            attribute = stored_name(short, record.name)
+            path, attribute = place(target, short, record.name)
             if spec.as_buffer:
-                layer.register_buffer(attribute, view.tensors[short])
+                modules[path].register_buffer(attribute, view.tensors[short])
             else:
                 grad = trainable and spec.is_trained
-                layer.register_parameter(attribute, nn.Parameter(view.tensors[short], requires_grad=grad))
+                modules[path].register_parameter(attribute, nn.Parameter(view.tensors[short], requires_grad=grad))
         site = layer.__dict__.get(SITE)
         if site is None:
             site = layer.__dict__[SITE] = Site(target.path, target.kind, state)
@@ -126,7 +129,9 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
                 layer.register_forward_pre_hook(pre_hook, with_kwargs=True)
                 layer.register_forward_hook(post_hook, with_kwargs=True)
         site.norm = norms.get(target.path)
-        site.slots[record.name] = Slot(record, target, {short: owners[path] for short, path in target.shared.items()})
+        site.slots[record.name] = Slot(
+            record, target, {short: modules[place(target, short, record.name)[0]] for short in target.shared}
+        )
         site.has_input = any(s.forward_input is not None for s in site.slots.values())
     if STATE not in model.__dict__:
         model.__dict__[STATE] = state
@@ -164,14 +169,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     modules = dict(model.named_modules())
     for record in (state.records.pop(n) for n in names):
         for target in record.targets.values():
+            _remove_tensors(modules, target, target.specs.keys() & target.shared.keys(), record.name)
             layer = modules.get(target.path)
             site = layer.__dict__.get(SITE) if layer is not None else None
             if layer is None or site is None:  # something replaced the layer
                 continue
-            for short in target.specs:
-                attribute = stored_name(short, record.name)
-                layer._parameters.pop(attribute, None)
-                layer._buffers.pop(attribute, None)
+            _remove_tensors(modules, target, target.specs.keys() - target.shared.keys(), record.name)
             del site.slots[record.name]
             site.has_input = any(s.forward_input is not None for s in site.slots.values())
             if not site.slots:
@@ -213,12 +216,13 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     record, state = record_of(model, old), state_of(model)
     check_attachable(model, new)
     for target in record.targets.values():
-        layer = model.get_submodule(target.path)
         for short in target.specs:
-            tables: list[dict[str, Any]] = [layer._parameters, layer._buffers]  # pyright: ignore[reportAssignmentType]
+            path, was = place(target, short, old)
+            module = model.get_submodule(path)
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]  # pyright: ignore[reportAssignmentType]
             for table in tables:
-                if stored_name(short, old) in table:
-                    table[stored_name(short, new)] = table.pop(stored_name(short, old))
+                if was in table:
+                    table[place(target, short, new)[1]] = table.pop(was)
     record.name = new
     state.row_epoch += 1
     for path, target in record.targets.items():
@@ -236,12 +240,18 @@ def _base_trainable(model: nn.Module) -> list[str]:
     """Paths of the parameters that require a gradient and belong to no adapter."""
     found = []
     for path, module in model.named_modules():
-        site: Site | None = module.__dict__.get(SITE)
-        adapters = {a for slot in site.slots.values() for a in slot.keys.values()} if site is not None else ()
+        adapters = adapter_attributes(module)
         for attribute, p in module._parameters.items():
             if p is not None and p.requires_grad and attribute not in adapters:
                 found.append(f"{path}.{attribute}" if path else attribute)
     return found
+
+
+def _remove_tensors(modules: dict[str, nn.Module], target: Target, shorts: Iterable[str], adapter: str) -> None:
+    for short in shorts:
+        path, attribute = place(target, short, adapter)
+        modules[path]._parameters.pop(attribute, None)
+        modules[path]._buffers.pop(attribute, None)
 
 
 def _remove_hooks(module: nn.Module, hooks: dict[str, Callable[..., Any]]) -> None:

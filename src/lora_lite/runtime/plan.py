@@ -15,7 +15,8 @@ from ..core.spec import ParamSpec
 from .layers.bank import Bank
 from .layers.kinds import is_quantised
 from .model.record import Target
-from .model.state import SITE, unwrap
+from .model.site import adapter_attributes
+from .model.state import unwrap
 from .targets.beside import whole_config, whole_sites
 from .targets.choose import (
     add_shared,
@@ -191,14 +192,10 @@ def _expert_notes(chosen: list[Place]) -> list[str]:
 
 
 def _base_parameters(model: nn.Module) -> list[torch.Tensor]:
-    sites = [m.__dict__[SITE] for m in model.modules() if SITE in m.__dict__]
-    adapter = {k for site in sites for slot in site.slots.values() for k in slot.keys.values()}
-    found = {  # a tied parameter counts once
-        id(p): p
-        for m in model.modules()
-        for k, p in m._parameters.items()
-        if p is not None and not (SITE in m.__dict__ and k in adapter)
-    }
+    found = {}  # a tied parameter counts once
+    for m in model.modules():
+        adapters = adapter_attributes(m)
+        found |= {id(p): p for k, p in m._parameters.items() if p is not None and k not in adapters}
     return list(found.values())
 
 

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import StateError, WeightError
 from ...ops.dropout import dropout
-from ..layers.kinds import bias_of, dense_view, is_plain, is_quantised
+from ..layers.kinds import bias_of, dense_view, device_of, is_plain, is_quantised, is_sharded
 from ..layers.read import read_weight, run_bare, weight_norms
 from ..model.site import Slot, tensor_on
 from .kept import memo_of, versions
@@ -78,6 +78,8 @@ class LayerView:
             )
         module = slot.owners[name] if name in slot.owners else self._module
         tensor = tensor_on(module, attribute)
+        if name in slot.owners and tensor is not None:
+            tensor = self._brought(name, tensor)
         if tensor is not None and tensor.is_meta and "_hf_hook" in self._module.__dict__:
             raise WeightError(
                 f"adapter {slot.name!r} on {slot.path}: accelerate offloads this layer, and with it the adapter's "
@@ -89,6 +91,17 @@ class LayerView:
                 f"adapter {slot.name!r}: {slot.path}.{attribute} is gone; detach and load the adapter again."
             )
         return tensor
+
+    def _brought(self, name: str, tensor: Tensor) -> Tensor:
+        """A shared tensor on this layer's device: a model may be split over several."""
+        if is_sharded(tensor):
+            raise StateError(
+                f"adapter {self._slot.name!r} on {self._slot.path}: {name} is shared with other layers, and the shards "
+                "of it are not gathered here. Shard the whole model last, fully_shard(model), and call the model, not "
+                "one of its blocks."
+            )
+        own = next((p for p in self._module._parameters.values() if p is not None), None)
+        return tensor.to(device_of(self._module) if own is None else own.device)
 
     def tiny(self, name: str) -> Tensor:
         """The stored tensor in `promote_types(float32, dtype of the page)`: for Cayley maps, norms and other small
