@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-import shared_methods
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 import lora_lite as ll
+import shared_methods
 from lora_lite import ParamSpec
 from lora_lite.cli.variants import trained
 from lora_lite.core import registry

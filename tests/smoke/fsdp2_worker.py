@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-import shared_methods
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import lora_lite as ll
+import shared_methods
 from lora_lite.testing.case import randomise
 from lora_lite.testing.toy import batches, toy
 

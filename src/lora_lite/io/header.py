@@ -76,8 +76,6 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         head = json.loads(meta["lora_lite"])
     except (json.JSONDecodeError, RecursionError) as e:
         raise FileError(f"{path}: the header is not JSON ({e}).") from None
-    if not isinstance(head, dict):
-        head = {}
     _check_format(head, path)
     if not isinstance(head.get("config"), dict) or not isinstance(head.get("targets"), dict) or not head["targets"]:
         raise FileError(f"{path}: the header has no config or no targets.")
@@ -97,8 +95,8 @@ def _check_size(path: Path) -> None:
         )
 
 
-def _check_format(head: dict[str, Any], path: Path) -> None:
-    if not _is_count(head.get("format")) or head["format"] == 0:
+def _check_format(head: Any, path: Path) -> None:
+    if not isinstance(head, dict) or not _is_count(head.get("format")) or head["format"] == 0:
         raise FileError(f"{path}: the header names no format number.")
     required = head.get("requires") or []
     if head["format"] > FORMAT or required not in ([], [BESIDE]):

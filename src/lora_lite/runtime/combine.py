@@ -15,7 +15,7 @@ from ..core.registry import variants
 from .commit import check_attachable, commit
 from .handle import Adapter
 from .model.record import Record
-from .model.state import record_of, state_of, unwrap
+from .model.state import not_merged, record_of, state_of, unwrap
 from .progress import track
 from .start.staging import stage
 from .targets.choose import make_target
@@ -65,8 +65,7 @@ def combine(
         raise ConfigError(f"density must lie in (0, 1], got {density}.")
     if not all(math.isfinite(w) for w in weights.values()):
         raise ConfigError(f"weights must be finite, got {dict(weights)}.")
-    if state_of(model).merged is not None:
-        raise StateError("the model is merged; call ll.unmerge(model) before ll.combine.")
+    not_merged(state_of(model), "ll.combine")
     records = [record_of(model, n) for n in weights]
     for record in records:
         if record.variant.own_weight:

@@ -20,7 +20,7 @@ from .layers.norm import read_norm
 from .layers.read import fingerprint
 from .model.record import Record, Target
 from .model.site import Site, Slot, adapter_attributes, place
-from .model.state import SITE, STATE, outside_scope, record_of, reset_compiled, state_of, unwrap
+from .model.state import SITE, STATE, not_merged, outside_scope, record_of, reset_compiled, state_of, unwrap
 from .start.staging import StagedTarget
 from .state_dicts import after_state_dict, before_load_state_dict
 from .targets.choose import check_owners
@@ -71,8 +71,7 @@ def check_attachable(model: nn.Module, name: str) -> None:
     if state is None:
         return
     outside_scope(state, "adding or renaming an adapter")
-    if state.merged is not None:
-        raise StateError("the model is merged; call ll.unmerge(model) before attaching or loading.")
+    not_merged(state, "attaching or loading")
     if name in state.records:
         raise StateError(
             f"an adapter called {name!r} is attached already. Give the new one another name (name='second'), go on "
@@ -157,8 +156,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     model = unwrap(model)
     state = state_of(model)
-    if state.merged is not None:
-        raise StateError("the model is merged; call ll.unmerge(model) before ll.detach(model).")
+    not_merged(state, "ll.detach(model)")
     outside_scope(state, "ll.detach")
     if any(is_sharded(p) for p in model.parameters()):
         raise StateError(
