@@ -25,7 +25,7 @@ import lora_lite as ll
 from lora_lite.io.header import read_header
 from lora_lite.io.native import read
 from lora_lite.testing.case import randomise
-from lora_lite.testing.toy import Snapshot, toy
+from lora_lite.testing.toy import FakeQuantLinear, Snapshot, toy
 
 CFG = ll.LoRAConfig(r=3, alpha=7, dropout=0.1, rank_pattern={"down": 2}, alpha_pattern={r"layers\.1\..*": 5.0})
 
@@ -460,3 +460,30 @@ def test_state_dicts(tmp_path):
         assert not (d := before.difference(model)), d
     ll.load_adapter_state_dict(model, "default", state)
     assert {id(p) for p in model.parameters()} == own and not model.layers[0].up.lora_A.any()
+
+
+def test_other_weights_beside_a_quantised_layer_raise(tmp_path):
+    """A layer that is only quantised differently warns, once, and the other layers are checked all the same."""
+    path = ll.save(adapted(), tmp_path / "x")
+
+    def coarse(*layers):
+        model = toy()
+        for block, name in layers:
+            dense = getattr(model.layers[block], name)
+            packed = FakeQuantLinear(dense.in_features, dense.out_features)
+            step = dense.weight.abs().amax(1, keepdim=True) / 127
+            packed.scales, packed.bias = step.detach(), dense.bias
+            packed.weight.data = (dense.weight / step).round().to(torch.int8)
+            setattr(model.layers[block], name, packed)
+        return model
+
+    with pytest.warns(ll.LoraLiteWarning, match="quantised differently") as seen:
+        ll.load(coarse((0, "up"), (0, "down"), (1, "up")), path)
+    assert len([w for w in seen if "quantised" in str(w.message)]) == 1
+    for first in ((0, "up"), (0, "down")):
+        other = coarse(first)
+        with torch.no_grad():
+            other.layers[1].up.weight.normal_()
+        with pytest.raises(ll.BaseMismatchError, match=r"layers\.1\.up"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ll.LoraLiteWarning)
+            ll.load(other, path)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import lora_lite as ll
+import shared_methods
 from lora_lite.testing.case import randomise
 from lora_lite.testing.toy import batches, toy
 
@@ -39,6 +40,8 @@ CONFIGS = {
     "dora": ll.DoRAConfig(r=3, alpha=7),
     "hra": ll.HRAConfig(r=2),
     "pissa": ll.PiSSAConfig(r=3, alpha=7),
+    "vera": ll.AdapterConfig(variant=shared_methods.vera().name, r=3, alpha=7),
+    "bank": ll.AdapterConfig(variant=shared_methods.bank().name, r=3, alpha=7),
 }
 for cfg in (CONFIGS[name] for name in sys.argv[4:]):
     plain, handle = prepared(cfg)
@@ -50,6 +53,14 @@ for cfg in (CONFIGS[name] for name in sys.argv[4:]):
     sharded = [n for n, p in model.named_parameters() if "lora_" in n and hasattr(p, "full_tensor")]
     assert sharded, "no adapter tensor was sharded"
     train(model, ll.adapters(model)["default"], True)
+    x = batches()[0]["x"]
+    if "bank" in cfg.variant:  # without the root's unit nobody gathers what several blocks share
+        try:
+            model.layers[1](x)
+        except ll.StateError as e:
+            assert "fully_shard(model)" in str(e), str(e)
+        else:
+            raise AssertionError("a block without its model read shards")
     want, got = ll.adapter_state_dict(plain), ll.adapter_state_dict(model)
     assert want.keys() == got.keys()
     for key in want:
@@ -57,7 +68,6 @@ for cfg in (CONFIGS[name] for name in sys.argv[4:]):
     path = ll.save(model, f"{folder}/{cfg.variant}-{rank}")
     fresh = toy()
     ll.load(fresh, path)
-    x = batches()[0]["x"]
     torch.testing.assert_close(fresh(x), plain.eval()(x), atol=1e-5, rtol=1e-4)
     y = model.eval()(x)
     torch.testing.assert_close(y, plain(x), atol=1e-5, rtol=1e-4)

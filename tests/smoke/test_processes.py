@@ -16,7 +16,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for
 
 
 @pytest.mark.parametrize(
-    "methods", [["lora"], pytest.param(["dora", "hra", "pissa"], marks=pytest.mark.slow)], ids="-".join
+    "methods", [["lora", "bank"], pytest.param(["dora", "hra", "pissa", "vera"], marks=pytest.mark.slow)], ids="-".join
 )
 def test_fsdp2(tmp_path, methods):
     """Attach, shard, train, save, load: as without sharding; what would leave ranks apart raises."""

@@ -10,7 +10,7 @@ from typing import Any
 import lora_lite as ll
 
 from ..runtime.layers.kinds import kind_named
-from ..runtime.targets.choose import make_target
+from ..runtime.targets.choose import add_shared, make_target
 from ._console import markdown, say, table
 
 WIDTH, RANK = 768, 8
@@ -66,10 +66,11 @@ def trained(variant: type[ll.Variant]) -> int | None:
     try:
         cfg = variant.config(variant=variant.name, r=RANK)
         target = make_target("layer", WIDTH, WIDTH, cfg, variant.site)
-        specs = {**target.specs, **(variant.shared_specs([target], cfg) if variant.shared_specs is not None else {})}
+        if variant.shared_specs is not None:
+            add_shared([target], cfg)
     except ll.LoraLiteError:
         return None
-    return sum(math.prod(s.shape) for s in specs.values() if s.is_trained)
+    return sum(math.prod(s.shape) for s in target.specs.values() if s.is_trained)
 
 
 def cells(row: dict[str, Any], link: bool = False) -> list[str]:

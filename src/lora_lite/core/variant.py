@@ -92,4 +92,6 @@ class Variant:
     penalty: ClassVar[Callable[..., Any] | None] = None
     """`(layer) -> scalar` regulariser."""
     shared_specs: ClassVar[Callable[..., Any] | None] = None
-    """`(targets, cfg)`: tensors shared by all targets; the first one owns them."""
+    """`(targets, cfg)` -> the tensors that all targets share, or a list of `(targets, tensors)`: one entry per group
+    that shares some, such as all targets of one `d_in`. Pages read them as `layer.lora_*`, like their own. They stand
+    on the model itself and are saved once, under the first target of their group."""

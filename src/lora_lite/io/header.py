@@ -7,6 +7,8 @@ import json
 import os
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,9 @@ def header(record: Record) -> dict[str, Any]:
         beside = {"variant": t.cfg.variant} if defaults is not cfg else {}
         kind = {"kind": t.kind} if t.kind != "linear" else {}
         kind |= {"experts": t.experts} if t.experts else {}
-        tied = {"tied": t.tied} if t.tied else {}
-        targets[t.path] = entry | ({"config": own} if own else {}) | kind | beside | tied
+        together = {"tied": t.tied} if t.tied else {}
+        together |= {"shared": t.shared} if t.shared and not t.tied else {}
+        targets[t.path] = entry | ({"config": own} if own else {}) | kind | beside | together
     return {
         "format": FORMAT,
         "version": __version__,
@@ -61,15 +64,7 @@ def header(record: Record) -> dict[str, Any]:
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The header of an adapter file, checked to be ours; reads no tensor."""
     path = Path(path)
-    if not path.is_file():
-        raise FileError(f"{path} does not exist.")
-    with path.open("rb") as f:
-        head_size = f.read(8)
-    if len(head_size) == 8 and struct.unpack("<Q", head_size)[0] > MAX_HEADER:
-        raise FileError(
-            f"{path} is not a safetensors file (its header claims {struct.unpack('<Q', head_size)[0]} bytes). "
-            "lora_lite reads no pickles: .bin, .pt and .pkl are refused."
-        )
+    _check_size(path)
     with opened(path) as f:
         meta = f.metadata() or {}
     if "lora_lite" not in meta:
@@ -81,7 +76,27 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         head = json.loads(meta["lora_lite"])
     except (json.JSONDecodeError, RecursionError) as e:
         raise FileError(f"{path}: the header is not JSON ({e}).") from None
-    if not isinstance(head, dict) or not _count(head.get("format")) or head["format"] == 0:
+    _check_format(head, path)
+    if not isinstance(head.get("config"), dict) or not isinstance(head.get("targets"), dict) or not head["targets"]:
+        raise FileError(f"{path}: the header has no config or no targets.")
+    return head
+
+
+def _check_size(path: Path) -> None:
+    """Raise before a reader believes what a file claims of its own header."""
+    if not path.is_file():
+        raise FileError(f"{path} does not exist.")
+    with path.open("rb") as f:
+        head_size = f.read(8)
+    if len(head_size) == 8 and struct.unpack("<Q", head_size)[0] > MAX_HEADER:
+        raise FileError(
+            f"{path} is not a safetensors file (its header claims {struct.unpack('<Q', head_size)[0]} bytes). "
+            "lora_lite reads no pickles: .bin, .pt and .pkl are refused."
+        )
+
+
+def _check_format(head: Any, path: Path) -> None:
+    if not isinstance(head, dict) or not _is_count(head.get("format")) or head["format"] == 0:
         raise FileError(f"{path}: the header names no format number.")
     required = head.get("requires") or []
     if head["format"] > FORMAT or required not in ([], [BESIDE]):
@@ -89,9 +104,6 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} was written by lora_lite {head.get('version')} and needs a newer version than {__version__} "
             f"(format {head['format']}, requires {required})."
         )
-    if not isinstance(head.get("config"), dict) or not isinstance(head.get("targets"), dict) or not head["targets"]:
-        raise FileError(f"{path}: the header has no config or no targets.")
-    return head
 
 
 def config_from_header(head: dict[str, Any], where: str) -> AdapterConfig:
@@ -113,69 +125,121 @@ def config_from_header(head: dict[str, Any], where: str) -> AdapterConfig:
 
 def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where: str) -> Record:
     """The adapter that a header describes, checked against the model's modules. Runs no pattern of the file."""
-    cfg = config_from_header(head, where)
-    variant = get_variant(cfg.variant)
-    modules = dict(model.named_modules())
-    if any(isinstance(e, dict) and e.get("kind") == "experts" for e in head["targets"].values()):
-        modules |= banks(model, describe(model).d_model)
-    widths: dict[str, tuple[str, int, int]] = {}
-    if variant.site == "block":
-        structure = describe(model)
-        d = structure.d_model or 0
-        widths = {path: ("block", d, d) for path, _, _ in structure.blocks}
+    cfg, entries = config_from_header(head, where), head["targets"]
+    modules = _modules(model, entries)
+    widths = _widths(model, cfg)
     targets: dict[str, Target] = {}
-    for path, entry in head["targets"].items():
+    for path, entry in entries.items():
         if path not in modules:
             raise FileError(
                 f"{where}: the model has no module {path!r}.{did_you_mean(path, modules)} The adapter belongs to "
                 "another architecture or to a model with another prefix."
             )
-        try:
-            method = get_variant(entry["variant"]) if "variant" in entry else variant
-            found = widths.get(path) if method.site == "block" else extent(modules[path])
-            experts = getattr(modules[path], "n_experts", 0) if found is not None and found[0] == "experts" else 0
-            kind, d_in, d_out = str(entry.get("kind", "linear")), entry["d_in"], entry["d_out"]
-            if found is None or found[0] != kind:
-                raise FileError(f"{path} is no {kind} layer in this model.")
-            if found[1:] != (d_in, d_out):
-                raise FileError(f"{path} is {found[1]}->{found[2]} in this model and {d_in}->{d_out} in the file.")
-            defaults = cfg if method is variant else method.config(variant=method.name)
-            known = {f.name for f in dataclasses.fields(defaults)}
-            changes = {k: v for k, v in entry.get("config", {}).items() if k in known}
-            own = method.config.from_dict({**defaults.to_dict(), **changes})
-            if entry.get("experts", 0) != experts:
-                raise FileError(
-                    f"{path} holds {experts} experts in this model and {entry.get('experts', 0)} in the file."
-                )
-            target = make_target(path, d_in, d_out, own, kind, experts)
-            if abs(float(entry.get("scale", own.scale)) - own.scale) > 1e-6 * abs(own.scale):
-                raise FileError(
-                    f"{path} was saved with scale {entry['scale']}, and its config makes {own.scale} of it: the "
-                    "config was edited."
-                )
-        except LoraLiteError as e:
-            raise FileError(f"{where}: {e}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
-            raise FileError(f"{where}: the entry of target {path!r} is malformed ({e!r}).") from None
-        targets[path] = target
-    for path, target in targets.items():
-        owner = head["targets"][path].get("tied")
-        if owner is not None:
-            if (
-                not isinstance(owner, str)
-                or owner not in targets
-                or owner == path
-                or targets[owner].variant.tied is None
-            ):
-                raise FileError(f"{where}: {path} is tied to {owner!r}, which is no such target of the file.")
-            target.tied, target.shared = owner, dict.fromkeys(targets[owner].specs, owner)
-    if variant.shared_specs is not None:
-        add_shared([t for t in targets.values() if t.cfg.variant == cfg.variant], cfg)
+        with _named(f"{where}: the entry of target {path!r}", where):
+            targets[path] = _target(path, entry, modules[path], cfg, widths)
+    with _named(f"{where}: what the targets share", where):
+        _tie(targets, entries)
+        _share([targets[path] for path in modules if path in targets], cfg, entries)  # in the order of attach
     steps, total = (head.get(k, 0) for k in ("steps", "total_steps"))
-    if not (_count(steps) and _count(total)):
+    if not (_is_count(steps) and _is_count(total)):
         raise FileError(f"{where}: steps and total_steps must be counts, got {steps!r} and {total!r}.")
-    return Record(name, variant, cfg, targets, steps=steps, total_steps=total)
+    return Record(name, get_variant(cfg.variant), cfg, targets, steps=steps, total_steps=total)
 
 
-def _count(value: Any) -> bool:
+@contextmanager
+def _named(what: str, where: str) -> Iterator[None]:
+    """Inside, whatever a file's values do wrong becomes a `FileError`."""
+    try:
+        yield
+    except LoraLiteError as e:
+        raise FileError(f"{where}: {e}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        raise FileError(f"{what} is malformed ({e!r}).") from None
+
+
+def _modules(model: nn.Module, entries: dict[str, Any]) -> dict[str, nn.Module]:
+    """Path -> module, with the banks of fused experts where the file adapts some."""
+    modules = dict(model.named_modules())
+    if any(isinstance(e, dict) and e.get("kind") == "experts" for e in entries.values()):
+        modules |= banks(model, describe(model).d_model)
+    return modules
+
+
+Size = tuple[str, int, int]
+"""(kind, d_in, d_out)."""
+
+
+def _widths(model: nn.Module, cfg: AdapterConfig) -> dict[str, Size]:
+    """Path -> size of each block, for a method that stands on blocks."""
+    if get_variant(cfg.variant).site != "block":
+        return {}
+    structure = describe(model)
+    d = structure.d_model or 0
+    return {path: ("block", d, d) for path, _, _ in structure.blocks}
+
+
+def _target(path: str, entry: dict[str, Any], module: nn.Module, cfg: AdapterConfig, widths: dict[str, Size]) -> Target:
+    """One target of a file, whose shape and scale are those of the model and of the config."""
+    variant = get_variant(cfg.variant)
+    method = get_variant(entry["variant"]) if "variant" in entry else variant
+    found = widths.get(path) if method.site == "block" else extent(module)
+    kind, d_in, d_out, experts = _size(path, entry, module, found)
+    defaults = cfg if method is variant else method.config(variant=method.name)
+    known = {f.name for f in dataclasses.fields(defaults)}
+    changes = {k: v for k, v in entry.get("config", {}).items() if k in known}
+    own = method.config.from_dict({**defaults.to_dict(), **changes})
+    if abs(float(entry.get("scale", own.scale)) - own.scale) > 1e-6 * abs(own.scale):
+        raise FileError(
+            f"{path} was saved with scale {entry['scale']}, and its config makes {own.scale} of it: the config was "
+            "edited."
+        )
+    return make_target(path, d_in, d_out, own, kind, experts)
+
+
+def _size(path: str, entry: dict[str, Any], module: nn.Module, found: Size | None) -> tuple[str, int, int, int]:
+    """(kind, d_in, d_out, number of experts), the same in the file and in the model."""
+    kind, d_in, d_out = str(entry.get("kind", "linear")), entry["d_in"], entry["d_out"]
+    if found is None or found[0] != kind:
+        raise FileError(f"{path} is no {kind} layer in this model.")
+    if found[1:] != (d_in, d_out):
+        raise FileError(f"{path} is {found[1]}->{found[2]} in this model and {d_in}->{d_out} in the file.")
+    experts = getattr(module, "n_experts", 0) if kind == "experts" else 0
+    if entry.get("experts", 0) != experts:
+        raise FileError(f"{path} holds {experts} experts in this model and {entry.get('experts', 0)} in the file.")
+    return kind, d_in, d_out, experts
+
+
+def _tie(targets: dict[str, Target], entries: dict[str, Any]) -> None:
+    """Point targets that share a weight to the one whose tensors act there too."""
+    for path, target in targets.items():
+        owner = entries[path].get("tied")
+        if owner is None:
+            continue
+        known = isinstance(owner, str) and owner in targets and owner != path
+        if not known or targets[owner].variant.tied is None:
+            raise FileError(f"{path} is tied to {owner!r}, which is no such target of the file.")
+        target.tied, target.shared = owner, dict.fromkeys(targets[owner].specs, owner)
+
+
+def _share(targets: list[Target], cfg: AdapterConfig, entries: dict[str, Any]) -> None:
+    """Give each shared tensor to the target that owns it in the file. Where the file does not say, as before version
+    0.2, that is the first."""
+    own = [t for t in targets if t.cfg.variant == cfg.variant and not t.tied]
+    claimed = {t.path: entries[t.path]["shared"] for t in own if "shared" in entries[t.path]}
+
+    def owner_of(group: list[Target], short: str) -> Target:
+        named = [claimed[t.path].get(short) for t in group if t.path in claimed]
+        return next((t for t in group if t.path in named), group[0])
+
+    if own and get_variant(cfg.variant).shared_specs is not None:
+        add_shared(own, cfg, owner_of)
+    for t in own:
+        if claimed.get(t.path, t.shared) != t.shared:
+            raise FileError(
+                f"{t.path} shares {claimed[t.path]!r} (tensor: owner) in the file, and variant {cfg.variant!r} shares "
+                f"{t.shared!r} in this model: an owner must be a target of the file that owns that tensor."
+            )
+
+
+def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62

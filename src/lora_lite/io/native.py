@@ -29,8 +29,8 @@ from ..runtime.layers.read import fingerprint
 from ..runtime.layers.tensors import is_sharded
 from ..runtime.model.record import Record, Target
 from ..runtime.model.site import owned_tensors
-from ..runtime.model.state import record_of, state_of, unwrap
-from ..runtime.start.staging import StagedTarget, modules_of, stage
+from ..runtime.model.state import not_merged, record_of, state_of, unwrap
+from ..runtime.start.staging import filled, modules_of
 from .gather import full_tensor
 from .header import header, read_header, record_from_header
 from .tensors import write_tensors
@@ -64,35 +64,53 @@ def save(
     """
     model = unwrap(model)
     record, state = record_of(model, name), state_of(model)
-    if state.merged is not None:
-        raise StateError(
-            "the model is merged; call ll.unmerge(model) before ll.save, or save the merged model itself with its own "
-            "save_pretrained."
-        )
-    if record.variant.on_step is not None and not record.scheduled and record.train_calls > 0:
-        raise StateError(
-            f"adapter {record.name!r} was trained without its schedule; call ll.schedule(model, optimizer, "
-            "total_steps) before training."
-        )
+    not_merged(state, "ll.save, or save the merged model itself with its own save_pretrained")
+    _check_schedule(record)
     _check_strangers(model)
-    path = Path(path)
-    if path.is_dir():
-        raise FileError(f"{path} is a folder; give a file name such as {path / 'adapter.safetensors'}.")
-    if not path.suffix:
-        path = path.with_suffix(".safetensors")
+    path = _file_name(path)
     tensors = adapter_state_dict(model, record.name)
     if compact and record.variant.compact is not None and 0 < record.total_steps <= record.steps:
         record, tensors = compacted(model, record, tensors)
     if dtype is not None:
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+    _check_finite(record, tensors)
+    write_tensors(path, tensors, {"lora_lite": json.dumps(header(record), sort_keys=True)})
+    return path
+
+
+def _check_schedule(record: Record) -> None:
+    if record.variant.on_step is not None and not record.scheduled and record.train_calls > 0:
+        raise StateError(
+            f"adapter {record.name!r} was trained without its schedule; call ll.schedule(model, optimizer, "
+            "total_steps) before training."
+        )
+
+
+def _check_strangers(model: nn.Module) -> None:
+    """Raise when something is trainable that no adapter file would hold."""
+    own = {id(t) for r in state_of(model).records.values() for _, _, _, t in owned_tensors(model, r)}
+    strangers = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if strangers:
+        raise StateError(
+            f"{len(strangers)} trainable parameters belong to no adapter and would not be saved: "
+            f"{listing(strangers)}. Freeze them (requires_grad_(False)), or save them yourself first."
+        )
+
+
+def _file_name(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{path} is a folder; give a file name such as {path / 'adapter.safetensors'}.")
+    return path if path.suffix else path.with_suffix(".safetensors")
+
+
+def _check_finite(record: Record, tensors: dict[str, Tensor]) -> None:
     bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise StateError(
             f"adapter {record.name!r} has values that are not finite: {listing(bad)}. Training diverged; nothing was "
             "written."
         )
-    write_tensors(path, tensors, {"lora_lite": json.dumps(header(record), sort_keys=True)})
-    return path
 
 
 def load_native(
@@ -127,7 +145,7 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
                 f"{target.path}.{short} is on the meta device and has no values; nothing was saved. Load the model's "
                 "weights first, then attach."
             )
-        found[_key(target, short)] = whole.to("cpu", copy=True).contiguous()
+        found[target.key(short)] = whole.to("cpu", copy=True).contiguous()
     return found
 
 
@@ -138,7 +156,7 @@ def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str,
         FileError: keys or shapes do not agree exactly; nothing is copied then.
     """
     record = record_of(model, name)
-    own = {_key(target, short): tensor for target, short, _, tensor in owned_tensors(model, record)}
+    own = {target.key(short): tensor for target, short, _, tensor in owned_tensors(model, record)}
     check_keys(own, state, "the state dict")
     if any(is_sharded(t) for t in own.values()):
         raise StateError("the model is sharded; load the adapter before sharding, or use torch's set_model_state_dict.")
@@ -164,19 +182,12 @@ def _install(
     check_keys(expected(record), tensors, where)
     if base_check != "ignore":
         check_base(model, record, head, base_check, where)
-    staged: list[StagedTarget] = stage(model, record, fill=False)
-    with torch.no_grad():
-        for view in staged:
-            for short, t in view.tensors.items():
-                if t.is_meta:
-                    raise StateError(f"{view.path} lies on the meta device; load the base weights before the adapter.")
-                t.copy_(tensors[_key(view.target, short)])
-    return commit(model, record, staged, trainable)
+    return commit(model, record, filled(model, record, tensors), trainable)
 
 
 def expected(record: Record) -> dict[str, Any]:
     """Key -> spec of every tensor that the adapter owns."""
-    return {_key(t, short): spec for t in record.targets.values() for short, spec in t.specs.items()}
+    return {t.key(short): spec for t in record.targets.values() for short, spec in t.specs.items()}
 
 
 def _check_names(wanted: Iterable[str], got: Iterable[str], where: str) -> None:
@@ -205,30 +216,21 @@ def check_base(model: nn.Module, record: Record, head: dict[str, Any], base_chec
     """Compare each target's fingerprint with the file's, within the coarser dtype's rounding; quantised bases only
     warn."""
     modules = modules_of(model, record.targets.values())
+    noticed = False
     for target in record.targets.values():
-        old = head["targets"][target.path].get("base")
-        if target.kind == "block" or not isinstance(old, dict) or not isinstance(old.get("sample"), list):
+        old = _saved_fingerprint(target, head, where)
+        new = fingerprint(modules[target.path]) if old else {}
+        if not new or (error := _distance(old, new)) <= _rounding(old, new):
             continue
-        new = fingerprint(modules[target.path])
-        if not new:
-            continue
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in old["sample"]):
-            raise FileError(f"{where}: the fingerprint of {target.path} is malformed.")
-        a, b = torch.tensor(old["sample"], dtype=torch.float64), torch.tensor(new["sample"], dtype=torch.float64)
-        rounding = max(
-            {"bfloat16": 2**-7, "float16": 2**-9}.get(str(d), 2**-18) for d in (old.get("dtype"), new["dtype"])
-        )
-        quantised = bool(old.get("quantised")) or bool(new["quantised"])
-        error = float((a - b).norm() / a.norm().clamp_min(1e-30)) if a.shape == b.shape else float("inf")
-        if error <= (0.5 if quantised else rounding):
-            if quantised and error > rounding:
+        if error <= 0.5 and (bool(old.get("quantised")) or bool(new["quantised"])):
+            if not noticed:
                 warnings.warn(
                     f"{where}: the base of {target.path} is quantised differently (sampled weights differ by "
                     f"{error:.1%}); outputs will differ slightly.",
                     LoraLiteWarning,
                     stacklevel=4,
                 )
-                return
+            noticed = True
             continue
         text = (
             f"{where}: the adapter was trained on other base weights: at {target.path} sampled weights differ by "
@@ -240,16 +242,22 @@ def check_base(model: nn.Module, record: Record, head: dict[str, Any], base_chec
         return
 
 
-def _check_strangers(model: nn.Module) -> None:
-    """Raise when something is trainable that no adapter file would hold."""
-    own = {id(t) for r in state_of(model).records.values() for _, _, _, t in owned_tensors(model, r)}
-    strangers = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-    if strangers:
-        raise StateError(
-            f"{len(strangers)} trainable parameters belong to no adapter and would not be saved: "
-            f"{listing(strangers)}. Freeze them (requires_grad_(False)), or save them yourself first."
-        )
+def _saved_fingerprint(target: Target, head: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fingerprint of a target's base in a file; empty where it has none."""
+    found = head["targets"][target.path].get("base")
+    if target.kind == "block" or not isinstance(found, dict) or not isinstance(found.get("sample"), list):
+        return {}
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in found["sample"]):
+        raise FileError(f"{where}: the fingerprint of {target.path} is malformed.")
+    return found
 
 
-def _key(target: Target, short: str) -> str:
-    return f"{target.path}.{short}" if target.path else short
+def _distance(old: dict[str, Any], new: dict[str, Any]) -> float:
+    """Relative distance of the sampled weights of two fingerprints."""
+    a, b = torch.tensor(old["sample"], dtype=torch.float64), torch.tensor(new["sample"], dtype=torch.float64)
+    return float((a - b).norm() / a.norm().clamp_min(1e-30)) if a.shape == b.shape else float("inf")
+
+
+def _rounding(old: dict[str, Any], new: dict[str, Any]) -> float:
+    """What the coarser of two dtypes rounds away."""
+    return max({"bfloat16": 2**-7, "float16": 2**-9}.get(str(d), 2**-18) for d in (old.get("dtype"), new["dtype"]))

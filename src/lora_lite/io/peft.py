@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..core.config import matches
+from ..core.config import AdapterConfig, matches
 from ..core.errors import FileError, StateError, did_you_mean, listing
 from ..core.files import read_tensors
 from ..core.registry import get_variant, variants
@@ -24,12 +25,12 @@ from ..runtime.commit import commit
 from ..runtime.handle import Adapter
 from ..runtime.layers.linear import dims
 from ..runtime.model.record import Record, Target
-from ..runtime.model.state import record_of, state_of, unwrap
-from ..runtime.start.staging import stage
+from ..runtime.model.state import not_merged, record_of, state_of, unwrap
+from ..runtime.start.staging import filled
 from ..runtime.targets.choose import make_target
 from ..runtime.view.expert import layer_views
-from .peft_experts import expert_factors, packed, unpacked
-from .peft_whole import called, full_values, patterns, split_whole, whole_targets
+from .peft_experts import Pair, expert_factors, packed, unpacked
+from .peft_whole import Values, called, full_values, patterns, split_whole, whole_targets
 from .tensors import write_tensors
 
 PREFIX = "base_model.model."
@@ -58,8 +59,27 @@ def export(
         raise FileError(f"format must be 'peft', got {format!r}.")
     model = unwrap(model)
     record = record_of(model, name)
-    if state_of(model).merged is not None:
-        raise StateError("the model is merged; call ll.unmerge(model) before ll.export.")
+    not_merged(state_of(model), "ll.export")
+    _check_exportable(record)
+    factors, of_experts = _factors(model, record)
+    r = max(A.shape[0] for A, _ in (*factors.values(), *(pair for pairs in of_experts.values() for pair in pairs)))
+    stacked, parameters = packed(model, of_experts, r)
+    tensors = _padded(model, factors, r) | stacked
+    with torch.no_grad():
+        tensors |= full_values(model, record)
+    config = _config(model, record, list(factors), parameters, r)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(
+        folder / "adapter_model.safetensors",
+        {f"{PREFIX}{key}": t for key, t in tensors.items()},
+        {"format": "pt", "written_by": f"lora_lite {__version__}"},
+    )
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+def _check_exportable(record: Record) -> None:
     if record.variant.factors is None:
         able = [v.name for v in variants() if v.factors is not None]
         raise StateError(
@@ -73,77 +93,107 @@ def export(
             f"adapter {record.name!r} also adapts {listing(other)}, which this export does not write; merge it and "
             "export the model."
         )
+
+
+@torch.no_grad()
+def _factors(model: nn.Module, record: Record) -> tuple[dict[str, Pair], dict[str, list[Pair]]]:
+    """Path -> (A, s B) of the linear layers, and path -> those of every expert."""
     views = layer_views(model, record)
-    with torch.no_grad():
-        factors = {
-            v.path: tuple(t.detach().float().cpu() for t in record.variant.factors(v))
-            for v in views
-            if not record.targets[v.path].experts
-        }
-        of_experts = expert_factors(record.variant, [v for v in views if record.targets[v.path].experts])
-    r = max(A.shape[0] for A, _ in (*factors.values(), *(pair for pairs in of_experts.values() for pair in pairs)))
-    kinds = list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in factors))
+    linear = [v for v in views if not record.targets[v.path].experts]
+    factors = {v.path: _on_cpu(*record.variant.factors(v)) for v in linear}  # type: ignore[misc]
+    return factors, expert_factors(record.variant, [v for v in views if record.targets[v.path].experts])
+
+
+def _on_cpu(A: Tensor, B: Tensor) -> Pair:
+    return A.detach().float().cpu(), B.detach().float().cpu()
+
+
+def _kinds(paths: Iterable[str]) -> list[str]:
+    """The layers' own names, which PEFT calls modules: "q_proj", "up"."""
+    return sorted({path.rsplit(".", 1)[-1] for path in paths})
+
+
+def _padded(model: nn.Module, factors: dict[str, Pair], r: int) -> dict[str, Tensor]:
+    """Factors of rank r of every layer with an adapted layer's name, zero-padded; zeros where it has no adapter."""
     tensors: dict[str, Tensor] = {}
+    kinds = _kinds(factors)
     for path, module in model.named_modules():
         size = dims(module)
         if size is None or path.rsplit(".", 1)[-1] not in kinds:
             continue
         A, B = factors.get(path, (torch.zeros(0, size[0]), torch.zeros(size[1], 0)))
         pad = r - A.shape[0]
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat((A, A.new_zeros(pad, size[0]))).contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat((B, B.new_zeros(size[1], pad)), 1).contiguous()
-    stacked, parameters = packed(model, of_experts, r)
-    tensors |= {f"{PREFIX}{key}": t for key, t in stacked.items()}
-    with torch.no_grad():
-        tensors |= {f"{PREFIX}{key}": t for key, t in full_values(model, record).items()}
-    config = {
+        tensors[f"{path}.lora_A.weight"] = torch.cat((A, A.new_zeros(pad, size[0]))).contiguous()
+        tensors[f"{path}.lora_B.weight"] = torch.cat((B, B.new_zeros(size[1], pad)), 1).contiguous()
+    return tensors
+
+
+def _config(model: nn.Module, record: Record, linear: list[str], parameters: list[str], r: int) -> dict[str, Any]:
+    """adapter_config.json for these linear layers and these parameters of fused experts."""
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "r": r,
         "lora_alpha": r,
         "lora_dropout": 0.0,
-        "target_modules": sorted(kinds),
+        "target_modules": _kinds(linear),
         **({"target_parameters": parameters} if parameters else {}),
         "bias": "none",
-        "fan_in_fan_out": any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in factors),
+        "fan_in_fan_out": any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in linear),
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": [t.path for t in record.beside] or None,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(
-        folder / "adapter_model.safetensors", tensors, {"format": "pt", "written_by": f"lora_lite {__version__}"}
-    )
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return folder
 
 
 def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, trainable: bool) -> Adapter:
     """Attach a LoRA adapter from a folder in PEFT's layout; every tensor of the file is used, or it raises."""
     folder = Path(folder)
     config, tensors = _read_config(folder), _read_tensors(folder)
-    cls = get_variant("lora").config
     modules = dict(model.named_modules())
-    names = config.get("modules_to_save") or []
-    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise FileError(f"{folder}: modules_to_save must be a list of names, got {names!r}.")
-    saved, tensors = split_whole(names, modules, tensors, PREFIX)
-    if missing := [n for n in names if not any(called(path, [n]) for path in saved)]:
-        raise FileError(f"{folder}: modules_to_save names {listing(missing)}, of which the file holds no tensor.")
-    cfg = cls(
+    saved, tensors = _saved_whole(config, modules, tensors, folder)
+    cfg = get_variant("lora").config(
         train_modules=patterns(list(saved)),
         r=config["r"],
         alpha=float(config["lora_alpha"]),
         use_rslora=bool(config.get("use_rslora", False)),  # pyright: ignore[reportCallIssue]
         dropout=float(config.get("lora_dropout") or 0.0),
     )
+    pairs = _pairs(tensors, folder)
+    of_experts, values = unpacked(model, config, pairs, cfg, folder)
     targets: dict[str, Target] = {}
-    values: dict[str, tuple[Tensor, Tensor]] = {}
-    pairs: dict[str, dict[str, Tensor]] = {}
+    for path, pair in pairs.items():
+        size = _checked_size(path, pair, modules, folder)
+        targets[path] = make_target(path, *size, _with_rank(cfg, path, pair["lora_A"].shape[0], config, folder))
+    targets |= of_experts
+    if not targets:
+        raise FileError(f"{folder}: adapter_model.safetensors holds no tensor.")
+    whole, differences = whole_targets(saved, modules, cfg, folder)
+    record = Record(name, get_variant("lora"), cfg, targets | whole)
+    values |= pairs | differences
+    keyed = {t.key(short): values[path][short] for path, t in record.targets.items() for short in t.specs}
+    return commit(model, record, filled(model, record, keyed), trainable)
+
+
+def _saved_whole(
+    config: dict[str, Any], modules: dict[str, nn.Module], tensors: dict[str, Tensor], folder: Path
+) -> tuple[Values, dict[str, Tensor]]:
+    """What the file holds of the modules in `modules_to_save`, and its other tensors."""
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise FileError(f"{folder}: modules_to_save must be a list of names, got {names!r}.")
+    saved, rest = split_whole(names, modules, tensors, PREFIX)
+    if missing := [n for n in names if not any(called(path, [n]) for path in saved)]:
+        raise FileError(f"{folder}: modules_to_save names {listing(missing)}, of which the file holds no tensor.")
+    return saved, rest
+
+
+def _pairs(tensors: dict[str, Tensor], folder: Path) -> Values:
+    """Path -> its lora_A and lora_B; any other tensor raises."""
+    pairs: Values = {}
     for key, t in tensors.items():
         path, dot, letter = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if not dot or letter not in ("lora_A", "lora_B"):
@@ -152,39 +202,32 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
                 "is not read."
             )
         pairs.setdefault(path, {})[letter] = t
-    of_experts, stacked = unpacked(model, config, pairs, cfg, folder)
-    for path, pair in pairs.items():
-        if path not in modules:
-            raise FileError(f"{folder}: the model has no module {path!r}.{did_you_mean(path, modules)}")
-        size = dims(modules[path])
-        if len(pair) != 2 or size is None:
-            raise FileError(f"{folder}: {path} {'has only ' + next(iter(pair)) if size else 'is not a linear layer'}.")
-        A, B = pair["lora_A"], pair["lora_B"]
-        r = A.shape[0]
-        if tuple(A.shape) != (r, size[0]) or tuple(B.shape) != (size[1], r):
-            raise FileError(
-                f"{folder}: {path} is {size[0]}->{size[1]}, but its factors are {tuple(A.shape)} and {tuple(B.shape)}."
-            )
-        declared = _pattern(config.get("rank_pattern"), path, config["r"])
-        if r != declared:
-            raise FileError(f"{folder}: {path} has rank {r} in the file and {declared} in adapter_config.json.")
-        alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
-        targets[path] = make_target(path, *size, cls(**{**cfg.to_dict(), "r": r, "alpha": alpha}))
-        values[path] = (A, B)
-    targets |= of_experts
-    if not targets:
-        raise FileError(f"{folder}: adapter_model.safetensors holds no tensor.")
-    whole, differences = whole_targets(saved, modules, cfg, folder)
-    record = Record(name, get_variant("lora"), cfg, targets | whole)
-    staged = stage(model, record, fill=False)
-    with torch.no_grad():
-        for view in staged:
-            if view.path in differences:
-                for short, t in differences[view.path].items():
-                    setattr(view, short, t)
-            else:
-                view.lora_A, view.lora_B = {**values, **stacked}[view.path]
-    return commit(model, record, staged, trainable)
+    return pairs
+
+
+def _checked_size(path: str, pair: dict[str, Tensor], modules: dict[str, nn.Module], folder: Path) -> tuple[int, int]:
+    """(d_in, d_out) of the layer that a pair of factors fits."""
+    if path not in modules:
+        raise FileError(f"{folder}: the model has no module {path!r}.{did_you_mean(path, modules)}")
+    size = dims(modules[path])
+    if len(pair) != 2 or size is None:
+        raise FileError(f"{folder}: {path} {'has only ' + next(iter(pair)) if size else 'is not a linear layer'}.")
+    A, B = pair["lora_A"], pair["lora_B"]
+    r = A.shape[0]
+    if tuple(A.shape) != (r, size[0]) or tuple(B.shape) != (size[1], r):
+        raise FileError(
+            f"{folder}: {path} is {size[0]}->{size[1]}, but its factors are {tuple(A.shape)} and {tuple(B.shape)}."
+        )
+    return size
+
+
+def _with_rank(cfg: AdapterConfig, path: str, r: int, config: dict[str, Any], folder: Path) -> AdapterConfig:
+    """The config of one layer, with the rank and the alpha that the patterns say."""
+    declared = _pattern(config.get("rank_pattern"), path, config["r"])
+    if r != declared:
+        raise FileError(f"{folder}: {path} has rank {r} in the file and {declared} in adapter_config.json.")
+    alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
+    return type(cfg)(**{**cfg.to_dict(), "r": r, "alpha": alpha})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -202,6 +245,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path}: peft_type {config.get('peft_type') if isinstance(config, dict) else config!r} cannot be read; "
             "only LORA can."
         )
+    _check_supported(config, path)
+    _check_numbers(config, path)
+    return config
+
+
+def _check_supported(config: dict[str, Any], path: Path) -> None:
+    """Raise where the folder holds more than plain LoRA."""
     for field, what in REFUSED.items():
         if config.get(field):
             raise FileError(
@@ -215,13 +265,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights={config['init_lora_weights']!r} belongs to a base whose weights PEFT changed. "
             "Save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
         )
+
+
+def _check_numbers(config: dict[str, Any], path: Path) -> None:
     for field in ("r", "lora_alpha"):
         if not isinstance(config.get(field), (int, float)) or isinstance(config.get(field), bool):
             raise FileError(f"{path}: {field} must be a number, got {config.get(field)!r}.")
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field) or {}, dict):
             raise FileError(f"{path}: {field} must be a mapping.")
-    return config
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -22,12 +22,13 @@ from ..runtime.targets.choose import make_target
 from ..runtime.targets.structure import describe
 from ..runtime.view.expert import matrix_views
 from ..runtime.view.layer import LayerView
+from .peft_whole import Values
 
 WRAPPED = ".base_layer"
-Stacked = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
-def expert_factors(variant: type[Variant], views: list[LayerView]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+def expert_factors(variant: type[Variant], views: list[LayerView]) -> dict[str, list[Pair]]:
     """Path of a bank -> (A (k, d_in), s B (d_out, k)) of every expert, on the CPU in fp32."""
     return {
         view.path: [
@@ -38,9 +39,7 @@ def expert_factors(variant: type[Variant], views: list[LayerView]) -> dict[str, 
     }
 
 
-def packed(
-    model: nn.Module, factors: dict[str, list[tuple[Tensor, Tensor]]], r: int
-) -> tuple[dict[str, Tensor], list[str]]:
+def packed(model: nn.Module, factors: dict[str, list[Pair]], r: int) -> tuple[dict[str, Tensor], list[str]]:
     """(tensors by PEFT's names, zero-padded to rank r; the names of the parameters for `target_parameters`)."""
     tensors: dict[str, Tensor] = {}
     names = []
@@ -63,44 +62,58 @@ def _place(model: nn.Module, path: str, adapted: list[str]) -> tuple[str, str, i
 
 
 def unpacked(
-    model: nn.Module, config: dict[str, Any], pairs: dict[str, dict[str, Tensor]], cfg: AdapterConfig, folder: Path
-) -> tuple[dict[str, Target], dict[str, Stacked]]:
-    """Targets and (A (E, r, d_in), B (E, d_out, r)) of the fused experts of a file; takes them out of `pairs`.
+    model: nn.Module, config: dict[str, Any], pairs: Values, cfg: AdapterConfig, folder: Path
+) -> tuple[dict[str, Target], Values]:
+    """Targets and lora_A (E, r, d_in), lora_B (E, d_out, r) of the fused experts of a file; takes them out of `pairs`.
 
     Raises:
         FileError: a name hits no fused experts, or the tensors do not fit.
     """
-    wanted = config.get("target_parameters") or []
+    wanted = _wanted(config, folder)
     if not wanted:
         return {}, {}
-    if not isinstance(wanted, list) or not all(isinstance(n, str) and n for n in wanted):
-        raise FileError(f"{folder}: target_parameters must be a list of names, got {wanted!r}.")
-    found = banks(model, describe(model).d_model)
-    names = {path: path.replace(f".{PREFIX}", ".") for path in found}
-    chosen = {p: b for p, b in found.items() if any(names[p] == n or names[p].endswith(f".{n}") for n in wanted)}
-    for n in wanted:
-        if not any(name == n or name.endswith(f".{n}") for name in names.values()):
-            raise FileError(
-                f"{folder}: target_parameters names {n!r}, which are no fused experts of this "
-                f"model.{did_you_mean(n, names.values())}"
-            )
+    chosen = _chosen(banks(model, describe(model).d_model), wanted, folder)
     targets: dict[str, Target] = {}
-    values: dict[str, Stacked] = {}
+    values: Values = {}
     for path, bank in chosen.items():
         owner, _, depth = _place(model, path, list(chosen))
         pair = pairs.pop(f"{owner}{WRAPPED * depth}", {})
         if len(pair) != 2:
-            raise FileError(f"{folder}: the file holds no lora_A and lora_B for {names[path]}.")
-        values[path] = _split(pair["lora_A"], pair["lora_B"], bank, config["r"], names[path], folder)
+            raise FileError(f"{folder}: the file holds no lora_A and lora_B for {_name(path)}.")
+        values[path] = _split(pair["lora_A"], pair["lora_B"], bank, config["r"], _name(path), folder)
         targets[path] = make_target(path, bank.d_in, bank.d_out, cfg, "experts", bank.n_experts)
     return targets, values
 
 
-def _split(A: Tensor, B: Tensor, bank: Bank, r: int, name: str, folder: Path) -> Stacked:
+def _wanted(config: dict[str, Any], folder: Path) -> list[str]:
+    wanted = config.get("target_parameters") or []
+    if not isinstance(wanted, list) or not all(isinstance(n, str) and n for n in wanted):
+        raise FileError(f"{folder}: target_parameters must be a list of names, got {wanted!r}.")
+    return wanted
+
+
+def _chosen(found: dict[str, Bank], wanted: list[str], folder: Path) -> dict[str, Bank]:
+    """The banks that some name hits; each name must hit one."""
+    hits = {n: [path for path in found if f".{_name(path)}".endswith(f".{n}")] for n in wanted}
+    for n, paths in hits.items():
+        if not paths:
+            raise FileError(
+                f"{folder}: target_parameters names {n!r}, which are no fused experts of this "
+                f"model.{did_you_mean(n, [_name(path) for path in found])}"
+            )
+    return {path: bank for path, bank in found.items() if any(path in paths for paths in hits.values())}
+
+
+def _name(path: str) -> str:
+    """PEFT's name of a bank: the path of the parameter."""
+    return path.replace(f".{PREFIX}", ".")
+
+
+def _split(A: Tensor, B: Tensor, bank: Bank, r: int, name: str, folder: Path) -> dict[str, Tensor]:
     E = bank.n_experts
     if tuple(A.shape) != (E * r, bank.d_in) or tuple(B.shape) != (bank.d_out, r * E):
         raise FileError(
             f"{folder}: {name} is {E} x ({bank.d_in}->{bank.d_out}), but its factors of rank {r} are {tuple(A.shape)} "
             f"and {tuple(B.shape)}."
         )
-    return A.view(E, r, bank.d_in), B.view(bank.d_out, r, E).permute(2, 0, 1)
+    return {"lora_A": A.view(E, r, bank.d_in), "lora_B": B.view(bank.d_out, r, E).permute(2, 0, 1)}

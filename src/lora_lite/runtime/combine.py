@@ -15,7 +15,7 @@ from ..core.registry import variants
 from .commit import check_attachable, commit
 from .handle import Adapter
 from .model.record import Record
-from .model.state import record_of, state_of, unwrap
+from .model.state import not_merged, record_of, state_of, unwrap
 from .progress import track
 from .start.staging import stage
 from .targets.choose import make_target
@@ -57,8 +57,7 @@ def combine(
     check_attachable(model, name)
     model = unwrap(model)
     _check_options(weights, method, rank, density)
-    if state_of(model).merged is not None:
-        raise StateError("the model is merged; call ll.unmerge(model) before ll.combine.")
+    not_merged(state_of(model), "ll.combine")
     records = [record_of(model, n) for n in weights]
     for record in records:
         _check_summable(record, weights)

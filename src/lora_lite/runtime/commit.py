@@ -19,11 +19,12 @@ from .layers.read import fingerprint
 from .layers.tensors import is_sharded
 from .model.kind import Hooks, Kind, remove_hooks
 from .model.record import Record
-from .model.site import Site, Slot, base_parameters, owned_tensors, stored_name
-from .model.state import SITE, STATE, ModelState, outside_scope, record_of, reset_compiled, state_of, unwrap
+from .model.site import Site, Slot, base_parameters, owned_tensors, place
+from .model.state import SITE, STATE, ModelState, not_merged, outside_scope, record_of, reset_compiled, state_of, unwrap
 from .model.undo import Undo, all_or_nothing, restoring
 from .start.staging import StagedTarget
 from .state_dicts import after_state_dict, before_load_state_dict
+from .targets.choose import check_owners
 
 HOOKS = Hooks(pre_hook, post_hook)
 SWAPPING_HOOKS = Hooks(experts_pre_hook, experts_post_hook)
@@ -46,8 +47,7 @@ def check_attachable(model: nn.Module, name: str) -> None:
     if state is None:
         return
     outside_scope(state, "adding or renaming an adapter")
-    if state.merged is not None:
-        raise StateError("the model is merged; call ll.unmerge(model) before attaching or loading.")
+    not_merged(state, "attaching or loading")
     if name in state.records:
         raise StateError(
             f"an adapter called {name!r} is attached already. Give the new one another name (name='second'), go on "
@@ -93,15 +93,17 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     state = state_of(model, create=True)
     record.trainable = trainable
     record.targets = {view.path: view.target for view in staged}
+    check_owners(record.targets)
+    modules = {view.path: view.module for view in staged}
     for view in staged:
-        _finish(view, record)
+        _finish(view, record, {**modules, "": model})
     found = {
         view.path: kind_named(view.target.kind).inspect(view.module, view.path)
         for view in staged
         if view.device.type != "meta"
     }
-    owners = {view.path: view.module for view in staged}
-    vocabulary = vocabulary_of(model, owners)
+    vocabulary = vocabulary_of(model, modules)
+    modules[""] = model
     training = [(path, p) for path, p in base_parameters(model) if p.requires_grad]
 
     for _, p in training:
@@ -109,10 +111,10 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
         p.requires_grad_(False)
     for view in staged:
         site = _site_of(view, state, undo)
-        _register(view, record, undo)
+        _register(view, record, modules, undo)
         site.found = found.get(view.path)
-        shared = {short: owners[path] for short, path in view.target.shared.items()}
-        site.slots[record.name] = Slot(record, view.target, shared)
+        owners = {short: modules[place(view.target, short, record.name)[0]] for short in view.target.shared}
+        site.slots[record.name] = Slot(record, view.target, owners)
         site.note_input()
     undo(restoring(state, state.records))
     _adopt(model, state, undo)
@@ -125,16 +127,18 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     return Adapter(model, record.name)
 
 
-def _finish(view: StagedTarget, record: Record) -> None:
+def _finish(view: StagedTarget, record: Record, modules: dict[str, nn.Module]) -> None:
     """What a target remembers of its layer; raises where its tensors would hide something."""
     target = view.target
     # a start drawn by a lambda has done its work, and the model must stay picklable
     target.specs = {k: dataclasses.replace(s, init="empty") if callable(s.init) else s for k, s in target.specs.items()}
     target.base = fingerprint(view.module)
     for short in view.tensors:
-        attribute = stored_name(short, record.name)
-        if hasattr(view.module, attribute):
-            raise StateError(f"{target.path} has an attribute {attribute!r} of its own; choose another adapter name.")
+        path, attribute = place(target, short, record.name)
+        if hasattr(modules[path], attribute):
+            raise StateError(
+                f"{path or 'the model'} has an attribute {attribute!r} of its own; choose another adapter name."
+            )
 
 
 def _site_of(view: StagedTarget, state: ModelState, undo: Undo) -> Site:
@@ -151,17 +155,22 @@ def _site_of(view: StagedTarget, state: ModelState, undo: Undo) -> Site:
     return site
 
 
-def _register(view: StagedTarget, record: Record, undo: Undo) -> None:
-    layer = view.module
+def _register(view: StagedTarget, record: Record, modules: dict[str, nn.Module], undo: Undo) -> None:
+    """Put a target's tensors onto its layer, and those that others use too onto the model itself."""
     for short, spec in view.target.specs.items():
-        attribute = stored_name(short, record.name)
+        path, attribute = place(view.target, short, record.name)
+        module, tensor = modules[path], view.tensors[short]
+        undo(lambda m=module, a=attribute: _drop(m, a))
         if spec.as_buffer:
-            undo(lambda a=attribute: layer._buffers.pop(a, None))
-            layer.register_buffer(attribute, view.tensors[short])
+            module.register_buffer(attribute, tensor)
         else:
             grad = record.trainable and spec.is_trained
-            undo(lambda a=attribute: layer._parameters.pop(a, None))
-            layer.register_parameter(attribute, nn.Parameter(view.tensors[short], requires_grad=grad))
+            module.register_parameter(attribute, nn.Parameter(tensor, requires_grad=grad))
+
+
+def _drop(module: nn.Module, attribute: str) -> None:
+    module._parameters.pop(attribute, None)
+    module._buffers.pop(attribute, None)
 
 
 def _take_off(layer: nn.Module, path: str, kind: Kind) -> None:
@@ -204,8 +213,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 def check_free(model: nn.Module, state: ModelState, verb: str) -> None:
     """Raise where adapters cannot be taken off: merged, inside a selection's block, or sharded."""
-    if state.merged is not None:
-        raise StateError(f"the model is merged; call ll.unmerge(model) before {verb}(model).")
+    not_merged(state, f"{verb}(model)")
     outside_scope(state, verb)
     if any(is_sharded(p) for _, p in base_parameters(model)):
         raise StateError(
@@ -219,11 +227,15 @@ def take_off(model: nn.Module, names: list[str], undo: Undo) -> None:
     state, modules = state_of(model), dict(model.named_modules())
     undo(restoring(state, state.records))
     for record in [state.records.pop(n) for n in names]:
-        for path in record.targets:
-            layer = modules.get(path)
+        for target in record.targets.values():
+            layer = modules.get(target.path)
             site: Site | None = None if layer is None else layer.__dict__.get(SITE)
             if layer is not None and site is not None:  # otherwise something replaced the layer
                 _take_from(layer, site, record, undo)
+            for path, attribute in (place(target, short, record.name) for short in target.specs):
+                if path in modules:
+                    undo(restoring(modules[path]._parameters, modules[path]._buffers))
+                    _drop(modules[path], attribute)
     state.active = tuple((n, w) for n, w in state.active if n in state.records)
     state.row_epoch += 1
     if not state.records:
@@ -233,11 +245,8 @@ def take_off(model: nn.Module, names: list[str], undo: Undo) -> None:
 
 def _take_from(layer: nn.Module, site: Site, record: Record, undo: Undo) -> None:
     """One adapter off one layer, and the hooks with the last one."""
-    undo(restoring(layer._parameters, layer._buffers, site, site.slots))
-    slot = site.slots.pop(record.name)
-    for attribute in slot.keys.values():
-        layer._parameters.pop(attribute, None)
-        layer._buffers.pop(attribute, None)
+    undo(restoring(site, site.slots))
+    del site.slots[record.name]
     site.note_input()
     if not site.slots:
         undo(lambda: _put_back(layer, site))
@@ -286,11 +295,13 @@ def give_name(model: nn.Module, record: Record, new: str, undo: Undo) -> None:
     undo(restoring(state, state.records, record))
     record.name = new
     for path, target in record.targets.items():
-        layer = model.get_submodule(path)
-        site: Site = layer.__dict__[SITE]
-        undo(restoring(layer._parameters, layer._buffers, site, site.slots))
         for short in target.specs:
-            _rename_key(layer, stored_name(short, old), stored_name(short, new))
+            where, was = place(target, short, old)
+            module = model.get_submodule(where)
+            undo(restoring(module._parameters, module._buffers))
+            _rename_key(module, was, place(target, short, new)[1])
+        site: Site = model.get_submodule(path).__dict__[SITE]
+        undo(restoring(site, site.slots))
         site.slots[new] = Slot(record, target, site.slots.pop(old).owners)
     state.row_epoch += 1
     state.records[new] = state.records.pop(old)

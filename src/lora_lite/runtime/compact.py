@@ -14,8 +14,8 @@ from .model.record import Record, Target
 from .model.site import Slot, owned_tensors
 from .model.state import record_of, state_of, unwrap
 from .model.undo import all_or_nothing
-from .start.staging import stage
-from .targets.choose import make_target
+from .start.staging import filled
+from .targets.choose import check_owners, make_target
 from .view.layer import StagedView
 
 
@@ -28,31 +28,34 @@ def compacted(
     targets: dict[str, Target] = {}
     small: dict[str, Tensor] = {}
     for path, target in record.targets.items():
-        own = {short: tensors[_key(path, short)] for short in target.specs}
         if target.cfg.variant != record.cfg.variant:  # trained whole beside the method
             targets[path] = target
-            small |= {_key(path, short): t for short, t in own.items()}
+            small |= {target.key(short): tensors[target.key(short)] for short in target.specs}
             continue
         if target.experts:
             raise StateError(f"{path}: adapters on fused experts cannot be compacted; keep the adapter as it is.")
-        view = StagedView(unwrap(model).get_submodule(path), Slot(record, target, {}), own)
+        seen = {short: tensors[target.key(short)] for short in target.specs}
+        seen |= {short: tensors[record.targets[owner].key(short)] for short, owner in target.shared.items()}
+        view = StagedView(unwrap(model).get_submodule(path), Slot(record, target, {}), seen)
         with torch.no_grad():
             result = record.variant.compact(view, rank)
         if result is None:
             continue
         changes, new = result
         cfg = dataclasses.replace(target.cfg, **changes)
-        targets[path] = dataclasses.replace(
-            make_target(path, target.d_in, target.d_out, cfg, target.kind), shared=target.shared, base=target.base
-        )
-        for short, spec in targets[path].specs.items():
+        less = make_target(path, target.d_in, target.d_out, cfg, target.kind)
+        shared = {short: spec for short, spec in target.specs.items() if short in target.shared}
+        small |= {target.key(short): seen[short] for short in shared}
+        targets[path] = dataclasses.replace(target, cfg=cfg, specs=less.specs | shared)
+        for short, spec in less.specs.items():
             if tuple(new[short].shape) != spec.shape:
                 raise StateError(
                     f"{path}.{short}: compact made {tuple(new[short].shape)}, its config says {spec.shape}."
                 )
-            small[_key(path, short)] = new[short].contiguous()
+            small[target.key(short)] = new[short].contiguous()
     if not targets:
         raise StateError(f"adapter {record.name!r}: nothing is left of it after compacting.")
+    check_owners(targets)
     return dataclasses.replace(record, targets=targets, scheduled=False, train_calls=0), small
 
 
@@ -73,13 +76,10 @@ def compact(model: nn.Module, name: str | None = None, rank: int | None = None) 
             f"{old.total_steps or 'an unknown number'}); train on, or pass rank=... if the method has nested ranks."
         )
     check_free(model, state, "ll.compact")
-    tensors = {_key(t.path, short): tensor.detach() for t, short, _, tensor in owned_tensors(model, old)}
+    tensors = {t.key(short): tensor.detach() for t, short, _, tensor in owned_tensors(model, old)}
     record, small = compacted(model, old, tensors, rank)
     record.name = f"{old.name}~"  # which no user can give, until the old one has left
-    staged = stage(model, record, fill=False)
-    for view in staged:
-        for short, t in view.tensors.items():
-            t.copy_(small[_key(view.path, short)])
+    staged = filled(model, record, small)
     order, active = list(state.records), state.active
     with all_or_nothing() as undo:
         put_on(model, record, staged, old.trainable, undo)
@@ -88,7 +88,3 @@ def compact(model: nn.Module, name: str | None = None, rank: int | None = None) 
         put_in_order(model, order, undo)
         state.active = active
         return Adapter(model, old.name)
-
-
-def _key(path: str, short: str) -> str:
-    return f"{path}.{short}" if path else short

@@ -72,7 +72,7 @@ class Adapter:
         """(full path without the adapter's name, parameter) of what an optimiser should see."""
         for target, short, _, tensor in owned_tensors(self._model, self.record):
             if target.specs[short].is_trained:
-                yield (f"{target.path}.{short}" if target.path else short), tensor  # type: ignore[misc]
+                yield target.key(short), tensor  # type: ignore[misc]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters of this adapter and of no other."""

@@ -14,7 +14,7 @@ from ..core.errors import SelectionError, StateError, did_you_mean
 from .call.positions import Prompt
 from .call.recompute import changed
 from .call.scope import scope
-from .model.state import ModelState, outside_scope, state_of
+from .model.state import ModelState, not_merged, outside_scope, state_of
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
 
@@ -58,7 +58,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     for name in dict.fromkeys(names):
         if name is not None:
             _known(state, name)
-    _not_merged(state)
+    not_merged(state, "choosing adapters")
     with scope(state):
         state.rows = tuple(names)
         state.row_epoch += 1
@@ -78,7 +78,7 @@ def _resolve(state: ModelState, choice: Choice) -> tuple[tuple[str, float], ...]
         _known(state, name)
         if not math.isfinite(w):
             raise SelectionError(f"the weight of adapter {name!r} must be finite, got {w}.")
-    _not_merged(state)
+    not_merged(state, "choosing adapters")
     return tuple((name, weights[name]) for name in state.records if name in weights)
 
 
@@ -87,11 +87,6 @@ def _known(state: ModelState, name: str) -> None:
         raise StateError(
             f"no adapter is called {name!r}.{did_you_mean(name, state.records)} Attached: {list(state.records)}."
         )
-
-
-def _not_merged(state: ModelState) -> None:
-    if state.merged is not None:
-        raise StateError("the model is merged; call ll.unmerge(model) before choosing adapters.")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core.errors import LoraLiteWarning
 from .model.record import Record
-from .model.site import stored_name
+from .model.site import place
 from .model.state import STATE, ModelState
 
 
@@ -64,7 +64,8 @@ def after_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 
 def _keys(record: Record) -> list[str]:
-    return [f"{t.path}.{stored_name(short, record.name)}" for t in record.targets.values() for short in t.specs]
+    places = [place(t, short, record.name) for t in record.targets.values() for short in t.specs]
+    return [f"{path}.{attribute}" if path else attribute for path, attribute in places]
 
 
 def _caller(function: str, package: str) -> FrameType | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.lowrank import add_lowrank
-from ..model.site import Site, Slot, tensor_on
+from ..model.site import Site, Slot, tensors_of
 from ..view.layer import LayerView
 from .rows import RowGroup
 
@@ -97,7 +97,7 @@ def _kept(
     old: Stack | None = site.stacks.get(key)
     if old is not None and old.epoch == state.row_epoch and old.versions == sum([t._version for t in old.own]):
         return old.parts
-    own = [t for slot in slots for a in slot.keys.values() if (t := tensor_on(layer, a)) is not None]
+    own = [t for slot in slots for t in tensors_of(slot, layer)]
     if any(t.is_inference() for t in own):  # these count no versions
         return build()
     versions = sum(t._version for t in own)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import LoraLiteWarning, SelectionError, StateError
-from ..model.site import stored_name, tensor_on
+from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
 from ..view import kept as memo
 from .positions import locate
@@ -84,9 +84,12 @@ def _watch_dtypes(model: nn.Module, state: ModelState) -> None:
         record = state.records[name]
         if record.cast_noticed or not record.trainable:
             continue
-        path, target = next(iter(record.targets.items()))
+        target = next(iter(record.targets.values()))
         short = next((k for k, spec in target.specs.items() if spec.is_trained and spec.dtype is None), None)
-        tensor = tensor_on(model.get_submodule(path), stored_name(short, name)) if short is not None else None
+        if short is None:
+            continue
+        path, attribute = place(target, short, name)
+        tensor = tensor_on(model.get_submodule(path), attribute)
         if tensor is not None and tensor.dtype != target.cfg.torch_dtype:
             record.cast_noticed = True
             warnings.warn(

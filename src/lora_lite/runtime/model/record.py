@@ -24,7 +24,7 @@ class Target:
     experts: int = 0
     """Number of experts, whose tensors are stacked along dimension 0; 0 for anything else."""
     shared: dict[str, str] = field(default_factory=dict)
-    """Short tensor name -> path of the target that owns it, for tensors shared between targets."""
+    """Short tensor name -> path of the target that owns it, for tensors shared between targets; on the owner too."""
     base: dict[str, Any] = field(default_factory=dict)
     """Fingerprint of the base weight."""
     tied: str = ""
@@ -34,6 +34,10 @@ class Target:
     def variant(self) -> type[Variant]:
         """The method on this layer: the adapter's own, or that of a module trained whole beside it."""
         return get_variant(self.cfg.variant)
+
+    def key(self, short: str) -> str:
+        """Full path of one of its tensors, without the adapter's name: its key in files."""
+        return f"{self.path}.{short}" if self.path else short
 
 
 @dataclass

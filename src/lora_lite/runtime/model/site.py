@@ -14,7 +14,7 @@ from ...core.registry import get_variant
 from ...core.variant import Variant
 from .kind import Kind
 from .record import Record, Target
-from .state import DEFAULT, SITE, ModelState, unwrap
+from .state import DEFAULT, SITE, STATE, ModelState, unwrap
 
 PAGES = ("forward", "forward_input", "factors", "by_feature", "act")
 
@@ -48,9 +48,9 @@ class Slot:
         self.kin = repr({k: v for k, v in own.items() if k not in common})
         """What slots must have in common to act with one call."""
         self._pages(target.variant)
-        self.keys = {short: stored_name(short, record.name) for short in (*target.specs, *target.shared)}
+        self.keys = {short: place(target, short, record.name)[1] for short in (*target.specs, *target.shared)}
         self.owners = owners
-        """Short name -> the layer that owns it, for shared tensors only."""
+        """Short name -> the module on which it stands, for shared tensors only."""
 
     def _pages(self, variant: type[Variant]) -> None:
         for page in PAGES:
@@ -90,17 +90,43 @@ def stored_name(short: str, adapter: str) -> str:
     return short if adapter == DEFAULT else f"{short}@{adapter}"
 
 
+def place(target: Target, short: str, adapter: str) -> tuple[str, str]:
+    """(path of the module on which a tensor stands, its attribute there).
+
+    A tensor that several layers use stands on the model itself: a unit of FSDP2 gathers what stands on its own modules,
+    and only the root's unit is gathered wherever a layer runs.
+    """
+    owner = target.shared.get(short)
+    if owner is None:
+        return target.path, stored_name(short, adapter)
+    if target.tied:
+        return owner, stored_name(short, adapter)
+    return "", stored_name(f"{short}:{owner.replace('.', ':')}", adapter)
+
+
 def adapter_attributes(module: nn.Module) -> set[str]:
-    """The attributes of a layer that hold tensors of adapters."""
+    """The attributes of a module that hold tensors of adapters."""
     site: Site | None = module.__dict__.get(SITE)
-    return set() if site is None else {a for slot in site.slots.values() for a in slot.keys.values()}
+    own = set[str]() if site is None else {a for slot in site.slots.values() for a in slot.keys.values()}
+    state: ModelState | None = module.__dict__.get(STATE)
+    records = () if state is None else state.records.values()
+    return own | {place(t, k, r.name)[1] for r in records for t in r.targets.values() for k in t.shared if not t.tied}
+
+
+def tensors_of(slot: Slot, module: nn.Module) -> list[Tensor]:
+    """Everything with which an adapter acts on a layer, shared tensors included."""
+    found = (tensor_on(slot.owners.get(short, module), attribute) for short, attribute in slot.keys.items())
+    return [t for t in found if t is not None]
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(path, parameter) of everything that belongs to no adapter, in a time that does not depend on their number."""
     for path, module in model.named_modules():
         site: Site | None = module.__dict__.get(SITE)
-        for attribute in module._parameters if site is None else site.own:
+        own = module._parameters if site is None else site.own
+        if STATE in module.__dict__ and any(":" in attribute for attribute in own):  # tensors that layers share
+            own = [attribute for attribute in own if attribute not in adapter_attributes(module)]
+        for attribute in own:
             p = module._parameters.get(attribute)
             if p is not None:
                 yield (f"{path}.{attribute}" if path else attribute), p
@@ -113,15 +139,17 @@ def tensor_on(module: nn.Module, attribute: str) -> Tensor | None:
 
 
 def owned_tensors(model: nn.Module, record: Record) -> Iterator[tuple[Target, str, nn.Module, Tensor]]:
-    """(target, short name, layer, tensor) of everything an adapter owns, shared tensors once."""
+    """(target, short name, the module on which it stands, tensor) of everything an adapter owns, shared tensors
+    once."""
     model = unwrap(model)
     for target in record.targets.values():
-        layer = model.get_submodule(target.path)
         for short in target.specs:
-            tensor = tensor_on(layer, stored_name(short, record.name))
+            path, attribute = place(target, short, record.name)
+            module = model.get_submodule(path)
+            tensor = tensor_on(module, attribute)
             if tensor is None:
                 raise StateError(
-                    f"adapter {record.name!r}: {target.path}.{stored_name(short, record.name)} is gone; something "
-                    "replaced the layer or deleted its parameters. Detach and load the adapter again."
+                    f"adapter {record.name!r}: {f'{path}.{attribute}'.lstrip('.')} is gone; something replaced the "
+                    "layer or deleted its parameters. Detach and load the adapter again."
                 )
-            yield target, short, layer, tensor
+            yield target, short, module, tensor

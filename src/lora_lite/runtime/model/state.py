@@ -89,6 +89,12 @@ def state_of(model: nn.Module, create: bool = False) -> ModelState:
     return state
 
 
+def not_merged(state: ModelState, what: str) -> None:
+    """Raise while adapters are merged into the weights."""
+    if state.merged is not None:
+        raise StateError(f"the model is merged; call ll.unmerge(model) before {what}.")
+
+
 def outside_scope(state: ModelState, what: str) -> None:
     """Raise inside a `with ll.active(...)` or `with ll.rows(...)` block, whose end would undo or contradict the
     change."""

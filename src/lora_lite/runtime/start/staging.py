@@ -4,14 +4,14 @@ nothing."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...core.config import AdapterConfig
-from ...core.errors import TargetError, WeightError
+from ...core.errors import StateError, TargetError, WeightError
 from ..layers.kinds import kind_named
 from ..layers.tensors import device_of, stored_dtype
 from ..model.kind import Kind
@@ -43,8 +43,8 @@ class StagedTarget(StagedView):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Short name -> staged tensor."""
-        return self._staged
+        """Short name -> staged tensor, of those that this target owns."""
+        return {short: self._staged[short] for short in self.target.specs}
 
     def each(self) -> Iterator[StagedView]:
         """The view itself, or one for each of several matrices, on a linear layer that shows its weight."""
@@ -60,14 +60,21 @@ class StagedTarget(StagedView):
     def resize(self, **changes: Any) -> None:
         """Replace fields of this target's config (say `r=4, alpha=8`) and draw its tensors anew."""
         cfg: AdapterConfig = dataclasses.replace(self.cfg, **changes)
-        self.target = make_target(self.target.path, self.target.d_in, self.target.d_out, cfg, self.target.kind)
+        old = self.target
+        self.target = make_target(old.path, old.d_in, old.d_out, cfg, old.kind)
+        self.target.shared = old.shared
+        self.target.specs |= {short: spec for short, spec in old.specs.items() if short in old.shared}
         self._slot = Slot(self._record, self.target, {})
         self.cfg = cfg
         self._allocate()
 
     def _allocate(self) -> None:
+        shared = {short: t for short, t in self._staged.items() if short in self.target.shared}
         self._staged.clear()
+        self._staged.update(shared)
         for short, spec in self.target.specs.items():
+            if short in shared:
+                continue
             dtype = spec.dtype or self.cfg.torch_dtype
             if self.device.type == "meta" or not self._fill:
                 self._staged[short] = torch.empty(spec.shape, dtype=dtype, device=self.device)
@@ -109,6 +116,25 @@ def stage(model: nn.Module, record: Record, fill: bool = True) -> list[StagedTar
                 "weights that are not there. Attach before dispatching the model, or load it without offloading."
             )
         staged.append(view)
+    views = {view.path: view for view in staged}
+    for view in staged:
+        view._staged.update({k: views[owner]._staged[k] for k, owner in view.target.shared.items()})
+    return staged
+
+
+@torch.no_grad()
+def filled(model: nn.Module, record: Record, values: Mapping[str, Tensor]) -> list[StagedTarget]:
+    """Staged targets with these values, which are found by `Target.key`.
+
+    Raises:
+        StateError: a target lies on the meta device, or a value has another shape.
+    """
+    staged = stage(model, record, fill=False)
+    for view in staged:
+        for short, t in view.tensors.items():
+            if t.is_meta:
+                raise StateError(f"{view.path} lies on the meta device; load the base weights before the adapter.")
+            setattr(view, short, values[view.target.key(short)])
     return staged
 
 
@@ -134,7 +160,7 @@ def _try_page(view: StagedTarget, kind: Kind) -> None:
     pair = None if page is None else kind.trial(view.module, dtype, view.target.d_out)
     if page is None or pair is None:
         return
-    cast = {k: t.to(dtype) if t.is_floating_point() else t for k, t in view.tensors.items()}
+    cast = {k: t.to(dtype) if t.is_floating_point() else t for k, t in view._staged.items()}
     try:
         page(StagedView(view.module, view._slot, cast), *pair)
     except (TypeError, NotImplementedError) as e:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from typing import NoReturn
 
 from ...core.config import AdapterConfig, matches
 from ...core.errors import LoraLiteError, TargetError, did_you_mean, listing
 from ...core.registry import get_variant
+from ...core.spec import ParamSpec
 from ...core.variant import Variant
 from ..layers.kinds import DEFAULT_KIND, kind_named
 from ..layers.tensors import bias_of
@@ -110,23 +112,49 @@ def make_target(
         specs = variant.param_specs(d_in, d_out, cfg)
     except LoraLiteError as e:
         raise type(e)(f"{path}: {e}") from None
-    for short in specs:
-        if not short.startswith("lora_") or "@" in short or "." in short:
-            raise TargetError(
-                f"{variant.name}.param_specs names a tensor {short!r}; names begin with 'lora_' and hold neither '@' "
-                "nor '.'."
-            )
+    _check_names(specs, f"{variant.name}.param_specs")
     if experts:
         specs = {k: dataclasses.replace(s, shape=(experts, *s.shape)) for k, s in specs.items()}
     return Target(path, d_in, d_out, cfg, dict(specs), kind, experts)
 
 
-def add_shared(targets: list[Target], cfg: AdapterConfig) -> None:
-    """Give the shared tensors to the first target and point the others to it."""
-    shared = get_variant(cfg.variant).shared_specs(targets, cfg)  # type: ignore[misc]
-    targets[0].specs.update(shared)
-    for t in targets[1:]:
-        t.shared = dict.fromkeys(shared, targets[0].path)
+def _check_names(specs: dict[str, ParamSpec], where: str) -> None:
+    for short in specs:
+        if not short.startswith("lora_") or any(c in short for c in "@.:"):
+            raise TargetError(
+                f"{where} names a tensor {short!r}; names begin with 'lora_' and hold neither '@', '.' nor ':'."
+            )
+
+
+def add_shared(
+    targets: list[Target],
+    cfg: AdapterConfig,
+    owner_of: Callable[[list[Target], str], Target] = lambda group, short: group[0],
+) -> None:
+    """Give each shared tensor to one target of its group, the first of it at attach, and point the group to it."""
+    variant = get_variant(cfg.variant)
+    found = variant.shared_specs(targets, cfg)  # type: ignore[misc]
+    for group, specs in [(targets, found)] if isinstance(found, dict) else found:
+        _check_names(specs, f"{variant.name}.shared_specs")
+        for short, spec in specs.items():
+            taken = next((t for t in group if short in t.shared or short in t.specs), None)
+            if taken is not None:
+                raise TargetError(f"{taken.path}: {variant.name}.shared_specs gives it a second {short!r}.")
+            owner = owner_of(group, short)
+            owner.specs[short] = spec
+            for t in group:
+                t.shared[short] = owner.path
+
+
+def check_owners(targets: dict[str, Target]) -> None:
+    """Raise when a target went whose tensors others use."""
+    for t in targets.values():
+        lost = next((short for short, owner in t.shared.items() if owner not in targets), None)
+        if lost is not None:
+            raise TargetError(
+                f"{t.path} shares {lost} with {t.shared[lost]}, which variant {t.cfg.variant!r} left out; a method "
+                "must keep the first target of each group that shares tensors."
+            )
 
 
 def check_place(place: Place, structure: Structure, cfg: AdapterConfig) -> None:

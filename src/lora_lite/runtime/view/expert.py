@@ -44,12 +44,12 @@ def matrix_views(view: LayerView) -> Iterator[LayerView]:
         return
     for cell in site.kind.cells(module, site.path):
         w, _ = cell.read(torch.float32)
-        one = DenseView(module, slot, w, None, sliced(tensors_of(module, slot), cell))
+        one = DenseView(module, slot, w, None, sliced(stored_tensors(module, slot), cell))
         one._dtype = view._dtype
         yield one
 
 
-def tensors_of(module: nn.Module, slot: Slot) -> dict[str, Tensor]:
+def stored_tensors(module: nn.Module, slot: Slot) -> dict[str, Tensor]:
     """Short name -> stored tensor of one adapter on its layer.
 
     Raises:
@@ -77,7 +77,7 @@ def with_adapters(
     """One matrix with these adapters as a function of x."""
     views = []
     for slot, weight in slots:
-        own = None if cell.index is None else sliced(tensors_of(module, slot), cell)
+        own = None if cell.index is None else sliced(stored_tensors(module, slot), cell)
         views.append((slot, weight, DenseView(module, slot, w, b, own)))
     return composed(views, w, b)
 
@@ -107,5 +107,5 @@ def _plus_factors(bank: Bank, slot: Slot, weight: float, w: Tensor) -> Tensor:
     """w + weight B A, for all experts at once."""
     factors = slot.factors
     assert factors is not None
-    A, B = torch.vmap(lambda t: factors(DenseView(bank, slot, w, None, t)))(tensors_of(bank, slot))
+    A, B = torch.vmap(lambda t: factors(DenseView(bank, slot, w, None, t)))(stored_tensors(bank, slot))
     return torch.baddbmm(w, (weight * B).to(w.dtype), A.to(w.dtype))

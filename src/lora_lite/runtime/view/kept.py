@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.site import Slot, tensor_on
+from ..model.site import Slot, tensors_of
 from ..model.state import SITE, ModelState
 from .cache import cache_of
 
@@ -40,5 +40,4 @@ def memo_of(module: nn.Module) -> dict[Any, Any] | None:
 
 def versions(module: nn.Module, slot: Slot) -> tuple[Any, ...]:
     """Changes whenever one of the adapter's tensors on this layer is replaced or written."""
-    tensors = (tensor_on(slot.owners.get(short, module), key) for short, key in slot.keys.items())
-    return tuple((id(t), 0 if t is None or t.is_inference() else t._version) for t in tensors)
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors_of(slot, module))

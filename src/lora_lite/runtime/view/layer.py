@@ -15,7 +15,7 @@ from ...core.errors import StateError, WeightError
 from ...ops.dropout import dropout
 from ..layers.linear import run_bare
 from ..layers.read import known_kind, read_weight, weight_norms
-from ..layers.tensors import bias_of, stored_weight
+from ..layers.tensors import bias_of, device_of, is_sharded, stored_weight
 from ..model.kind import Kind
 from ..model.site import Site, Slot, tensor_on
 from ..model.state import SITE
@@ -83,6 +83,8 @@ class LayerView:
             )
         module = slot.owners[name] if name in slot.owners else self._module
         tensor = tensor_on(module, attribute)
+        if name in slot.owners and tensor is not None:
+            tensor = self._brought(name, tensor)
         if tensor is not None and tensor.is_meta and "_hf_hook" in self._module.__dict__:
             raise WeightError(
                 f"adapter {slot.name!r} on {slot.path}: accelerate offloads this layer, and with it the adapter's "
@@ -94,6 +96,17 @@ class LayerView:
                 f"adapter {slot.name!r}: {slot.path}.{attribute} is gone; detach and load the adapter again."
             )
         return tensor
+
+    def _brought(self, name: str, tensor: Tensor) -> Tensor:
+        """A shared tensor on this layer's device: a model may be split over several."""
+        if is_sharded(tensor):
+            raise StateError(
+                f"adapter {self._slot.name!r} on {self._slot.path}: {name} is shared with other layers, and the shards "
+                "of it are not gathered here. Shard the whole model last, fully_shard(model), and call the model, not "
+                "one of its blocks."
+            )
+        own = next((p for p in self._module._parameters.values() if p is not None), None)
+        return tensor.to(device_of(self._module) if own is None else own.device)
 
     def tiny(self, name: str) -> Tensor:
         """The stored tensor in `promote_types(float32, dtype of the page)`: for Cayley maps, norms and other small
