@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .._torch import forget_compiled
 from ..core.errors import StateError
 from .call.experts import experts_post_hook, experts_pre_hook
 from .call.hooks import post_hook, pre_hook
@@ -20,7 +21,7 @@ from .layers.norm import read_norm
 from .layers.read import fingerprint
 from .model.record import Record
 from .model.site import Site, Slot, stored_name
-from .model.state import SITE, STATE, outside_scope, record_of, reset_compiled, state_of, unwrap
+from .model.state import SITE, STATE, outside_scope, record_of, state_of, unwrap
 from .start.staging import StagedTarget
 from .state_dicts import after_state_dict, before_load_state_dict
 
@@ -138,7 +139,7 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     state.records[record.name] = record
     state.active = ((record.name, 1.0),)
     state.row_epoch += 1
-    reset_compiled()
+    forget_compiled()
     return Adapter(model, record.name)
 
 
@@ -188,7 +189,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
                 parameters[n].requires_grad_(True)
         del model.__dict__[STATE]
         _remove_hooks(model, ROOT_HOOKS)
-    reset_compiled()
+    forget_compiled()
 
 
 def _join(bank: Bank, name: str) -> None:
@@ -229,7 +230,7 @@ def rename(model: nn.Module, old: str, new: str) -> None:
         }
     state.records = {(new if n == old else n): r for n, r in state.records.items()}
     state.active = tuple((new if n == old else n, w) for n, w in state.active)
-    reset_compiled()
+    forget_compiled()
 
 
 def _base_trainable(model: nn.Module) -> list[str]:

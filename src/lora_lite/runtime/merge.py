@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import forget_compiled
 from ..core.errors import LoraLiteError, StateError, WeightError
 from .layers.bank import Bank
 from .layers.kinds import CONVS, bias_of, dense_view, device_of, is_plain, is_quantised, is_sharded, stored_weight
@@ -17,7 +18,7 @@ from .layers.read import probe_dtype, read_weight
 from .layers.virtual import Lookup, Normed
 from .model.record import Record
 from .model.site import Site, owned_tensors
-from .model.state import SITE, ModelState, outside_scope, record_of, reset_compiled, state_of, unwrap
+from .model.state import SITE, ModelState, outside_scope, record_of, state_of, unwrap
 from .progress import track
 from .select import active as active_scope
 from .view.composed import composed
@@ -131,7 +132,7 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
         _restore(model, merged)
         raise
     state.merged, state.active = merged, ()
-    reset_compiled()
+    forget_compiled()
     if before:
         after = _outputs(model, check)
         report.logit_error, report.logit_scale, report.effect = (
@@ -153,7 +154,7 @@ def unmerge(model: nn.Module) -> None:
     merged: Merged = state.merged
     _restore(model, merged)
     state.merged, state.active = None, merged.active
-    reset_compiled()
+    forget_compiled()
 
 
 def merged_weight(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._torch import conv_padding
 from ...core.errors import TargetError
 from .norm import norm_of
 
@@ -94,7 +95,7 @@ class Patches(VirtualInput):
         m: Any = self.module
         x, padding = self.x, m.padding
         if m.padding_mode != "zeros":
-            x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
+            x, padding = F.pad(x, conv_padding(m), mode=m.padding_mode), 0
         kernel = other.mT.reshape(other.shape[1], x.shape[1], *self.kernel)
         out = _APPLY[len(self.kernel)](x, kernel, None, m.stride, padding, m.dilation)
         return out.movedim(1, -1)
