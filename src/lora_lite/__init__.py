@@ -1,5 +1,7 @@
 """lora-lite: adapters for frozen PyTorch models. A method is one page of mathematics; the rest is derived from it."""
 
+from types import ModuleType as _Module
+
 from ._version import __version__ as __version__
 from .core.config import AdapterConfig as AdapterConfig
 from .core.errors import BaseMismatchError as BaseMismatchError
@@ -46,7 +48,14 @@ from .runtime.select import rows as rows
 from .variants import *  # noqa: F403  (the config classes, one per method)
 
 variants = _registered
-"""All registered methods."""
+
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    name for name, value in list(globals().items()) if not name.startswith("_") and not isinstance(value, _Module)
+]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "testing", "__version__"]  # testing is loaded when it is asked for
 
 
 def __getattr__(name: str) -> object:
@@ -56,4 +65,7 @@ def __getattr__(name: str) -> object:
         return import_module(".testing", __name__)
     from .core.errors import did_you_mean
 
-    raise AttributeError(f"lora_lite has no {name!r}.{did_you_mean(name, globals())}")
+    hint = did_you_mean(name, __all__)
+    if any(v.name == name for v in variants()):
+        hint = f" It is a method: attach it with lora_lite.{get_variant(name).config.__name__}(...)."
+    raise AttributeError(f"lora_lite has no {name!r}.{hint}")

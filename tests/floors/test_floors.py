@@ -6,6 +6,7 @@ Everything is read from the syntax trees, so an import inside a function or unde
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -32,8 +33,10 @@ WINGS = {"progress": 1, "model": 1, "layers": 2, "view": 3, "targets": 3, "call"
 """Inside `runtime`: a wing imports wings of lower numbers and itself. Files that stand in no wing are the verbs, above
 all of them."""
 VERB = 6
-FREE = {"_version"}
-"""Anybody may import these: they import nothing."""
+FREE = {"_version", "_torch"}
+"""Anybody may import these: they import nothing of ours."""
+PRIVATE_TORCH = "_torch"
+"""The one file that may use what torch does not promise."""
 FACADE = 3
 """`__init__` and `import lora_lite as ll`: the public names sit on top of io."""
 BELOW_IO = [room for room, floor in FLOORS.items() if floor < FLOORS["io"]]
@@ -210,6 +213,46 @@ def unsafe(src: Path) -> list[str]:
     return found
 
 
+OF_MODULES = set("_parameters _buffers _modules _version _hf_peft_config_loaded".split())
+"""Private attributes of other packages' modules and tensors that any file may read: they are as old as torch itself
+(tests/runtime/test_torch.py watches them), and transformers' own mark of a model with adapters."""
+
+
+def private(src: Path) -> list[str]:
+    """What reaches into another package, most of all torch: a module that begins with `_`, an attribute that begins
+    with `_` and that no file here defines, the interpreter's frames."""
+    trees = {module: (path, ast.parse(path.read_text())) for module, path in files(src)}
+    own = OF_MODULES | {name for _, tree in trees.values() for name in defined(tree)}
+    found = []
+    for module, (path, tree) in trees.items():
+        if module == PRIVATE_TORCH:
+            continue
+        where = path.relative_to(src).as_posix()
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Attribute) and node.attr not in own:
+                names = ["." + node.attr]
+            bad = [name for name in names if re.search(r"(^|\.)_(?!_)", name) and not name.startswith("lora_lite.")]
+            found += [f"{where}:{node.lineno}: {name} belongs into {PRIVATE_TORCH}.py" for name in bad]
+    return found
+
+
+def defined(tree: ast.AST) -> Iterator[str]:
+    """Names of functions and classes, and of what is assigned to, alone or as an attribute of `self` or `cls`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                yield node.attr
+
+
 def own_methods() -> list[type]:
     """The library's registered classes; other tests may have registered more."""
     return [cls for cls in ll.variants() if cls.__module__.startswith("lora_lite.")]
@@ -267,14 +310,20 @@ def test_io_runs_nothing_from_a_file():
     assert not (found := unsafe(SRC)), "\n".join(found)
 
 
+def test_private_torch_stands_in_one_file():
+    assert any(module == PRIVATE_TORCH for module, _ in files(SRC))
+    assert not (found := private(SRC)), "\n".join(found)
+
+
 # ---- the checkers on planted faults: a checker that finds nothing anywhere proves nothing
 
 
 GOOD = {
     "__init__.py": "from . import variants\nfrom .core.registry import variants as names\nfrom .testing import check\n",
     "_version.py": "__version__ = '1'\n",
+    "_torch.py": "import torch\nfrom torch._subclasses import fake_tensor\nf = torch._C._f\n",
     "core/__init__.py": "",
-    "core/registry.py": "from .errors import E\nimport torch\nfrom .._version import __version__\n",
+    "core/registry.py": "from .errors import E\nimport torch\nfrom .._version import __version__\nfrom .._torch import f\n",
     "core/errors.py": '"""the method lora"""\n',
     "ops/__init__.py": "",
     "ops/svd.py": "import torch\n",
@@ -284,7 +333,7 @@ GOOD = {
     "variants/dora.py": "from ._family import page\n",
     "runtime/hooks.py": "from ..core import registry\nfrom .names import n\nfrom .call import root\n",
     "runtime/model/state.py": "from ...core import registry\nfrom . import site\n",
-    "runtime/model/site.py": "",
+    "runtime/model/site.py": "class S:\n    def __init__(self):\n        self._own = module._parameters\nS()._own\n",
     "runtime/view/layer.py": "from ..model.state import s\n",
     "runtime/call/root.py": "from ..view.layer import v\nfrom ..progress import track\n",
     "runtime/progress.py": "",
@@ -306,7 +355,7 @@ def planted(root: Path, **changes: str) -> Path:
 def test_the_checkers_accept_a_good_tree(tmp_path):
     src = planted(tmp_path)
     assert violations(src) == []
-    assert unsafe(src) == []
+    assert unsafe(src) == [] and private(src) == []
     assert wing_violations(src) == [] and circles(src) == []
     assert quoted_names(src, ["core", "ops", "runtime"], {"lora", "dora"}) == []
 
@@ -339,6 +388,7 @@ def test_the_checkers_accept_a_good_tree(tmp_path):
         ("demo/run.py", "from ..cli import main"),
         ("__init__.py", "from .cli import main"),
         ("_version.py", "from .core import registry"),
+        ("_torch.py", "from .core import registry"),
         ("utils/misc.py", "import torch"),
     ],
 )
@@ -395,3 +445,20 @@ def test_the_name_rule_finds_a_planted_fault(tmp_path):
 )
 def test_the_io_rule_finds_a_planted_fault(tmp_path, text):
     assert unsafe(planted(tmp_path, **{"io/native.py": text}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch._dynamo",
+        "from torch._subclasses import fake_tensor",
+        "def f():\n    from torch import _C",
+        "import torch\ntorch._C._current_graph_task_id()",
+        "import sys\nframe = sys._getframe(1)",
+        "key = t.untyped_storage()._cdata",
+        "formula._get_raw = True",
+    ],
+)
+def test_the_rule_on_private_torch_finds_a_planted_fault(tmp_path, text):
+    found = private(planted(tmp_path, **{"runtime/hooks.py": text}))
+    assert found and all(line.startswith("runtime/hooks.py:") for line in found)

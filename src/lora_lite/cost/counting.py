@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import counts_tensors, cpu_attention, storage_key
 from ..runtime.targets.structure import describe
 
 
+@counts_tensors
 def _in_place(*shapes: Any, out_val: Any = None, **_: Any) -> int:
     """Operations of `out.addmm_(a, b)` and `out.baddbmm_(a, b)`, which torch's counter does not know."""
     _, a, b = (t.shape for t in shapes)
     return 2 * math.prod(a) * b[-1]
-
-
-_in_place._get_raw = True  # type: ignore[attr-defined]  # the counter hands over tensors, not shapes
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -41,11 +40,12 @@ def counter() -> Any:
     from torch.utils.flop_counter import FlopCounterMode
 
     aten = torch.ops.aten
+    attention, attention_backward = cpu_attention()
     more = {
         aten.addmm_: _in_place,
         aten.baddbmm_: _in_place,
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        attention: _attention,
+        attention_backward: _attention_backward,
     }
     return FlopCounterMode(display=False, custom_mapping=more)
 
@@ -63,19 +63,17 @@ class Saved:
         self.blocks = describe(model).blocks
 
     def pack(self, t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
+        key = storage_key(t)
         mask = t.dim() == 4 and t.shape[1] == 1 and tuple(t.shape[2:]) == (self.length, self.length)
-        if (
-            storage._cdata not in self.own and not mask
-        ):  # transformers builds a causal mask only where it sees no values
+        if key not in self.own and not mask:  # transformers builds a causal mask only where it sees no values
             self._note(t)
-            self.inside.setdefault(self.block, set()).add(storage._cdata)
+            self.inside.setdefault(self.block, set()).add(key)
         return t
 
     def _note(self, t: Tensor) -> None:
-        storage = t.untyped_storage()
-        if storage._cdata not in self.bytes:
-            self.bytes[storage._cdata] = storage.nbytes()
+        key = storage_key(t)
+        if key not in self.bytes:
+            self.bytes[key] = t.untyped_storage().nbytes()
             self.kept.append(t)
 
     def _enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -83,7 +81,7 @@ class Saved:
         x = args[0] if args else kwargs.get("hidden_states")
         if isinstance(x, Tensor):
             self._note(x)
-            self.inputs.add(x.untyped_storage()._cdata)
+            self.inputs.add(storage_key(x))
 
     def _leave(self) -> None:
         self.block = None

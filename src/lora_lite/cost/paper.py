@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import fake_mode, storage_key
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, size_text
 from ..core.registry import get_variant
@@ -86,8 +87,6 @@ class Paper:
     """
 
     def __init__(self, model: nn.Module, batch: int = 1, length: int = 2048) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         if batch < 1 or length < 1:
             raise ConfigError(f"batch and length must be positive, got {batch} and {length}.")
         model = unwrap(model)
@@ -96,7 +95,7 @@ class Paper:
                 "costs are counted on a bare transformers model (with get_input_embeddings); detach adapters first."
             )
         self.batch, self.length = batch, length
-        self.mode = FakeTensorMode()
+        self.mode = fake_mode()
         meta = {
             id(t): _like(t, "meta")
             for m in model.modules()
@@ -159,7 +158,7 @@ class Paper:
     def _count(self, model: Any) -> tuple[int, int, int, int]:
         """(operations of the forward pass, of both passes, bytes saved between them, the same with checkpointing)."""
         with _without_weights(model, self.mode):
-            own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+            own = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
             saved = Saved(model, own, self.length)
             with self.mode, counter() as count:
                 ids = torch.zeros(self.batch, self.length, dtype=torch.long)

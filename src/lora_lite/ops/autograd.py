@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import functorch_is_active
+
 
 def own_backward() -> bool:
     """False under a compiler, which derives a backward pass of its own, and under `torch.func` transforms, which need
     one that they can follow."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return not (torch.compiler.is_compiling() or functorch_is_active())
 
 
 def own_products(t: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .._torch import forget_compiled, hook_tables, remove_hooks
 from ..core.errors import StateError
 from .call.experts import experts_post_hook, experts_pre_hook
 from .call.hooks import post_hook, pre_hook
@@ -17,10 +18,10 @@ from .handle import Adapter
 from .layers.kinds import kind_named
 from .layers.read import fingerprint
 from .layers.tensors import is_sharded
-from .model.kind import Hooks, Kind, remove_hooks
+from .model.kind import Hooks, Kind
 from .model.record import Record
 from .model.site import Site, Slot, base_parameters, owned_tensors, place
-from .model.state import SITE, STATE, ModelState, not_merged, outside_scope, record_of, reset_compiled, state_of, unwrap
+from .model.state import SITE, STATE, ModelState, not_merged, outside_scope, record_of, state_of, unwrap
 from .model.undo import Undo, all_or_nothing, restoring
 from .start.staging import StagedTarget
 from .state_dicts import after_state_dict, before_load_state_dict
@@ -123,7 +124,7 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     state.records[record.name] = record
     state.active = ((record.name, 1.0),)
     state.row_epoch += 1
-    reset_compiled()
+    forget_compiled()
     return Adapter(model, record.name)
 
 
@@ -240,7 +241,7 @@ def take_off(model: nn.Module, names: list[str], undo: Undo) -> None:
     state.row_epoch += 1
     if not state.records:
         _release(model, state, undo)
-    reset_compiled()
+    forget_compiled()
 
 
 def _take_from(layer: nn.Module, site: Site, record: Record, undo: Undo) -> None:
@@ -267,8 +268,7 @@ def _release(model: nn.Module, state: ModelState, undo: Undo) -> None:
     for p in (parameters[n] for n in state.base_trainable if n in parameters):
         undo(lambda p=p: p.requires_grad_(False))
         p.requires_grad_(True)
-    tables = [getattr(model, table) for table in ROOT_HOOKS]
-    undo(restoring(model, *tables, model._forward_pre_hooks_with_kwargs, model._forward_hooks_with_kwargs))
+    undo(restoring(model, *hook_tables(model)))
     del model.__dict__[STATE]
     remove_hooks(model, ROOT_HOOKS)
 
@@ -306,7 +306,7 @@ def give_name(model: nn.Module, record: Record, new: str, undo: Undo) -> None:
     state.row_epoch += 1
     state.records[new] = state.records.pop(old)
     state.active = tuple((new if n == old else n, w) for n, w in state.active)
-    reset_compiled()
+    forget_compiled()
 
 
 def put_in_order(model: nn.Module, names: list[str], undo: Undo) -> None:

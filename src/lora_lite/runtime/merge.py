@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import forget_compiled
 from ..core.errors import LoraLiteError, StateError, WeightError
 from .call.batch import call_batch, evaluating
 from .layers.cell import rounding
@@ -20,7 +21,7 @@ from .model.kind import Cell
 from .model.merged import Merged, Original
 from .model.record import Record
 from .model.site import Site, Slot, owned_tensors
-from .model.state import SITE, ModelState, outside_scope, record_of, reset_compiled, state_of, unwrap
+from .model.state import SITE, ModelState, outside_scope, record_of, state_of, unwrap
 from .progress import track
 from .select import active as active_scope
 from .view.expert import Chosen, with_adapters
@@ -99,7 +100,7 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
         _restore(model, merged)
         raise
     state.merged, state.active = merged, ()
-    reset_compiled()
+    forget_compiled()
     if before is not None:
         adapted, bare = before
         after = _outputs(model, check)
@@ -119,7 +120,7 @@ def unmerge(model: nn.Module) -> None:
     merged = state.merged
     _restore(model, merged)
     state.merged, state.active = None, merged.active
-    reset_compiled()
+    forget_compiled()
 
 
 def _chosen(model: nn.Module, state: ModelState, name: str | None) -> Chosen:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from .._torch import within_step
 from ..core.errors import StateError
 from .model.state import record_of, state_of
-from .schedule import torch_optimizer, within_step
+from .schedule import torch_optimizer
 from .view.expert import layer_views
 from .view.layer import LayerView
 

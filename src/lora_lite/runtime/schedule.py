@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._torch import within_step
 from ..core.errors import StateError
 from .model.record import Record
 from .model.site import owned_tensors
@@ -87,18 +87,6 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
             "optimiser inside it."
         )
     return optimizer
-
-
-def within_step(optimizer: Optimizer) -> bool:
-    """For a step hook: whether an outer step of the same optimiser is still running, since torch runs the hooks again
-    for a `super().step()`."""
-    caller = sys._getframe(2)  # torch's wrapper, which runs the hooks around a step
-    frame = caller.f_back
-    while frame is not None:
-        if frame.f_code is caller.f_code and frame.f_locals.get("self") is optimizer:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def step_record(model: nn.Module, record: Record) -> None:

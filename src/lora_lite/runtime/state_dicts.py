@@ -3,17 +3,19 @@ right, or said what to type instead."""
 
 from __future__ import annotations
 
-import sys
 import warnings
-from types import FrameType
 from typing import Any
 
 from torch import nn
 
+from .._torch import frame_of
 from ..core.errors import LoraLiteWarning
 from .model.record import Record
 from .model.site import place
 from .model.state import STATE, ModelState
+
+NEAR = 8
+"""How many frames above a hook of torch's the function stands that the user called."""
 
 
 def before_load_state_dict(
@@ -28,7 +30,7 @@ def before_load_state_dict(
 ) -> None:
     """torch's error of a strict load lists the adapter's tensors among hundreds; the cure stands in front of them."""
     state: ModelState = model.__dict__[STATE]
-    frame = _caller("load_state_dict", "torch.")  # `strict` is True here whatever the user said
+    frame = frame_of("load_state_dict", "torch.", within=NEAR)  # `strict` is True here whatever the user said
     if frame is None or not frame.f_locals.get("strict", True):
         return
     for name, record in state.records.items():
@@ -46,7 +48,7 @@ def after_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
     """`save_pretrained` of a merged model writes the merged weights alone; of any other it writes tensors that
     `from_pretrained` drops."""
     state: ModelState = model.__dict__[STATE]
-    if _caller("save_pretrained", "transformers.") is None:
+    if frame_of("save_pretrained", "transformers.", within=NEAR) is None:
         return
     if state.merged is not None:
         for record in state.records.values():
@@ -66,15 +68,3 @@ def after_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
 def _keys(record: Record) -> list[str]:
     places = [place(t, short, record.name) for t in record.targets.values() for short in t.specs]
     return [f"{path}.{attribute}" if path else attribute for path, attribute in places]
-
-
-def _caller(function: str, package: str) -> FrameType | None:
-    """The frame of this function, where it runs a few frames up."""
-    frame = sys._getframe(2)
-    for _ in range(8):
-        if frame is None or (
-            frame.f_code.co_name == function and frame.f_globals.get("__name__", "").startswith(package)
-        ):
-            return frame
-        frame = frame.f_back
-    return None

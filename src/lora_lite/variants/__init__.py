@@ -37,3 +37,6 @@ from .ssvd import SSVDConfig as SSVDConfig
 from .svft import SVFTConfig as SVFTConfig
 from .token_rows import TokenRowsConfig as TokenRowsConfig
 from .whole import WholeConfig as WholeConfig
+
+__all__ = [name for name in dir() if name.endswith("Config")]  # pyright: ignore[reportUnsupportedDunderAll]
+"""The config classes and no file: `lora_lite.lora` is not a name."""

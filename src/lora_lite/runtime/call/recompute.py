@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
 import torch
 
+from ..._torch import backward_is_running, inside_checkpoint, inside_reentrant_checkpoint
 from ...core.errors import LoraLiteWarning, SelectionError
 from ..model.state import ModelState
 
@@ -23,10 +23,10 @@ def selection_of(state: ModelState) -> Selection:
     """
     chosen: Selection = (state.active, state.rows, state.call)
     if torch.compiler.is_compiling():
-        if inside_saved_tensor_hooks() and not state.compiled_checkpoint:
+        if inside_checkpoint() and not state.compiled_checkpoint:
             state.compiled_checkpoint = True
         return chosen
-    if torch._C._current_graph_task_id() == -1:
+    if not backward_is_running():
         if in_checkpoint(state):
             if state.pending_done:
                 state.pending, state.pending_done = [], False
@@ -47,15 +47,6 @@ def selection_of(state: ModelState) -> Selection:
     return state.pending[0]
 
 
-def inside_saved_tensor_hooks() -> bool:
-    """Whether a compiler traces a block inside a checkpoint; asked while it traces, a constant of the graph."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-    return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
-
-
-inside_saved_tensor_hooks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result would load the compiler
-
-
 def changed(state: ModelState) -> None:
     """Say once that compiled blocks inside a checkpoint are recomputed under the selection of the backward pass, which
     nothing can tell from inside."""
@@ -73,25 +64,11 @@ def changed(state: ModelState) -> None:
 def in_checkpoint(state: ModelState) -> bool:
     """Whether a checkpointed region is running forward for the first time."""
     if torch.is_grad_enabled():
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-        return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
-    if (
-        state.call_grad
-    ):  # the root call had gradients and they are off here: a reentrant checkpoint, or the model's own no_grad
+        return inside_checkpoint()
+    if state.call_grad:  # and none here: a reentrant checkpoint, or the model's own no_grad
         state.cut_by_checkpoint = True
         return True
-    return not state.in_call and _reentrant()
-
-
-def _reentrant() -> bool:
-    """Whether a reentrant checkpoint runs its forward pass some frames up: asked only where blocks are called without
-    their model."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return True
-        frame = frame.f_back
-    return False
+    return not state.in_call and inside_reentrant_checkpoint()  # the search is long
 
 
 def _show(selection: Any) -> str:

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from ..._torch import conv_padding
 from ..model.kind import Cell, Kind
 from .cell import MatrixCell
 from .tensors import is_ordinary, is_packed, stored_weight
@@ -19,12 +19,17 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _APPLY: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
+def _conv(module: nn.Module) -> nn.Conv2d:
+    """The module as one of `CONVS`, which have the same attributes."""
+    return cast(nn.Conv2d, module)
+
+
 class Patches(VirtualInput):
     """The patches (B, …, C·k) that a convolution multiplies with its kernel: x @ M is a convolution with M's columns as
     kernels."""
 
     def __init__(self, module: nn.Module, x: Tensor, spatial: tuple[int, ...]) -> None:
-        kernel = cast(_ConvNd, module).kernel_size
+        kernel = _conv(module).kernel_size
         super().__init__((x.shape[0], *spatial, x.shape[1] * math.prod(kernel)), x.dtype, x.device)
         self.module, self.x, self.kernel = module, x, kernel
 
@@ -32,7 +37,7 @@ class Patches(VirtualInput):
         m: Any = self.module
         x, padding = self.x, m.padding
         if m.padding_mode != "zeros":
-            x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
+            x, padding = F.pad(x, conv_padding(m), mode=m.padding_mode), 0
         kernel = other.mT.reshape(other.shape[1], x.shape[1], *self.kernel)
         out = _APPLY[len(self.kernel)](x, kernel, None, m.stride, padding, m.dilation)
         return out.movedim(1, -1)
@@ -56,13 +61,13 @@ class Conv(Kind):
         return module.in_channels // module.groups * math.prod(module.kernel_size), module.out_channels
 
     def refuse(self, module: nn.Module, path: str, variant: Any, cfg: Any) -> str:
-        groups = cast(_ConvNd, module).groups
+        groups = _conv(module).groups
         if groups != 1:
             return f"a convolution with groups={groups} is not one matrix; add it to exclude_names."
         return refuse_input(self.name, variant)
 
     def trial(self, module: nn.Module, dtype: torch.dtype, d_out: int) -> tuple[Any, Tensor]:
-        m, w = cast(_ConvNd, module), stored_weight(module)
+        m, w = _conv(module), stored_weight(module)
         size = [max(8, d * (k - 1) + 1) for k, d in zip(m.kernel_size, m.dilation, strict=True)]
         x = torch.zeros(2, m.in_channels, *size, dtype=w.dtype, device=w.device)
         with torch.no_grad():

@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..._torch import remove_hooks
 from ...core.errors import size_text
-from ..model.kind import Cell, Function, Hooks, Kind, remove_hooks
+from ..model.kind import Cell, Function, Hooks, Kind
 from .bank import Bank, banks
 from .cell import rounding
 

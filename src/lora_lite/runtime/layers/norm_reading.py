@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._torch import is_fake
 from ...core.errors import TargetError
 from ..model.site import Site, adapter_attributes
 from ..model.state import SITE
@@ -115,11 +116,9 @@ def norm_of(module: nn.Module) -> Norm:
     site: Site = module.__dict__[SITE]
     if isinstance(site.found, Norm):
         return site.found
-    from torch._subclasses.fake_tensor import FakeTensor
-
     weight = module._parameters["weight"]
     assert weight is not None
-    if weight.is_meta or isinstance(weight, FakeTensor):
+    if weight.is_meta or is_fake(weight):
         return Norm(False, 1e-6, 0.0)
     site.found = norm = read_norm(module, site.path)
     return norm

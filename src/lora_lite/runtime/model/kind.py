@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..._torch import remove_hooks
+
 if TYPE_CHECKING:
     from ...core.config import AdapterConfig
     from ...core.variant import Variant
@@ -169,13 +171,3 @@ class Kind:
     def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> Tensor | None:
         """W[rows][:, columns], for a fingerprint; None where there is nothing to look at."""
         return None
-
-
-def remove_hooks(module: nn.Module, hooks: dict[str, Hook]) -> None:
-    """Take functions out of a module's tables of hooks."""
-    for table_name, function in hooks.items():
-        table = getattr(module, table_name)
-        for key in [k for k, h in table.items() if getattr(h, "hook", h) is function]:  # torch wraps some
-            del table[key]
-            for extra in ("_with_kwargs", "_always_called"):
-                getattr(module, table_name + extra, {}).pop(key, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...core.errors import SelectionError, StateError, did_you_mean
@@ -118,11 +117,3 @@ def record_of(model: nn.Module, name: str | None = None) -> Record:
             f"no adapter is called {name!r}.{did_you_mean(name, state.records)} Attached: {list(state.records)}."
         )
     return state.records[name]
-
-
-def reset_compiled() -> None:
-    """Forget compiled code: torch does not guard on added or removed hooks."""
-    import sys
-
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()

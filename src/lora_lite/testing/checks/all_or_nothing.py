@@ -12,6 +12,7 @@ from ...io.load import load
 from ...io.native import save
 from ...runtime.attach import attach
 from ...runtime.merge import merge
+from ...runtime.model.state import record_of
 from ..case import Case
 from ..toy import Snapshot
 from .suite import Planted, affine, check, full_precision, read_file, write_file
@@ -20,9 +21,9 @@ from .suite import Planted, affine, check, full_precision, read_file, write_file
 @check("4_all_or_nothing", full_precision)
 def failed_attach_leaves_no_trace(case: Case) -> None:
     """`init` fails at the last target, `group_init` after its work, the data in the middle."""
-    n = len(case.fresh()._lora_lite_state.records["default"].targets)  # type: ignore[union-attr]
+    n = len(record_of(case.fresh(), "default").targets)
     calls = 0
-    original = case.variant.init
+    original, original_group = case.variant.init, case.variant.group_init
 
     def failing_init(layer: Any, cfg: Any) -> None:
         nonlocal calls
@@ -34,8 +35,8 @@ def failed_attach_leaves_no_trace(case: Case) -> None:
             original(layer, cfg)
 
     def failing_group_init(model: Any, targets: Any, cfg: Any, data: Any) -> None:
-        if (whole := vars(Case)["_group_init"]) is not None:
-            whole(model, targets, cfg, data)
+        if original_group is not None:
+            original_group(model, targets, cfg, data)
         raise Planted
 
     def one_good_batch(dtype: torch.dtype) -> Any:
@@ -45,7 +46,6 @@ def failed_attach_leaves_no_trace(case: Case) -> None:
 
         return data()
 
-    Case._group_init = staticmethod(case.variant.group_init) if case.variant.group_init is not None else None  # type: ignore[attr-defined]
     good = case.data
     plans: list[tuple[str, str | None, Any, Any]] = [
         ("init at its last target", "init", failing_init, good),

@@ -1,0 +1,134 @@
+"""What this library asks of torch beyond its public interface, a function for each thing; `tests/runtime/test_torch.py`
+says when a torch release answers otherwise."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def backward_is_running() -> bool:
+    """Whether this thread runs inside a backward pass. Relies on `_current_graph_task_id`, which is -1 outside."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def inside_checkpoint() -> bool:
+    """Whether the forward of a non-reentrant checkpoint runs. Relies on its packing hook, defined in a module whose
+    name contains "checkpoint", being the innermost of `torch.autograd.graph.saved_tensors_hooks`.
+
+    Asked while a compiler traces, the answer is a constant of the graph."""
+    private: Any = torch._C
+    top = getattr(private._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:  # before torch 2.8: the function `checkpoint` stands some frames up, which is slower to ask
+        return frame_of("checkpoint", "torch.utils.checkpoint") is not None
+    hooks = top(True)
+    return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
+
+
+# what torch.compiler.assume_constant_result does, which would load the compiler
+inside_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def inside_reentrant_checkpoint() -> bool:
+    """Whether a reentrant checkpoint runs some frames up. Relies on its autograd function's `forward` standing in
+    `torch.utils.checkpoint`."""
+    return frame_of("forward", "torch.utils.checkpoint") is not None
+
+
+def functorch_is_active() -> bool:
+    """Whether a `torch.func` transform (grad, vmap, jvp) runs. Relies on `_are_functorch_transforms_active`."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def frame_of(function: str, package: str, within: int = sys.maxsize) -> FrameType | None:
+    """The nearest frame above the caller's that runs `function` of a module whose name begins with `package`, at most
+    `within` frames up. Relies on the names of that function and of its local variables."""
+    frame = sys._getframe(2)
+    while frame is not None and within:
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__", "").startswith(package):
+            return frame
+        frame, within = frame.f_back, within - 1
+    return None
+
+
+def within_step(optimizer: Optimizer) -> bool:
+    """For a step hook: whether an outer step of the same optimiser is still running, since torch runs the hooks again
+    for a `super().step()`. Relies on one wrapper around every `step`, which calls the hooks itself and whose first
+    argument is `self`."""
+    wrapper = sys._getframe(2)
+    frame = wrapper.f_back
+    while frame is not None:
+        if frame.f_code is wrapper.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def forget_compiled() -> None:
+    """Forget compiled code: torch does not guard on added or removed hooks. Relies on the compiler being the module
+    `torch._dynamo`, which is not loaded before something is compiled."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def fake_mode() -> Any:
+    """A mode in which tensors have shapes and no values, and claim to lie on a device. Relies on
+    `torch._subclasses.fake_tensor`."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def is_fake(t: Tensor) -> bool:
+    """Whether `t` was made under `fake_mode`."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(t, FakeTensor)
+
+
+def storage_key(t: Tensor) -> int:
+    """The same for tensors that share memory, of tensors without values too, which have no address. Valid while `t`
+    lives. Relies on `_cdata`, the address of the storage object."""
+    return t.untyped_storage()._cdata
+
+
+def cpu_attention() -> tuple[Any, Any]:
+    """The operators of the attention kernel that torch picks on a CPU, forward and backward. Relies on their names."""
+    aten = torch.ops.aten
+    return aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def counts_tensors(formula: Any) -> Any:
+    """Mark a formula of `FlopCounterMode(custom_mapping=...)` to be handed tensors instead of shapes. Relies on
+    `_get_raw`."""
+    formula._get_raw = True
+    return formula
+
+
+def conv_padding(conv: nn.Module) -> list[int]:
+    """What a convolution with a padding mode of its own hands to `F.pad`. Relies on
+    `_reversed_padding_repeated_twice`."""
+    return conv._reversed_padding_repeated_twice  # type: ignore[return-value]
+
+
+def remove_hooks(module: nn.Module, hooks: dict[str, Callable[..., Any]]) -> None:
+    """Take functions out of a module's tables of hooks, by the table's name. Relies on those tables, on the ones beside
+    them that say which hooks take keyword arguments, and on torch wrapping some functions in an object with `hook`."""
+    for table_name, function in hooks.items():
+        table = getattr(module, table_name)
+        for key in [k for k, h in table.items() if getattr(h, "hook", h) is function]:
+            del table[key]
+            for extra in ("_with_kwargs", "_always_called"):
+                getattr(module, table_name + extra, {}).pop(key, None)
+
+
+def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """Every table of hooks of a module. Relies on their names ending in `_hooks`, or in what is said of some hooks."""
+    endings = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+    return [table for name, table in vars(module).items() if name.endswith(endings) and isinstance(table, dict)]
