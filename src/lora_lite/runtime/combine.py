@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError, StateError
-from ..core.registry import variants
+from ..core.registry import holder
 from .commit import check_attachable, commit
 from .handle import Adapter
 from .model.record import Record
@@ -90,7 +90,7 @@ def combine(
                 "factors, so a weighted sum of it would be another model. Activate both instead: ll.activate(model, "
                 f"{dict(weights)})."
             )
-    holder = next(v for v in variants() if v.from_factors is not None)
+    keeper = holder("factors")
     with torch.no_grad():
         pairs: dict[str, list[Pair]] = {}
         shapes: dict[str, tuple[int, int]] = {}
@@ -103,16 +103,16 @@ def combine(
         for path in track(list(pairs), "combine"):
             factors[path] = _combined(pairs[path], path, method, rank, density, seed)
         top = max(A.shape[0] for A, _ in factors.values())
-        cfg = holder.config(variant=holder.name, r=top, alpha=float(top), dtype=records[0].cfg.dtype)
+        cfg = keeper.config(variant=keeper.name, r=top, alpha=float(top), dtype=records[0].cfg.dtype)
         targets = {}
         for path, (A, _) in factors.items():
             r = A.shape[0]
             targets[path] = make_target(path, *shapes[path], dataclasses.replace(cfg, r=r, alpha=float(r)))
-        record = Record(name, holder, cfg, targets)
+        record = Record(name, keeper, cfg, targets)
         staged = stage(model, record, fill=False)
         for view in staged:
             A, B = factors[view.path]
-            holder.from_factors(view, A, B)  # type: ignore[misc]
+            keeper.from_factors(view, A, B)  # type: ignore[misc]
     return commit(model, record, staged, trainable=False)
 
 
