@@ -43,7 +43,7 @@ CONTRACT = "tests/contract/"
 BUGS = [
     Bug("rotation transposed", "variants/oft.py", "Q = skew(theta, b)", "Q = skew(theta, b).mT", "tests/equations/test_oft.py"),
     Bug("reflections in the other order", "variants/hra.py", "a, b = U.view(len(first), 2, -1).unbind(1)", "b, a = U.view(len(first), 2, -1).unbind(1)", "tests/equations/test_hra.py"),
-    Bug("scale forgotten", "variants/lora.py", "layer.lora_A, layer.lora_B, layer.cfg.scale)", "layer.lora_A, layer.lora_B, 1.0)", "tests/io/test_native.py -k golden"),
+    Bug("scale forgotten", "variants/_lowrank.py", "layer.lora_A, layer.lora_B, layer.cfg.scale)", "layer.lora_A, layer.lora_B, 1.0)", "tests/io/test_native.py -k golden"),
     Bug("alpha = r hides a factor", "core/config.py", "return self.effective_alpha / self.r", "return 1.0", "tests/equations/test_eva.py"),
     Bug("rsLoRA without its root", "variants/_lowrank.py", "self.r**0.5 if self.use_rslora", "self.r if self.use_rslora", "tests/equations/test_lora_starts.py tests/io/test_peft_layout.py tests/parity/test_lowrank.py"),
     Bug("norm not detached", "variants/dora.py", "with torch.no_grad():", "with torch.enable_grad():", "tests/equations/test_dora.py"),

@@ -482,7 +482,7 @@ def test_demo_takes_every_method(small_demo, tmp_path, method):
 
 
 def test_train_says_what_a_fitted_method_needs(files, tmp_path, capsys):
-    pairs = [v.name for v in ll.variants() if v.needs_pairs]
+    pairs = [v.name for v in ll.variants() if v.needs_data == "pairs"]
     assert pairs
     argv = ["train", "--model", str(files / "tiny"), "--data", str(files / "sums.jsonl"), "--out", str(tmp_path / "x")]
     assert cli.main([*argv, "--method", pairs[0]]) == 2

@@ -123,7 +123,7 @@ def attach(
     """`ll.attach` with the calibration data that the method asks for; contrast pairs are made of the rows only if
     `pairs`."""
     variant = ll.get_variant(cfg.variant)
-    if not variant.needs_pairs:
+    if variant.needs_data != "pairs":
         data = calibration(variant, wanted, rows, size, tokenizer)
         return ll.attach(model, cfg, calibration_data=data, reference_weights=reference)
     if not pairs:

@@ -83,7 +83,7 @@ def run(args: Demo) -> int:
     lr = FACTOR * variant.lr if args.lr is None else args.lr
     log = RunLog(out, f"{variant.name} on wordmath, seed {args.seed}")
     steps = 0
-    if variant.needs_pairs:
+    if variant.needs_data == "pairs":
         say(f"{variant.name} is not trained: fitted on right completions against those of other problems")
     if variant.trains:
         left = args.seconds - (time.monotonic() - start) - 1.2 * answering - 3

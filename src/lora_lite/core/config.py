@@ -7,9 +7,9 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -38,7 +38,7 @@ class AdapterConfig:
     dtype: str = "float32"
     """Storage of adapter tensors: float32 (best), bfloat16, float16 or float64."""
     target_roles: tuple[Role, ...] | None = None
-    """Keep only layers that read the residual stream, write to it, or neither; None keeps all."""
+    """Keep only layers that read the residual stream, write to it, or neither; None or () keeps all."""
     target_names: tuple[str, ...] | None = None
     """Regular expressions, each matched against the whole path or its tail after a dot. None: all linear layers of the
     blocks."""
@@ -52,9 +52,9 @@ class AdapterConfig:
     inside gets a trained change of all its parameters."""
     layers: tuple[int, ...] | None = None
     """Block indices to keep; negative ones count from the end."""
-    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
     """Regular expression -> rank for the targets it matches; the last match wins."""
-    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
     """Regular expression -> alpha for the targets it matches; the last match wins."""
     dropout: float = 0.0
     """Probability with which `layer.dropout(x)` zeroes an input of the adapter in training."""
@@ -70,6 +70,7 @@ class AdapterConfig:
         for f in dataclasses.fields(self):
             value = _coerce(getattr(self, f.name), hints[f.name], f"{type(self).__name__}.{f.name}")
             object.__setattr__(self, f.name, value)
+        object.__setattr__(self, "target_roles", self.target_roles or None)
         self.validate()
 
     def validate(self) -> None:
@@ -171,44 +172,65 @@ def _hints(cls: type) -> dict[str, Any]:
     return _HINTS[cls]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
+    """The value as JSON has it."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _plain(v) for k, v in cast("Mapping[object, object]", value).items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
+        return [_plain(v) for v in cast("Sequence[object]", value)]
     return value
 
 
-def _coerce(value: Any, hint: Any, where: str) -> Any:
+def _coerce(value: object, hint: Any, where: str) -> Any:
     """`value` as the annotated type, or `ConfigError`: configs come from files, so nothing is taken on trust."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        options = [a for a in args if a is not type(None)]
-        for i, option in enumerate(options):
-            try:
-                return _coerce(value, option, where)
-            except ConfigError:
-                if i == len(options) - 1:
-                    raise
+        return _one_of(value, args, where)
     if origin is Literal:
-        if value in args:
-            return value
-        raise ConfigError(
-            f"{where} must be one of {list(args)}, got {value!r}.{did_you_mean(str(value), map(str, args))}"
-        )
+        return _choice(value, args, where)
     if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset)):
-            value = (value,) if isinstance(value, (str, int)) else value
-        if not isinstance(value, (list, tuple, set, frozenset)):
-            raise ConfigError(f"{where} must be a list, got {value!r}.")
-        items = sorted(value) if isinstance(value, (set, frozenset)) else value
-        return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(items))
+        return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(_items(value, where)))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must be a mapping, got {value!r}.")
-        return {_coerce(k, args[0], where): _coerce(v, args[1], f"{where}[{k!r}]") for k, v in value.items()}
+        pairs = cast("Mapping[object, object]", value).items()
+        return {_coerce(k, args[0], where): _coerce(v, args[1], f"{where}[{k!r}]") for k, v in pairs}
+    return _plain_value(value, hint, where)
+
+
+def _one_of(value: object, options: tuple[Any, ...], where: str) -> Any:
+    """The value as the first of the types that takes it; the error of the last one."""
+    if value is None and type(None) in options:
+        return None
+    *others, last = (option for option in options if option is not type(None))
+    for option in others:
+        try:
+            return _coerce(value, option, where)
+        except ConfigError:
+            continue
+    return _coerce(value, last, where)
+
+
+def _choice(value: object, allowed: tuple[Any, ...], where: str) -> Any:
+    if value in allowed:
+        return value
+    raise ConfigError(
+        f"{where} must be one of {list(allowed)}, got {value!r}.{did_you_mean(str(value), map(str, allowed))}"
+    )
+
+
+def _items(value: object, where: str) -> Sequence[object]:
+    """A list of anything; a single string or number is a list of one."""
+    if isinstance(value, (str, int)):
+        return (value,)
+    if isinstance(value, (set, frozenset)):
+        return sorted(cast("set[Any]", value))
+    if isinstance(value, (list, tuple)):
+        return cast("Sequence[object]", value)
+    raise ConfigError(f"{where} must be a list, got {value!r}.")
+
+
+def _plain_value(value: object, hint: Any, where: str) -> object:
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):

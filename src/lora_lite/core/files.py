@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,14 +15,14 @@ from .errors import FileError, listing
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+def opened(path: str | os.PathLike[str]) -> Generator[Any, None, None]:
     """safetensors' handle of a file: `keys()`, `get_tensor(key)`, `metadata()`.
 
     Raises:
         FileError: it is not there, or damaged; also where a tensor cannot be read inside the block.
     """
     try:
-        with safe_open(os.fspath(path), "pt") as f:
+        with cast("Any", safe_open(os.fspath(path), "pt")) as f:
             yield f
     except FileNotFoundError:
         raise FileError(f"{os.fspath(path)} does not exist.") from None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from .config import AdapterConfig
 from .errors import ConfigError, did_you_mean
-from .variant import Variant
+from .variant import Derived, Variant
 
-_TABLE: dict[str, type] = {}
+_TABLE: dict[str, type[Variant]] = {}
 T = TypeVar("T", bound=type)
 
 
@@ -20,7 +20,8 @@ def register(cls: T) -> T:
     replaces the class only if it is the same class defined anew (a notebook cell run twice).
 
     Raises:
-        ConfigError: a member is missing, or the name belongs to another class.
+        ConfigError: a member is missing or follows from others, or the name or what the class `holds` belongs to
+            another class.
     """
     name = vars(cls).get("name") or getattr(cls, "name", "")
     if not isinstance(name, str) or not name.isidentifier():
@@ -32,18 +33,59 @@ def register(cls: T) -> T:
     if not (callable(getattr(cls, "forward", None)) or callable(getattr(cls, "forward_input", None))):
         raise ConfigError(f"{name}: write a static forward(layer, x, y) or forward_input(layer, x).")
     old = _TABLE.get(name)
-    if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+    if old is not None and not _same(old, cls):
         raise ConfigError(f"the name {name!r} belongs to {old.__module__}.{old.__qualname__}; choose another name.")
-    for member, default in vars(Variant).items():
-        if not member.startswith("__") and not hasattr(cls, member):
-            setattr(cls, member, default)
-    if not issubclass(cls.config, AdapterConfig):  # type: ignore[attr-defined]
-        raise ConfigError(f"{name}.config must be a dataclass that inherits AdapterConfig.")
-    if not cls.title:  # type: ignore[attr-defined]
-        paragraph = (cls.__doc__ or name).strip().split("\n\n")[0]
-        cls.title = " ".join(paragraph.split()).rstrip(".")  # type: ignore[attr-defined]
-    _TABLE[name] = cls
+    page = _completed(cls)
+    _check_facts(page)
+    if not page.title:
+        paragraph = (page.__doc__ or name).strip().split("\n\n")[0]
+        page.title = " ".join(paragraph.split()).rstrip(".")
+    _TABLE[name] = page
     return cls
+
+
+def _same(old: type, new: type) -> bool:
+    """Whether this is one class, perhaps defined twice."""
+    return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+
+
+def _completed(cls: type) -> type[Variant]:
+    """The class with the defaults of the members that it lacks."""
+    there = {member for base in cls.__mro__ for member in vars(base)}
+    for member, default in vars(Variant).items():
+        if member not in there and not member.startswith("__"):
+            setattr(cls, member, default)
+    return cast("type[Variant]", cls)
+
+
+def _check_facts(page: type[Variant]) -> None:
+    """Refuse facts that are no facts."""
+    for member, since in ((m, d.since) for m, d in vars(Variant).items() if isinstance(d, Derived)):
+        if any(member in vars(base) and not isinstance(vars(base)[member], Derived) for base in page.__mro__):
+            raise ConfigError(f"{page.name}: {member} follows from {since}; leave it out.")
+    if not issubclass(page.config, AdapterConfig):
+        raise ConfigError(f"{page.name}.config must be a dataclass that inherits AdapterConfig.")
+    if page.needs_data not in ("", "batches", "pairs"):
+        raise ConfigError(
+            f"{page.name}.needs_data must be '', 'batches' or 'pairs' (contrast pairs), got {page.needs_data!r}."
+        )
+    role = vars(page).get("holds", "")
+    owner = next((v for v in _TABLE.values() if role and vars(v).get("holds") == role), None)
+    if owner is not None and not _same(owner, page):
+        raise ConfigError(f"{page.name}: {owner.name!r} already holds {role!r}, and only one method can; leave it out.")
+
+
+def holder(role: str) -> type[Variant]:
+    """The method that keeps what the library makes itself: the sums of `ll.combine` ("factors"), the modules of
+    `train_modules` ("modules").
+
+    Raises:
+        ConfigError: none is registered.
+    """
+    for variant in variants():
+        if vars(variant).get("holds") == role:
+            return variant
+    raise ConfigError(f"no registered method declares holds = {role!r}; import lora_lite.variants.")
 
 
 def variants() -> list[type[Variant]]:

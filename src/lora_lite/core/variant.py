@@ -4,24 +4,55 @@ default."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
 
 from .config import AdapterConfig
+from .errors import LoraLiteError
 from .spec import ParamSpec
+
+WIDE = 4096
+"""Inputs and outputs of the layer on which a page is asked for its specs, to see whether it trains."""
+
+
+Shared = dict[str, ParamSpec] | list[tuple[list[Any], dict[str, ParamSpec]]]
+"""What `shared_specs` returns: tensors of all targets, or of groups of them."""
+
+
+class Derived:
+    """A fact that follows from other members: read like any other, never declared."""
+
+    def __init__(self, rule: Callable[[type[Variant]], bool], since: str) -> None:
+        self.rule, self.since = rule, since
+
+    def __get__(self, _: object, owner: type[Variant]) -> bool:
+        return self.rule(owner)
+
+
+def _trains(page: type[Variant]) -> bool:
+    try:
+        specs = page.param_specs(WIDE, WIDE, page.config(variant=page.name))
+    except LoraLiteError:  # the page refuses this size, which a method without trained tensors has no reason to
+        return True
+    return page.shared_specs is not None or any(spec.is_trained for spec in specs.values())
 
 
 class Variant:
     """The contract of a method. Inheriting is optional: `@register` adds the missing members to any class.
 
-    A method writes static methods. `layer` is the target as this adapter sees it (see `runtime.layer.LayerView`):
-    `layer.lora_A` is this adapter's tensor in y's dtype, `layer.master("lora_A")` its stored precision, `layer.weight`
-    the dense `(d_out, d_in)` weight whatever the layer stores, `layer.cfg` the config with this target's rank and
-    alpha.
+    A method writes static methods, which take the target as `layer`: see `Layer`.
+
+    Having a member is itself a fact: what has `factors` is exported and summed, what has `by_feature` gets grouped
+    rows, what has `forward_input` rewrites its layer's input. So a base page has only the members that are meant on
+    every page that inherits it; what some pages merely write alike is a function that they call.
     """
 
     # ---- identity and facts: read by the runtime, the docs and the tests
     name: ClassVar[str] = ""
+    """What users type; letters, digits and underscores."""
     config: ClassVar[type[AdapterConfig]] = AdapterConfig
+    """The dataclass of its options."""
     title: ClassVar[str] = ""
     """One line for tables; the first line of the docstring by default."""
     paper: ClassVar[str] = ""
@@ -30,68 +61,68 @@ class Variant:
     """Where it hooks: "linear", "block" (the residual stream after a decoder block), "embedding" (the input embedding
     unless named)."""
     needs_weight: ClassVar[bool] = False
-    """Reads `layer.weight`: a quantised target then asks for `dequantize=True`."""
-    needs_data: ClassVar[bool] = False
-    """`attach` without `calibration_data` raises."""
-    needs_pairs: ClassVar[bool] = False
-    """Its calibration data is a list of contrast pairs (positive batch, negative batch)."""
-    trains: ClassVar[bool] = True
-    """False for a method that is fitted from data and has no trained tensor (steering vectors)."""
+    """Reads `layer.weight`, at the start or in `forward`: `attach` then refuses a quantised target unless the config
+    says `dequantize=True`, before it spends time on data."""
+    needs_data: ClassVar[Literal["", "batches", "pairs"]] = ""
+    """`attach` without `calibration_data` raises; "pairs" are contrast pairs (positive batch, negative batch)."""
     affine: ClassVar[bool] = True
     """For fixed adapter tensors the new output is an affine function of x: so it can be merged."""
-    exact_identity: ClassVar[bool] = True
-    """A fresh adapter returns the base output bit for bit."""
     identity_bound: ClassVar[float] = 0.0
-    """Otherwise: the largest relative departure of a fresh adapter in fp32 (`inf`: departs by design)."""
+    """The largest relative departure of a fresh adapter from the base in fp32: 0, bit for bit; `inf`, by design."""
     own_weight: ClassVar[bool] = False
     """The adapter's weight in `ll.activate` is a variable of the page, `layer.strength`; otherwise the runtime blends
     the outputs with it."""
     norms: ClassVar[bool] = False
     """The page also stands on a norm, where x is the normalised input, seen as one input per feature: x @ M has one row
     M (1, d_out)."""
-    whole: ClassVar[bool] = False
-    """Trains every parameter of its layers: what `train_modules` puts beside another method."""
+    holds: ClassVar[Literal["", "factors", "modules"]] = ""
+    """What the library itself keeps with this method: "factors", the sums of `ll.combine`; "modules", those of
+    `train_modules`. One method each, and a subclass does not inherit it: the package's own have both."""
     lr: ClassVar[float] = 1e-3
     """Recommended learning rate for AdamW."""
-    cost: ClassVar[str] = ""
-    """Extra multiply-adds per token and target, as a formula."""
+
+    # ---- what follows from other members
+    exact_identity: ClassVar[Derived] = Derived(lambda page: page.identity_bound == 0, "identity_bound")
+    """A fresh adapter returns the base output bit for bit."""
+    trains: ClassVar[Derived] = Derived(_trains, "param_specs")
+    """Not so for a method that is fitted from data and has no trained tensor (steering vectors)."""
 
     # ---- the mathematics
-    param_specs: ClassVar[Callable[[int, int, Any], dict[str, ParamSpec]]]
+    param_specs: Callable[[int, int, Any], dict[str, ParamSpec]]
     """`(d_in, d_out, cfg)` -> the tensors, named `lora_*`."""
-    init: ClassVar[Callable[..., Any] | None] = None
+    init: Callable[[Any, Any], None] | None = None
     """`(layer, cfg)`: fill `layer.lora_*` from `layer.weight`; runs once at attach, never at load."""
-    group_init: ClassVar[Callable[..., Any] | None] = None
-    """`(model, targets, cfg, calibration_data)`: a start from data, on the untouched model."""
-    forward: ClassVar[Callable[..., Any] | None] = None
-    """`(layer, x, y) -> y_new`."""
-    forward_input: ClassVar[Callable[..., Any] | None] = None
+    group_init: Callable[[Any, Any, Any, Any], None] | None = None
+    """`(model, targets, cfg, calibration_data)`: a start from data, on the untouched model; see `Targets`."""
+    forward: Callable[[Any, Any, Any], Tensor] | None = None
+    """`(layer, x, y) -> y_new`, x (..., d_in), y (..., d_out)."""
+    forward_input: Callable[[Any, Any], Tensor] | None = None
     """`(layer, x) -> x_new`, before the base layer."""
-    factors: ClassVar[Callable[..., Any] | None] = None
+    factors: Callable[[Any], tuple[Tensor, Tensor]] | None = None
     """`(layer) -> (A (k, d_in), B (d_out, k))` with y_new = y + x Aᵀ Bᵀ, scale folded in: exact export, sums of
     adapters, grouped rows."""
-    from_factors: ClassVar[Callable[..., Any] | None] = None
-    """`(layer, A, B)`: write the inverse of `factors` into the staged tensors; the method that holds combined adapters
-    has it."""
-    by_feature: ClassVar[Callable[..., Any] | None] = None
+    from_factors: Callable[[Any, Tensor, Tensor], None] | None = None
+    """`(layer, A, B)`: write the inverse of `factors` into the staged tensors; the method can then start from
+    `reference_weights`."""
+    by_feature: Callable[[Any, str], tuple[Tensor, ...] | None] | None = None
     """`(layer, side) -> vectors (d,)`, or None on the side ("input", "output") where it does nothing; and"""
-    act: ClassVar[Callable[..., Any] | None] = None
+    act: Callable[..., Tensor] | None = None
     """`(cfg, v, *vectors) -> v_new`: what a method that works feature by feature does to x or y, also with one vector
     (n, 1, d) per row."""
-    on_step: ClassVar[Callable[..., Any] | None] = None
+    on_step: Callable[[Any, Any, int], None] | None = None
     """`(targets, cfg, step)`: after every optimiser step, gradients still there. `step` counts from 1 to
     `targets.total_steps` over the whole run, also across save and load; `view.master("lora_A")` is the parameter, with
     `.grad`."""
-    compact: ClassVar[Callable[..., Any] | None] = None
+    compact: Callable[[Any, int | None], tuple[dict[str, Any], dict[str, Tensor]] | None] | None = None
     """`(layer, rank) -> (config changes, tensors)`, or None to leave the target out: the same function with fewer
     tensors. Files saved after the end of a schedule hold the result for rank None; `ll.compact` puts it on the
     model."""
-    tied: ClassVar[Callable[..., Any] | None] = None
+    tied: Callable[[Any], AdapterConfig] | None = None
     """`(cfg) -> cfg` of the page on a linear layer that shares the target's weight, such as a tied head: it acts there
     too, with the same tensors."""
-    penalty: ClassVar[Callable[..., Any] | None] = None
+    penalty: Callable[[Any], Tensor] | None = None
     """`(layer) -> scalar` regulariser."""
-    shared_specs: ClassVar[Callable[..., Any] | None] = None
+    shared_specs: Callable[[Any, Any], Shared] | None = None
     """`(targets, cfg)` -> the tensors that all targets share, or a list of `(targets, tensors)`: one entry per group
     that shares some, such as all targets of one `d_in`. Pages read them as `layer.lora_*`, like their own. They stand
     on the model itself and are saved once, under the first target of their group."""

@@ -27,6 +27,10 @@ class CheckReport:
     __repr__ = __str__
 
 
+def _trains(record: Record) -> bool:
+    return any(spec.is_trained for target in record.targets.values() for spec in target.specs.values())
+
+
 def check(model: nn.Module) -> CheckReport:
     """Call it after `loss.backward()` and before `zero_grad()`.
 
@@ -39,7 +43,7 @@ def check(model: nn.Module) -> CheckReport:
     """
     model = unwrap(model)
     state = state_of(model)
-    trainable = [r for r in state.records.values() if r.trainable and (r.variant.trains or r.beside)]
+    trainable = [r for r in state.records.values() if r.trainable and _trains(r)]
     if not trainable:
         raise StateError("no attached adapter is trainable; set ll.adapters(model)[name].trainable = True.")
     active = {n for n, _ in state.active} | {n for n in state.rows or () if n}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError, StateError
-from ..core.registry import variants
+from ..core.registry import holder
 from .commit import check_attachable, commit
 from .handle import Adapter
 from .model.record import Record
@@ -119,14 +119,14 @@ def _check_summable(record: Record, weights: Mapping[str, float]) -> None:
 
 def _held(name: str, factors: dict[str, Pair], shapes: dict[str, tuple[int, int]], dtype: str) -> Record:
     """The adapter that will hold the combined factors, every target with the rank of its own."""
-    holder = next(v for v in variants() if v.from_factors is not None)
+    keeper = holder("factors")
     top = max(A.shape[0] for A, _ in factors.values())
-    cfg = holder.config(variant=holder.name, r=top, alpha=float(top), dtype=dtype)
+    cfg = keeper.config(variant=keeper.name, r=top, alpha=float(top), dtype=dtype)
     targets = {}
     for path, (A, _) in factors.items():
         r = A.shape[0]
         targets[path] = make_target(path, *shapes[path], dataclasses.replace(cfg, r=r, alpha=float(r)))
-    return Record(name, holder, cfg, targets)
+    return Record(name, keeper, cfg, targets)
 
 
 def _combined(pairs: list[Pair], path: str, method: str, rank: int | None, density: float, seed: int) -> Pair:

@@ -44,7 +44,7 @@ class Case:
     data: Callable[[torch.dtype], Any] = batches
 
     def __post_init__(self) -> None:
-        if self.variant.needs_pairs and self.data is batches:
+        if self.variant.needs_data == "pairs" and self.data is batches:
             self.data = pairs
         if (
             "positions" in self.variant.config.__dataclass_fields__

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
+from ..core import AdapterConfig, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.errors import ConfigError
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import ConfigError, Layer, ParamSpec, Variant
 from ..ops.lowrank import deviation_factors, deviation_update
 
 
@@ -18,8 +18,6 @@ class Deviation(Variant):
     Trained: `lora_A` = ΔA (r, d_in) and `lora_B` = ΔB (d_out, r), from zero. Frozen and saved: `lora_A0`, `lora_B0`.
     The published methods instead replace W by W − s B0A0, which rounds W and which a quantised or shared base forbids.
     """
-
-    cost = "2r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
@@ -33,11 +31,11 @@ class Deviation(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[Any], x: Tensor, y: Tensor) -> Tensor:
         four = layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0
         return deviation_update(y, layer.dropout(x), *four, layer.cfg.scale)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[Any]) -> tuple[Tensor, Tensor]:
         A, B = deviation_factors(layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0)
         return A, layer.cfg.scale * B

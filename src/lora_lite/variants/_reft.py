@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..core.errors import ConfigError
+from ..core import ConfigError, Layer
 from ..core.positions import BlockConfig, parse_positions
 
 
@@ -40,8 +40,13 @@ def check_rank(r: int, d: int) -> None:
         raise ConfigError(f"r = {r} is more than the {d} dimensions of the residual stream.")
 
 
-def edit(layer, y: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:
+def edit(layer: Layer[ReFTConfig], y: Tensor, change: Callable[[Tensor, int], Tensor]) -> Tensor:
     """y + s·change(h, i) at the config's positions, where h are y's vectors there and i numbers the edit."""
     for i, span in enumerate(layer.spans(y, split=not layer.cfg.share)):
         y = span.add(y, layer.cfg.scale * change(layer.dropout(span.take(y)), i))
     return y
+
+
+def lowrank_edit(layer: Layer[ReFTConfig], y: Tensor, D: str, W: str) -> Tensor:
+    """y + s Wᵀ(D h + b) at the config's positions: D and W (edits, r, d) by their names, b the layer's `lora_b`."""
+    return edit(layer, y, lambda h, i: (h @ getattr(layer, D)[i].mT + layer.lora_b[i]) @ getattr(layer, W)[i])

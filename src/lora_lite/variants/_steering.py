@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, StagedLayer, Targets, Variant
 from ..core.positions import BlockConfig
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
 
+Config = TypeVar("Config", bound=AdapterConfig)
 FORM = (
     "calibration_data of a steering method is a list of pairs (positive batch, negative batch) with equally many rows"
 )
@@ -45,11 +43,8 @@ class Steering(Variant):
     """A method that is fitted from contrast pairs and not trained: a unit vector and a length per block."""
 
     site = "block"
-    needs_data = True
-    needs_pairs = True
-    trains = False
+    needs_data = "pairs"
     affine = False
-    exact_identity = False
     identity_bound = math.inf
 
     @staticmethod
@@ -60,14 +55,14 @@ class Steering(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[Any], x: Tensor, y: Tensor) -> Tensor:
         v = layer.cfg.strength * layer.tiny("lora_norm") * layer.tiny("lora_v")
         for span in layer.spans(y):
             y = span.add(y, v)
         return y
 
 
-def contrast(targets, data: Any, token: str) -> Iterator[tuple[Any, Tensor, Tensor]]:
+def contrast(targets: Targets[Config], data: Any, token: str) -> Iterator[tuple[StagedLayer[Config], Tensor, Tensor]]:
     """(view, positive (n, d), negative (n, d)) in fp32 or better: what stands for each row in every target's output on
     the untouched model."""
     if isinstance(data, (Mapping, Tensor, str)):
@@ -83,7 +78,7 @@ def contrast(targets, data: Any, token: str) -> Iterator[tuple[Any, Tensor, Tens
             for side, batch in enumerate(pair):  # noqa: B007  (visit reads it)
                 yield batch
 
-    def visit(view, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
+    def visit(view: StagedLayer[Config], x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         found[view.path][side].append(_row_vectors(view.path, y, mask, token))
 
     targets.stream_whole(batches(), visit)
@@ -97,13 +92,13 @@ def contrast(targets, data: Any, token: str) -> Iterator[tuple[Any, Tensor, Tens
         yield view, torch.cat(sides[0]), torch.cat(sides[1])
 
 
-def direction(view, v: Tensor) -> None:
+def direction(view: Layer[Any], v: Tensor) -> None:
     """Keep v as a unit vector and a length."""
     norm = check_difference(view, v)
     view.lora_v, view.lora_norm = v / norm, norm.reshape(1)
 
 
-def check_difference(view, v: Tensor) -> Tensor:
+def check_difference(view: Layer[Any], v: Tensor) -> Tensor:
     """‖v‖ of a difference between the two sides; raises where they do not differ."""
     norm = torch.linalg.vector_norm(v)
     if not bool(norm > 0) or not bool(torch.isfinite(norm)):

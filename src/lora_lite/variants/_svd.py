@@ -8,8 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
+from ..core import AdapterConfig, ConfigError
 from ..ops.spectrum import top_svd
 from ..ops.svd import randomised_svd
 

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import Layer, ParamSpec, Variant
 from ..ops.lowrank import add_lowrank, shrink
 from ..ops.orthogonal import cayley_minus_identity, skew
 from ._svd import leading_triplets
@@ -24,26 +23,25 @@ class SVDCore(Variant):
     """
 
     needs_weight: ClassVar[bool] = True
-    cost: ClassVar[str] = "r(d_in + d_out) + r²"
 
     @staticmethod
-    def change(layer: Any) -> Tensor:
+    def change(layer: Layer[Any]) -> Tensor:
         """C − S, (k, k), or its diagonal (k,), in fp32 or better."""
         raise NotImplementedError
 
     @staticmethod
-    def init(layer, cfg):
+    def init(layer: Layer[Any], cfg: Any) -> None:
         U, S, V = leading_triplets(layer, layer.lora_S.shape[0])
         layer.lora_U, layer.lora_S, layer.lora_V = U, S, V.mT
 
     @classmethod
-    def forward(cls, layer, x, y):
+    def forward(cls, layer: Layer[Any], x: Tensor, y: Tensor) -> Tensor:
         z = shrink(layer.dropout(x), layer.lora_V)
         change = layer.once("change", lambda: cls.change(layer).to(y.dtype))
         return add_lowrank(y, z * change if change.dim() == 1 else z @ change.mT, layer.lora_U)
 
     @classmethod
-    def factors(cls, layer):
+    def factors(cls, layer: Layer[Any]) -> tuple[Tensor, Tensor]:
         change = cls.change(layer)
         U = layer.tiny("lora_U")
         return layer.lora_V, (U * change if change.dim() == 1 else U @ change).to(layer.lora_U.dtype)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..core.errors import ConfigError
-from ..core.registry import register
+from torch import Tensor, nn
+
+from ..core import ConfigError, Layer, Targets, register
 from ._steering import Steering, SteeringConfig, contrast, direction
 
 
@@ -31,10 +33,11 @@ class Ablation(Steering):
     name = "ablation"
     config = AblationConfig
     paper = "2406.11717"
-    cost = "2d"
 
     @staticmethod
-    def group_init(model, targets, cfg, calibration_data):
+    def group_init(
+        model: nn.Module, targets: Targets[AblationConfig], cfg: AblationConfig, calibration_data: Any
+    ) -> None:
         pairs = contrast(targets, calibration_data, cfg.token)
         found = [positive.mean(0) - negative.mean(0) for _, positive, negative in pairs]
         if cfg.source is not None:
@@ -45,7 +48,7 @@ class Ablation(Steering):
             direction(view, v)
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[AblationConfig], x: Tensor, y: Tensor) -> Tensor:
         v = layer.lora_v
         for span in layer.spans(y):
             y = span.add(y, -layer.cfg.strength * (span.take(y) @ v)[..., None] * v)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.errors import ConfigError, StateError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import ConfigError, Layer, ParamSpec, StateError, StepTargets, Variant, register
 from ..ops.lowrank import add_lowrank, shrink
 from ._budget import BudgetConfig, best, budget
 
@@ -50,7 +48,6 @@ class AdaLoRA(Variant):
     config = AdaLoRAConfig
     paper = "2303.10512"
     lr = 1e-3
-    cost = "r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: AdaLoRAConfig) -> dict[str, ParamSpec]:
@@ -68,22 +65,22 @@ class AdaLoRA(Variant):
         return specs
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[AdaLoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         z = shrink(layer.dropout(x), layer.lora_A) * (layer.cfg.scale * layer.lora_E)
         return add_lowrank(y, z, layer.lora_B)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[AdaLoRAConfig]) -> tuple[Tensor, Tensor]:
         return layer.lora_A, layer.lora_B * (layer.cfg.scale * layer.lora_E)
 
     @staticmethod
-    def penalty(layer):
+    def penalty(layer: Layer[AdaLoRAConfig]) -> Tensor:
         A, B = layer.tiny("lora_A"), layer.tiny("lora_B")
         eye = torch.eye(layer.cfg.r, dtype=A.dtype, device=A.device)
         return layer.cfg.orth_reg * ((A @ A.mT - eye).square().sum() + (B.mT @ B - eye).square().sum())
 
     @staticmethod
-    def on_step(targets, cfg, step):
+    def on_step(targets: StepTargets[AdaLoRAConfig], cfg: AdaLoRAConfig, step: int) -> None:
         views = [v for v in targets if not v.cfg.done]
         if not views:
             return
@@ -103,7 +100,7 @@ class AdaLoRA(Variant):
                 view.master("lora_E").mul_(view.master("lora_live"))
 
     @staticmethod
-    def compact(layer, rank):
+    def compact(layer: Layer[AdaLoRAConfig], rank: int | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         if rank is not None:
             raise ConfigError("AdaLoRA's ranks are its schedule's choice; leave rank out.")
         keep = torch.ones(layer.cfg.r, dtype=torch.bool) if layer.cfg.done else layer.master("lora_live").cpu()
@@ -115,7 +112,7 @@ class AdaLoRA(Variant):
         return changes, {"lora_A": layer.lora_A[index], "lora_B": layer.lora_B[:, index], "lora_E": layer.lora_E[index]}
 
 
-def score(view, cfg: AdaLoRAConfig) -> Tensor:
+def score(view: Layer[AdaLoRAConfig], cfg: AdaLoRAConfig) -> Tensor:
     """Move Ī and Ū of one target by one step; the importance (r,) of its triplets."""
     total = torch.zeros((), device=view.lora_A.device)
     for k, rest in (("A", 1), ("B", 0), ("E", None)):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
+from ..core import ConfigError, Layer, ParamSpec, Targets, register
 from ..ops.orthogonal import cayley_minus_identity, skew
 from ..ops.spectrum import fix_signs
 from ._svd import SVDConfig
@@ -70,7 +70,9 @@ class AntiPaSTO(SVDCore):
         return {**specs, **basis_specs(d_in, d_out, cfg)}
 
     @staticmethod
-    def group_init(model, targets, cfg, calibration_data):
+    def group_init(
+        model: nn.Module, targets: Targets[AntiPaSTOConfig], cfg: AntiPaSTOConfig, calibration_data: Any
+    ) -> None:
         if calibration_data is None:
             return
         for gram in targets.each_gram(calibration_data):
@@ -83,7 +85,7 @@ class AntiPaSTO(SVDCore):
                 view.lora_U, view.lora_S, view.lora_V = U * fix_signs(V), S[best], (V * fix_signs(V)).mT
 
     @staticmethod
-    def change(layer):
+    def change(layer: Layer[AntiPaSTOConfig]) -> Tensor:
         alpha, dS = layer.strength, layer.strength * layer.tiny("lora_dS")
         b = block_size(dS.shape[0], layer.cfg)
         if b == 1:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, Layer, ParamSpec, Variant, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +29,19 @@ class BitFit(Variant):
     paper = "2106.10199"
     norms = True
     lr = 1e-3
-    cost = "d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: BitFitConfig) -> dict[str, ParamSpec]:
         return {"lora_b": ParamSpec((d_out,), decay=False)}
 
     @staticmethod
-    def by_feature(layer, side):
+    def by_feature(layer: Layer[BitFitConfig], side: str) -> tuple[Tensor, ...] | None:
         return (layer.lora_b,) if side == "output" else None
 
     @staticmethod
-    def act(cfg, v, b):
+    def act(cfg: BitFitConfig, v: Tensor, b: Tensor) -> Tensor:
         return v + b
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[BitFitConfig], x: Tensor, y: Tensor) -> Tensor:
         return y + layer.lora_b

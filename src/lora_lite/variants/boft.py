@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import scale_outputs
 from ..ops.orthogonal import add_blocks, add_butterfly, cayley_minus_identity, skew
 
@@ -49,7 +46,6 @@ class BOFT(Variant):
     config = BOFTConfig
     paper = "2311.06243"
     lr = 5e-4
-    cost = "m b d_in + d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: BOFTConfig) -> dict[str, ParamSpec]:
@@ -62,7 +58,7 @@ class BOFT(Variant):
         return specs
 
     @staticmethod
-    def forward_input(layer, x):
+    def forward_input(layer: Layer[BOFTConfig], x: Tensor) -> Tensor:
         b, d = layer.cfg.block_size, x.shape[-1]
         counts = blocks(d, layer.cfg)
         if counts:
@@ -79,16 +75,16 @@ class BOFT(Variant):
         return x
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[BOFTConfig], x: Tensor, y: Tensor) -> Tensor:
         return scale_outputs(y, layer.lora_s, layer.bias)
 
 
-def blocks(d, cfg):
+def blocks(d: int, cfg: BOFTConfig) -> list[int]:
     """Number of blocks of each factor."""
     counts = [d // (cfg.block_size << i) << i for i in range(cfg.n_factors)]
     return [n for n in counts if n]
 
 
-def turns(layer, names, b):
+def turns(layer: Layer[BOFTConfig], names: list[str], b: int) -> Tensor:
     """R − I of all blocks of these factors, (n, b, b)."""
     return cayley_minus_identity(skew(torch.cat([layer.tiny(name) for name in names]), b))

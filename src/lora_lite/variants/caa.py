@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..core.registry import register
+from torch import nn
+
+from ..core import Targets, register
 from ._steering import Steering, SteeringConfig, contrast, direction
 
 
@@ -28,9 +31,8 @@ class CAA(Steering):
     name = "caa"
     config = CAAConfig
     paper = "2312.06681"
-    cost = "d"
 
     @staticmethod
-    def group_init(model, targets, cfg, calibration_data):
+    def group_init(model: nn.Module, targets: Targets[CAAConfig], cfg: CAAConfig, calibration_data: Any) -> None:
         for view, positive, negative in contrast(targets, calibration_data, cfg.token):
             direction(view, positive.mean(0) - negative.mean(0))

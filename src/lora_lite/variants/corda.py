@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
+from ..core import AdapterConfig, ConfigError, StagedLayer, Targets, register
 from ..ops.spectrum import fix_signs, top_svd
 from ._deviation import Deviation
 
@@ -52,11 +52,11 @@ class CorDA(Deviation):
     config = CorDAConfig
     paper = "2406.05223"
     needs_weight = True
-    needs_data = True
+    needs_data = "batches"
     lr = 1e-4
 
     @staticmethod
-    def group_init(model, targets, cfg, calibration_data):
+    def group_init(model: nn.Module, targets: Targets[CorDAConfig], cfg: CorDAConfig, calibration_data: Any) -> None:
         if cfg.whiten == "none":
             for view in targets:
                 start(view, lambda W: W)
@@ -75,7 +75,7 @@ class CorDA(Deviation):
                     start(view, lambda W, P=P: W @ P.to(W.dtype))
 
 
-def start(view, whiten) -> None:
+def start(view: StagedLayer[CorDAConfig], whiten: Callable[[Tensor], Tensor]) -> None:
     """A0, B0 of one target: U_k S_k V_kᵀ P⁻¹ = U_k U_kᵀ W, so nothing is ever inverted."""
     cfg = view.cfg
     W = view.weight

@@ -6,12 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ..ops.orthogonal import unit_pair
 
@@ -48,7 +45,6 @@ class DeLoRA(Variant):
     config = DeLoRAConfig
     paper = "2503.18225"
     lr = 3e-3
-    cost = "2r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DeLoRAConfig) -> dict[str, ParamSpec]:
@@ -65,11 +61,11 @@ class DeLoRA(Variant):
         }
 
     @staticmethod
-    def init(layer, cfg):
+    def init(layer: Layer[DeLoRAConfig], cfg: DeLoRAConfig) -> None:
         layer.lora_w = layer.column_norms()
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[DeLoRAConfig]) -> tuple[Tensor, Tensor]:
         A0, dA = unit_pair(layer.tiny("lora_A0"), layer.tiny("lora_A"))
         B0, dB = unit_pair(layer.tiny("lora_B0").mT, layer.tiny("lora_B").mT)
         A = torch.cat((dA, A0)) * layer.tiny("lora_w")
@@ -77,5 +73,5 @@ class DeLoRA(Variant):
         return A.to(layer.lora_A.dtype), B.to(layer.lora_B.dtype)
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[DeLoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         return lowrank_update(y, layer.dropout(x), *layer.once("factors", lambda: DeLoRA.factors(layer)))

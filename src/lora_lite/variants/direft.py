@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
-from ._reft import ReFTConfig, check_rank, edit
+from torch import Tensor
+
+from ..core import Layer, ParamSpec, Variant, register
+from ._reft import ReFTConfig, check_rank, lowrank_edit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,6 @@ class DiReFT(Variant):
     site = "block"
     affine = False
     lr = 9e-4
-    cost = "2rd at the chosen prompt tokens"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DiReFTConfig) -> dict[str, ParamSpec]:
@@ -44,5 +43,5 @@ class DiReFT(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
-        return edit(layer, y, lambda h, i: (h @ layer.lora_W1[i].mT + layer.lora_b[i]) @ layer.lora_W2[i])
+    def forward(layer: Layer[DiReFTConfig], x: Tensor, y: Tensor) -> Tensor:
+        return lowrank_edit(layer, y, "lora_W1", "lora_W2")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import Layer, ParamSpec, Variant, register
 from ..ops.lowrank import inverse_root_minus_one, row_norm_square_change, scaled_lowrank_update
 from ._lowrank import ScaledConfig
 
@@ -36,7 +35,6 @@ class DoRA(Variant):
     config = DoRAConfig
     paper = "2402.09353"
     lr = 5e-4
-    cost = "r(d_in + d_out) + d_out, and r d_in d_out once per call (while decoding: once)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DoRAConfig) -> dict[str, ParamSpec]:
@@ -49,11 +47,11 @@ class DoRA(Variant):
         }
 
     @staticmethod
-    def init(layer, cfg):
+    def init(layer: Layer[DoRAConfig], cfg: DoRAConfig) -> None:
         layer.lora_norm = layer.row_norms()
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[DoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         s, A, B, m = layer.cfg.scale, layer.tiny("lora_A"), layer.tiny("lora_B"), layer.tiny("lora_m")
         with torch.no_grad():
             less = layer.once("less", lambda: shortening(layer, A, B, s))
@@ -62,7 +60,7 @@ class DoRA(Variant):
         return scaled_lowrank_update(y, layer.dropout(x), layer.lora_A, B, h.to(y.dtype), layer.bias, s)
 
 
-def shortening(layer, A, B, s):
+def shortening(layer: Layer[DoRAConfig], A: Tensor, B: Tensor, s: float) -> Tensor:
     """ρ − 1, ρ = ‖W‖/‖V‖ (d_out,)."""
     change = row_norm_square_change(layer.project(A).mT, A, B, s)
     return inverse_root_minus_one(change / layer.tiny("lora_norm").square().clamp_min(1e-20))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, StepTargets, Variant, register
 from ..ops.lowrank import add_lowrank, shrink
 
 
@@ -44,7 +42,6 @@ class DyLoRA(Variant):
     config = DyLoRAConfig
     paper = "2210.07558"
     lr = 1e-3
-    cost = "r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DyLoRAConfig) -> dict[str, ParamSpec]:
@@ -55,19 +52,19 @@ class DyLoRA(Variant):
         }
 
     @staticmethod
-    def on_step(targets, cfg, step):
+    def on_step(targets: StepTargets[DyLoRAConfig], cfg: DyLoRAConfig, step: int) -> None:
         u = float(torch.rand((), generator=targets[0].generator(f"step {step}"), dtype=torch.float64))
         for view in targets:
             low, high = view.cfg.r_min, view.cfg.r
             view.master("lora_b").fill_(low + int(u * (high - low + 1)))
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[DyLoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         A, B = DyLoRA.factors(layer)
         return add_lowrank(y, shrink(layer.dropout(x), A), B)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[DyLoRAConfig]) -> tuple[Tensor, Tensor]:
         A, B, cfg = layer.lora_A, layer.lora_B, layer.cfg
         if not layer.training:
             return A, B * cfg.scale
@@ -79,7 +76,7 @@ class DyLoRA(Variant):
         return A, B * torch.where(index < b, cfg.effective_alpha / b.to(exact), 0).to(B.dtype)
 
     @staticmethod
-    def compact(layer, rank):
+    def compact(layer: Layer[DyLoRAConfig], rank: int | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         cfg = layer.cfg
         b = cfg.r if rank is None else rank
         if not 1 <= b <= cfg.r:

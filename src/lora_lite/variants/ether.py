@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ..ops.orthogonal import block_rows, unit_rows
 
@@ -39,10 +37,8 @@ class ETHER(Variant):
     name = "ether"
     config = ETHERConfig
     paper = "2405.20271"
-    exact_identity = False
     identity_bound = math.inf
     lr = 3e-3
-    cost = "2n d_in"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: ETHERConfig) -> dict[str, ParamSpec]:
@@ -51,6 +47,6 @@ class ETHER(Variant):
         return {"lora_u": ParamSpec((cfg.n_blocks, d_in // cfg.n_blocks), init="normal", decay=False)}
 
     @staticmethod
-    def forward_input(layer, x):
+    def forward_input(layer: Layer[ETHERConfig], x: Tensor) -> Tensor:
         u = block_rows(unit_rows(layer.tiny("lora_u"))).to(x.dtype)
         return lowrank_update(x, x, u, -2 * u.mT)

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ..ops.orthogonal import block_rows, unit_pair
 
@@ -45,7 +42,6 @@ class ETHERPlus(Variant):
     config = ETHERPlusConfig
     paper = "2405.20271"
     lr = 3e-3
-    cost = "4n (d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: ETHERPlusConfig) -> dict[str, ParamSpec]:
@@ -59,19 +55,19 @@ class ETHERPlus(Variant):
         return specs
 
     @staticmethod
-    def forward_input(layer, x):
+    def forward_input(layer: Layer[ETHERPlusConfig], x: Tensor) -> Tensor:
         Z, M = layer.once("in", lambda: change(layer, "in", x.dtype))
         return lowrank_update(x, x, Z, M)
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[ETHERPlusConfig], x: Tensor, y: Tensor) -> Tensor:
         if layer.cfg.sides == "input":
             return y
         Z, M = layer.once("out", lambda: change(layer, "out", y.dtype))
         return lowrank_update(y, y if layer.bias is None else y - layer.bias, Z, M)
 
 
-def change(layer, side, dtype):
+def change(layer: Layer[ETHERPlusConfig], side: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Z (2n, d) and M (d, 2n) with H − I = Zᵀ Mᵀ."""
     u, v = layer.tiny(f"lora_{side}_u"), layer.tiny(f"lora_{side}_v")
     unit, e = unit_pair(layer.tiny(f"lora_{side}_u0") + u, v - u)

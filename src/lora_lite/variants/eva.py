@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
-from ..ops.lowrank import lowrank_update
+from ..core import AdapterConfig, ConfigError, ParamSpec, Targets, register
 from ..ops.spectrum import top_eigh
+from ._lowrank import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +30,7 @@ class EVAConfig(AdapterConfig):
 
 
 @register
-class EVA(Variant):
+class EVA(LowRank):
     """Low-rank update that starts from the principal directions of its inputs.
 
     y' = y + s (drop(x) Aᵀ) Bᵀ as in LoRA; the rows of A (r, d_in) are the top right singular vectors of the layer's
@@ -48,16 +45,15 @@ class EVA(Variant):
     name = "eva"
     config = EVAConfig
     paper = "2410.07170"
-    needs_data = True
+    needs_data = "batches"
     lr = 1e-3
-    cost = "r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: EVAConfig) -> dict[str, ParamSpec]:
         return {"lora_A": ParamSpec((cfg.r, d_in), init="empty"), "lora_B": ParamSpec((d_out, cfg.r))}
 
     @staticmethod
-    def group_init(model, targets, cfg, calibration_data):
+    def group_init(model: nn.Module, targets: Targets[EVAConfig], cfg: EVAConfig, calibration_data: Any) -> None:
         budget = sum(view.cfg.r for view in targets)
         directions, shares = {}, {}
         for gram in targets.each_gram(calibration_data, labelled=cfg.tokens == "labelled"):
@@ -80,11 +76,3 @@ class EVA(Variant):
             if r != view.cfg.r:
                 view.resize(r=r, alpha=view.cfg.scale * r)
             view.lora_A = directions[view.path][:r]
-
-    @staticmethod
-    def forward(layer, x, y):
-        return lowrank_update(y, layer.dropout(x), layer.lora_A, layer.lora_B, layer.cfg.scale)
-
-    @staticmethod
-    def factors(layer):
-        return layer.lora_A, layer.cfg.scale * layer.lora_B

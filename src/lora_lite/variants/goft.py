@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.orthogonal import givens_tree
 
 
@@ -33,7 +31,6 @@ class GOFT(Variant):
     config = GOFTConfig
     paper = "2404.04316"
     lr = 3e-3
-    cost = "4 d_in"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: GOFTConfig) -> dict[str, ParamSpec]:
@@ -42,6 +39,6 @@ class GOFT(Variant):
         return {"lora_theta": ParamSpec((d_in - 1,), decay=False)}
 
     @staticmethod
-    def forward_input(layer, x):
+    def forward_input(layer: Layer[GOFTConfig], x: Tensor) -> Tensor:
         theta = layer.tiny("lora_theta")
         return givens_tree(x, (-2 * (theta / 2).sin() ** 2).to(x.dtype), theta.sin().to(x.dtype))

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ..ops.orthogonal import householder_pairs
 
@@ -49,7 +46,6 @@ class HRA(Variant):
     config = HRAConfig
     paper = "2405.17484"
     lr = 1e-3
-    cost = "2r d"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: HRAConfig) -> dict[str, ParamSpec]:
@@ -60,27 +56,27 @@ class HRA(Variant):
         }
 
     @staticmethod
-    def forward_input(layer, x):
+    def forward_input(layer: Layer[HRAConfig], x: Tensor) -> Tensor:
         return rotate(layer, x) if layer.cfg.side == "input" else x
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[HRAConfig], x: Tensor, y: Tensor) -> Tensor:
         return rotate(layer, y) if layer.cfg.side == "output" else y
 
     @staticmethod
-    def penalty(layer):
+    def penalty(layer: Layer[HRAConfig]) -> Tensor:
         U0, dU = layer.tiny("lora_U0"), layer.tiny("lora_U")
         V = torch.nn.functional.normalize(U0.repeat_interleave(2, 0)[: len(dU)] + dU, dim=-1)
         return layer.cfg.orthogonality * (torch.eye(len(V), dtype=V.dtype, device=V.device) - V @ V.mT).square().sum()
 
 
-def rotate(layer, v):
+def rotate(layer: Layer[HRAConfig], v: Tensor) -> Tensor:
     """v H_r ⋯ H_1. An odd r is made even by the start of its last vector."""
     Z, M = layer.once("pairs", lambda: pairs(layer))
     return lowrank_update(v, v, Z.to(v.dtype), M.to(v.dtype).mT)
 
 
-def pairs(layer):
+def pairs(layer: Layer[HRAConfig]) -> tuple[Tensor, Tensor]:
     first, U = layer.tiny("lora_U0"), layer.tiny("lora_U")
     if len(U) % 2:
         U = torch.cat((U[:-1], torch.zeros_like(U[:1]), U[-1:]))

@@ -6,10 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..core.config import AdapterConfig, matches
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, Layer, ParamSpec, Variant, matches, register
 from ..ops.lowrank import scale_outputs
 
 
@@ -45,24 +44,23 @@ class IA3(Variant):
     config = IA3Config
     paper = "2205.05638"
     lr = 5e-3
-    cost = "d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: IA3Config) -> dict[str, ParamSpec]:
         return {"lora_g": ParamSpec((d_out if cfg.side == "output" else d_in,), decay=False)}
 
     @staticmethod
-    def by_feature(layer, side):
+    def by_feature(layer: Layer[IA3Config], side: str) -> tuple[Tensor, ...] | None:
         return (layer.lora_g,) if layer.cfg.side == side else None
 
     @staticmethod
-    def act(cfg, v, g):
+    def act(cfg: IA3Config, v: Tensor, g: Tensor) -> Tensor:
         return scale_outputs(v, g, None)
 
     @staticmethod
-    def forward_input(layer, x):
+    def forward_input(layer: Layer[IA3Config], x: Tensor) -> Tensor:
         return scale_outputs(x, layer.lora_g, None) if layer.cfg.side == "input" else x
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[IA3Config], x: Tensor, y: Tensor) -> Tensor:
         return scale_outputs(y, layer.lora_g, None) if layer.cfg.side == "output" else y

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import scale_outputs
 
 
@@ -29,20 +28,19 @@ class IA3FF(Variant):
     config = IA3FFConfig
     paper = "2205.05638"
     lr = 5e-3
-    cost = "d_in"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: IA3FFConfig) -> dict[str, ParamSpec]:
         return {"lora_g": ParamSpec((d_in,), decay=False)}
 
     @staticmethod
-    def by_feature(layer, side):
+    def by_feature(layer: Layer[IA3FFConfig], side: str) -> tuple[Tensor, ...] | None:
         return (layer.lora_g,) if side == "input" else None
 
     @staticmethod
-    def act(cfg, v, g):
+    def act(cfg: IA3FFConfig, v: Tensor, g: Tensor) -> Tensor:
         return scale_outputs(v, g, None)
 
     @staticmethod
-    def forward_input(layer, x):
+    def forward_input(layer: Layer[IA3FFConfig], x: Tensor) -> Tensor:
         return scale_outputs(x, layer.lora_g, None)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
-from ..ops.lowrank import lowrank_update
-from ._lowrank import ScaledConfig
+from torch import Tensor
+
+from ..core import Layer, ParamSpec, register
+from ._lowrank import LowRank, ScaledConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,7 @@ class LoRAConfig(ScaledConfig):
 
 
 @register
-class LoRA(Variant):
+class LoRA(LowRank):
     """Low-rank update of a frozen weight.
 
     y' = y + s (drop(x) Aᵀ) Bᵀ, A (r, d_in), B (d_out, r), s = alpha/r, or alpha/√r with `use_rslora`.
@@ -32,8 +31,8 @@ class LoRA(Variant):
     name = "lora"
     config = LoRAConfig
     paper = "2106.09685"
+    holds = "factors"
     lr = 1e-3
-    cost = "r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
@@ -43,13 +42,5 @@ class LoRA(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
-        return lowrank_update(y, layer.dropout(x), layer.lora_A, layer.lora_B, layer.cfg.scale)
-
-    @staticmethod
-    def factors(layer):
-        return layer.lora_A, layer.cfg.scale * layer.lora_B
-
-    @staticmethod
-    def from_factors(layer, A, B):
+    def from_factors(layer: Layer[LoRAConfig], A: Tensor, B: Tensor) -> None:
         layer.lora_A, layer.lora_B = A, B / layer.cfg.scale

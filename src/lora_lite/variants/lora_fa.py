@@ -8,12 +8,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
-from ..ops.lowrank import lowrank_update
-from ._lowrank import ScaledConfig
+from ..core import ConfigError, Layer, ParamSpec, register
+from ._lowrank import LowRank, ScaledConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +26,7 @@ def orthogonal_rows(A: Tensor, generator: Generator) -> None:
 
 
 @register
-class LoRAFA(Variant):
+class LoRAFA(LowRank):
     """Low-rank update whose first factor is frozen.
 
     y' = y + s (drop(x) Aᵀ) Bᵀ, A (r, d_in) random and frozen, B (d_out, r) = 0 trained. Backward keeps xAᵀ (tokens, r)
@@ -45,7 +41,6 @@ class LoRAFA(Variant):
     config = LoRAFAConfig
     paper = "2308.03303"
     lr = 1e-3
-    cost = "r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAFAConfig) -> dict[str, ParamSpec]:
@@ -57,13 +52,5 @@ class LoRAFA(Variant):
         return {"lora_A": ParamSpec((cfg.r, d_in), init=init, as_buffer=True), "lora_B": ParamSpec((d_out, cfg.r))}
 
     @staticmethod
-    def forward(layer, x, y):
-        return lowrank_update(y, layer.dropout(x), layer.lora_A, layer.lora_B, layer.cfg.scale)
-
-    @staticmethod
-    def factors(layer):
-        return layer.lora_A, layer.cfg.scale * layer.lora_B
-
-    @staticmethod
-    def from_factors(layer, A, B):
+    def from_factors(layer: Layer[LoRAFAConfig], A: Tensor, B: Tensor) -> None:
         layer.lora_A, layer.lora_B = A, B / layer.cfg.scale

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
+from torch import nn
+
+from ..core import AdapterConfig, ConfigError, ParamSpec, Targets, register
 from ..ops.spectrum import top_svd
 from ._deviation import Deviation
 
@@ -45,7 +45,7 @@ class LoRAGA(Deviation):
     name = "lora_ga"
     config = LoRAGAConfig
     paper = "2407.05000"
-    needs_data = True
+    needs_data = "batches"
     lr = 5e-5
 
     @staticmethod
@@ -55,7 +55,7 @@ class LoRAGA(Deviation):
         return Deviation.param_specs(d_in, d_out, cfg)
 
     @staticmethod
-    def group_init(model, targets, cfg, calibration_data):
+    def group_init(model: nn.Module, targets: Targets[LoRAGAConfig], cfg: LoRAGAConfig, calibration_data: Any) -> None:
         for view, G in targets.each_gradient(calibration_data):
             r, c = view.cfg.r, view.out_features**0.25 / view.cfg.gamma**0.5
             U, _, V = top_svd(G, 2 * r, decays=True)

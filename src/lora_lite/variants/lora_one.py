@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
-from ..ops.lowrank import lowrank_update
+from torch import nn
+
+from ..core import AdapterConfig, ConfigError, ParamSpec, Targets, register
 from ..ops.spectrum import top_svd
+from ._lowrank import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class LoRAOneConfig(AdapterConfig):
 
 
 @register
-class LoRAOne(Variant):
+class LoRAOne(LowRank):
     """Low-rank update that starts at the best rank-r part of one gradient step, so a fresh adapter departs from the
     base on purpose.
 
@@ -40,11 +39,9 @@ class LoRAOne(Variant):
     name = "lora_one"
     config = LoRAOneConfig
     paper = "2502.01235"
-    needs_data = True
-    exact_identity = False
+    needs_data = "batches"
     identity_bound = math.inf
     lr = 2e-4
-    cost = "r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAOneConfig) -> dict[str, ParamSpec]:
@@ -56,7 +53,9 @@ class LoRAOne(Variant):
         }
 
     @staticmethod
-    def group_init(model, targets, cfg, calibration_data):
+    def group_init(
+        model: nn.Module, targets: Targets[LoRAOneConfig], cfg: LoRAOneConfig, calibration_data: Any
+    ) -> None:
         for view, G in targets.each_gradient(calibration_data):
             U, S, V = top_svd(G, view.cfg.r, decays=True)
             if not S[0] > 0:
@@ -66,11 +65,3 @@ class LoRAOne(Variant):
                 )
             root = (S / S[0] / view.cfg.gamma).sqrt()
             view.lora_A, view.lora_B = (V * root).mT, -U * root
-
-    @staticmethod
-    def forward(layer, x, y):
-        return lowrank_update(y, layer.dropout(x), layer.lora_A, layer.lora_B, layer.cfg.scale)
-
-    @staticmethod
-    def factors(layer):
-        return layer.lora_A, layer.cfg.scale * layer.lora_B

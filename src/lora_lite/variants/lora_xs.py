@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.registry import register
-from ..core.spec import ParamSpec
+from torch import Tensor
+
+from ..core import Layer, ParamSpec, register
 from ._svd import SVDConfig
 from ._svd_core import SVDCore, basis_specs, triplets
 
@@ -36,5 +37,5 @@ class LoRAXS(SVDCore):
         return {"lora_R": ParamSpec((k, k)), **basis_specs(d_in, d_out, cfg)}
 
     @staticmethod
-    def change(layer):
+    def change(layer: Layer[LoRAXSConfig]) -> Tensor:
         return layer.cfg.scale * layer.tiny("lora_R") * layer.tiny("lora_S")

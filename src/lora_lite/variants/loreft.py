@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import Layer, ParamSpec, Variant, register
 from ..ops.stiefel import fill_orthonormal_rows, orthonormal_rows
 from ._reft import ReFTConfig, check_rank, edit
 
@@ -35,7 +35,6 @@ class LoReFT(Variant):
     site = "block"
     affine = False
     lr = 9e-4
-    cost = "2rd at the chosen prompt tokens, and a QR of (d, r) per call"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoReFTConfig) -> dict[str, ParamSpec]:
@@ -48,8 +47,8 @@ class LoReFT(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
-        def change(h, i):
+    def forward(layer: Layer[LoReFTConfig], x: Tensor, y: Tensor) -> Tensor:
+        def change(h: Tensor, i: int) -> Tensor:
             R = orthonormal_rows(layer.tiny("lora_R")[i]).to(h.dtype)
             return (h @ layer.lora_D[i].mT + layer.lora_b[i]) @ R
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.config import AdapterConfig
-from ..core.registry import register
+from ..core import AdapterConfig, Layer, register
 from ..ops.svd import balanced_factors, bottom_svd
 from ._deviation import Deviation
 
@@ -35,7 +34,7 @@ class MiLoRA(Deviation):
     lr = 3e-4
 
     @staticmethod
-    def init(layer, cfg):
+    def init(layer: Layer[MiLoRAConfig], cfg: MiLoRAConfig) -> None:
         W = layer.weight
         U, S, V = bottom_svd(W.to(torch.promote_types(torch.float32, W.dtype)), cfg.r)
         layer.lora_A0, layer.lora_B0 = balanced_factors(U, S, V, cfg.scale)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.orthogonal import add_blocks, cayley_minus_identity, neumann_minus_identity, shorten, skew
 
 
@@ -52,7 +49,6 @@ class OFT(Variant):
     config = OFTConfig
     paper = "2306.07280"
     lr = 4e-4
-    cost = "b d_in"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: OFTConfig) -> dict[str, ParamSpec]:
@@ -67,7 +63,7 @@ class OFT(Variant):
         return specs
 
     @staticmethod
-    def forward_input(layer, x):
+    def forward_input(layer: Layer[OFTConfig], x: Tensor) -> Tensor:
         b, d = layer.cfg.block_size, x.shape[-1]
         t = d % b
         if not t:
@@ -80,12 +76,12 @@ class OFT(Variant):
         return torch.cat((head, tail), -1)
 
 
-def turns(layer, name, b, dtype):
+def turns(layer: Layer[OFTConfig], name: str, b: int, dtype: torch.dtype) -> Tensor:
     """R − I of all blocks, (n, b, b)."""
     return layer.once(name, lambda: turn(layer.cfg, layer.tiny(name), b).to(dtype))
 
 
-def turn(cfg, theta, b):
+def turn(cfg: OFTConfig, theta: Tensor, b: int) -> Tensor:
     if cfg.max_norm is not None:
         theta = shorten(theta, cfg.max_norm / 2**0.5)  # ‖Q‖² counts every angle twice
     Q = skew(theta, b)

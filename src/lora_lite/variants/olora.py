@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.registry import register
+from ..core import Layer, register
 from ._deviation import Deviation
 from ._lowrank import ScaledConfig
 
@@ -33,7 +33,7 @@ class OLoRA(Deviation):
     lr = 5e-4
 
     @staticmethod
-    def init(layer, cfg):
+    def init(layer: Layer[OLoRAConfig], cfg: OLoRAConfig) -> None:
         W = layer.weight
         W = W.to(torch.promote_types(torch.float32, W.dtype))
         Q, R = torch.linalg.qr(W[:, : cfg.r])

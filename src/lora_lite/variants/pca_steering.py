@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
-from ..core.registry import register
+from ..core import Targets, register
 from ._steering import Steering, SteeringConfig, contrast, direction
 
 
@@ -30,10 +32,11 @@ class PCASteering(Steering):
     name = "pca_steering"
     config = PCASteeringConfig
     paper = "2310.01405"
-    cost = "d"
 
     @staticmethod
-    def group_init(model, targets, cfg, calibration_data):
+    def group_init(
+        model: nn.Module, targets: Targets[PCASteeringConfig], cfg: PCASteeringConfig, calibration_data: Any
+    ) -> None:
         for view, positive, negative in contrast(targets, calibration_data, cfg.token):
             D = positive - negative
             along = D @ (v := torch.linalg.svd(D, full_matrices=False).Vh[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.registry import register
+from ..core import Layer, register
 from ..ops.svd import balanced_factors
 from ._deviation import Deviation
 from ._svd import SVDConfig, leading_triplets
@@ -33,5 +33,5 @@ class PiSSA(Deviation):
     lr = 1e-4
 
     @staticmethod
-    def init(layer, cfg):
+    def init(layer: Layer[PiSSAConfig], cfg: PiSSAConfig) -> None:
         layer.lora_A0, layer.lora_B0 = balanced_factors(*leading_triplets(layer, cfg.r), cfg.scale)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.registry import register
-from ..core.spec import ParamSpec
+from torch import Tensor
+
+from ..core import Layer, ParamSpec, register
 from ._svd import SVDConfig
 from ._svd_core import SVDCore, basis_specs, rotation_change, rotation_spec, triplets
 
@@ -40,7 +41,7 @@ class PSOFT(SVDCore):
         return {"lora_a": gain, "lora_b": gain, **rotation_spec(k), **basis_specs(d_in, d_out, cfg)}
 
     @staticmethod
-    def change(layer):
+    def change(layer: Layer[PSOFTConfig]) -> Tensor:
         a, b = layer.tiny("lora_a"), layer.tiny("lora_b")
         core = rotation_change(layer) * (1 + b)[:, None] * (1 + a) + (a + b + a * b).diag()
         return layer.tiny("lora_S")[:, None] * core

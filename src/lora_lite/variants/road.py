@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.orthogonal import mix_pairs, pair_layout
 
 ROWS = {1: (0, 0, 0, 0), 2: (0, 0, 1, 1), 4: (0, 1, 2, 3)}
@@ -47,7 +45,6 @@ class ROAD(Variant):
     config = RoadConfig
     paper = "2409.00119"
     lr = 3e-3
-    cost = "2 d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: RoadConfig) -> dict[str, ParamSpec]:
@@ -55,23 +52,23 @@ class ROAD(Variant):
         return {"lora_theta": ParamSpec(shape, decay=False), "lora_alpha": ParamSpec(shape, decay=False)}
 
     @staticmethod
-    def by_feature(layer, side):
+    def by_feature(layer: Layer[RoadConfig], side: str) -> tuple[Tensor, ...] | None:
         return pair_map(layer) if side == "output" else None
 
     @staticmethod
-    def act(cfg, v, c, s):
+    def act(cfg: RoadConfig, v: Tensor, c: Tensor, s: Tensor) -> Tensor:
         return mix_pairs(v, c, s, cfg.group_size)
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[RoadConfig], x: Tensor, y: Tensor) -> Tensor:
         c, s = pair_map(layer)
         return mix_pairs(y, c.to(y.dtype), s.to(y.dtype), layer.cfg.group_size)
 
 
-def pair_map(layer):
+def pair_map(layer: Layer[RoadConfig]) -> tuple[Tensor, Tensor]:
     """What every output takes of itself beyond 1, and of its partner, (d_out,) each."""
 
-    def compute():
+    def compute() -> tuple[Tensor, Tensor]:
         d, group = layer.out_features, layer.cfg.group_size
         a, theta = layer.tiny("lora_alpha"), layer.tiny("lora_theta")
         cos, sin = a * theta.cos() - 2 * (theta / 2).sin() ** 2, (1 + a) * theta.sin()

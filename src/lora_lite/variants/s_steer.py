@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from ..core.config import Role
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import ConfigError, Layer, ParamSpec, Role, Targets, Variant, register
 from ..ops.lowrank import add_lowrank
 from ._steering import FittedConfig, check_difference, contrast
 
@@ -38,12 +36,8 @@ class SSteer(Variant):
     config = SSteerConfig
     paper = "wassname 2025, ssteer"
     needs_weight = True
-    needs_data = True
-    needs_pairs = True
-    trains = False
-    exact_identity = False
+    needs_data = "pairs"
     identity_bound = math.inf
-    cost = "2r d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: SSteerConfig) -> dict[str, ParamSpec]:
@@ -55,7 +49,7 @@ class SSteer(Variant):
         }
 
     @staticmethod
-    def group_init(model, targets, cfg, calibration_data):
+    def group_init(model: nn.Module, targets: Targets[SSteerConfig], cfg: SSteerConfig, calibration_data: Any) -> None:
         for view, positive, negative in contrast(targets, calibration_data, cfg.token):
             W = view.weight
             U, S, _ = torch.linalg.svd(W.to(torch.promote_types(torch.float32, W.dtype)), full_matrices=False)
@@ -67,6 +61,6 @@ class SSteer(Variant):
             view.lora_U, view.lora_delta = U, difference.to(U) @ U / S.sqrt()
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[SSteerConfig], x: Tensor, y: Tensor) -> Tensor:
         Wx = y if layer.bias is None else y - layer.bias
         return add_lowrank(y, layer.cfg.strength * layer.lora_delta * (Wx @ layer.lora_U), layer.lora_U)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.registry import register
-from ..core.spec import ParamSpec
+from torch import Tensor
+
+from ..core import Layer, ParamSpec, register
 from ._svd import SVDConfig
 from ._svd_core import SVDCore, basis_specs, rotation_change, rotation_spec, triplets
 
@@ -37,6 +38,6 @@ class SSVD(SVDCore):
         return {"lora_dS": ParamSpec((k,), decay=False), **rotation_spec(k), **basis_specs(d_in, d_out, cfg)}
 
     @staticmethod
-    def change(layer):
+    def change(layer: Layer[SSVDConfig]) -> Tensor:
         dS = layer.tiny("lora_dS")
         return (layer.tiny("lora_S") + dS)[:, None] * rotation_change(layer) + dS.diag()

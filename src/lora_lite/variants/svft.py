@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
+from ..core import ConfigError, Layer, ParamSpec, register
 from ._svd import SVDConfig
 from ._svd_core import SVDCore, basis_specs, triplets
 
@@ -53,7 +52,7 @@ class SVFT(SVDCore):
         return {"lora_M": ParamSpec((sum(lengths(k, cfg.band).values()),)), **basis_specs(d_in, d_out, cfg)}
 
     @staticmethod
-    def change(layer):
+    def change(layer: Layer[SVFTConfig]) -> Tensor:
         M, sizes = layer.tiny("lora_M"), lengths(layer.lora_S.shape[0], layer.cfg.band)
         if len(sizes) == 1:
             return M

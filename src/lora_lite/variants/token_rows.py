@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +43,6 @@ class TokenRows(Variant):
     paper = "PEFT's TrainableTokens"
     site = "embedding"
     lr = 1e-3
-    cost = "k d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: TokenRowsConfig) -> dict[str, ParamSpec]:
@@ -67,7 +63,7 @@ class TokenRows(Variant):
         return dataclasses.replace(cfg, side="output")
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[TokenRowsConfig], x: Tensor, y: Tensor) -> Tensor:
         if layer.cfg.side == "output":
             return y.index_add(-1, layer.lora_ids, (x @ layer.lora_rows.mT).to(y.dtype))
         return y + x.index_select(-1, layer.lora_ids) @ layer.lora_rows

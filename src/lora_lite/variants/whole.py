@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, Layer, ParamSpec, Variant, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +36,8 @@ class Whole(Variant):
     config = WholeConfig
     paper = "2312.11420"
     norms = True
-    whole = True
+    holds = "modules"
     lr = 1e-4
-    cost = "d_in d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: WholeConfig) -> dict[str, ParamSpec]:
@@ -47,6 +45,6 @@ class Whole(Variant):
         return {**specs, "lora_b": ParamSpec((d_out,), decay=False)} if cfg.bias else specs
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[WholeConfig], x: Tensor, y: Tensor) -> Tensor:
         y = y + layer.dropout(x) @ layer.lora_W.mT
         return y + layer.lora_b if layer.cfg.bias else y

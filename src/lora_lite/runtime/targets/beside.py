@@ -7,8 +7,8 @@ import dataclasses
 from torch import nn
 
 from ...core.config import AdapterConfig, matches
-from ...core.errors import ConfigError, TargetError, did_you_mean, listing
-from ...core.registry import variants
+from ...core.errors import TargetError, did_you_mean, listing
+from ...core.registry import holder
 from ..layers.linear import dims
 from ..layers.read import is_quantised
 from ..model.site import adapter_attributes
@@ -16,12 +16,10 @@ from .structure import Place, Structure
 
 
 def whole_config(cfg: AdapterConfig) -> AdapterConfig:
-    """The config of the modules that `cfg` trains whole: the method that declares it, with the adapter's dtype and
-    seed."""
-    holder = next((v for v in variants() if v.whole), None)
-    if holder is None:
-        raise ConfigError("train_modules: no registered method trains whole modules (none declares `whole = True`).")
-    return holder.config(variant=holder.name, dtype=cfg.dtype, seed=cfg.seed)
+    """The config of the modules that `cfg` trains whole: that of the method which holds them, with the adapter's dtype
+    and seed."""
+    whole = holder("modules")
+    return whole.config(variant=whole.name, dtype=cfg.dtype, seed=cfg.seed)
 
 
 def whole_places(model: nn.Module, structure: Structure, cfg: AdapterConfig, hits: dict[str, int]) -> list[Place]:
