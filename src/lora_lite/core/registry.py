@@ -40,7 +40,8 @@ def register(cls: T) -> T:
     if not issubclass(cls.config, AdapterConfig):  # type: ignore[attr-defined]
         raise ConfigError(f"{name}.config must be a dataclass that inherits AdapterConfig.")
     if not cls.title:  # type: ignore[attr-defined]
-        cls.title = (cls.__doc__ or name).strip().split("\n")[0].rstrip(".")  # type: ignore[attr-defined]
+        paragraph = (cls.__doc__ or name).strip().split("\n\n")[0]
+        cls.title = " ".join(paragraph.split()).rstrip(".")  # type: ignore[attr-defined]
     _TABLE[name] = cls
     return cls
 
