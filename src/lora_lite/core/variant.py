@@ -23,7 +23,7 @@ class Variant:
     name: ClassVar[str] = ""
     config: ClassVar[type[AdapterConfig]] = AdapterConfig
     title: ClassVar[str] = ""
-    """One line for tables; the first line of the docstring by default."""
+    """One line for tables; the first paragraph of the docstring by default."""
     paper: ClassVar[str] = ""
     """arXiv id or another citable source."""
     site: ClassVar[str] = "linear"
@@ -51,6 +51,8 @@ class Variant:
     M (1, d_out)."""
     whole: ClassVar[bool] = False
     """Trains every parameter of its layers: what `train_modules` puts beside another method."""
+    ignores: ClassVar[tuple[str, ...]] = ()
+    """Those of the common fields "r", "alpha" and "dropout" that the page does not use."""
     lr: ClassVar[float] = 1e-3
     """Recommended learning rate for AdamW."""
     cost: ClassVar[str] = ""

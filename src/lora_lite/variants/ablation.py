@@ -31,6 +31,7 @@ class Ablation(Steering):
     name = "ablation"
     config = AblationConfig
     paper = "2406.11717"
+    ignores = ("r", "alpha", "dropout")
     cost = "2d"
 
     @staticmethod

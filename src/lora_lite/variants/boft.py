@@ -48,6 +48,7 @@ class BOFT(Variant):
     name = "boft"
     config = BOFTConfig
     paper = "2311.06243"
+    ignores = ("r", "alpha", "dropout")
     lr = 5e-4
     cost = "m b d_in + d_out"
 

@@ -28,6 +28,7 @@ class CAA(Steering):
     name = "caa"
     config = CAAConfig
     paper = "2312.06681"
+    ignores = ("r", "alpha", "dropout")
     cost = "d"
 
     @staticmethod

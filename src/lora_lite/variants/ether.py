@@ -39,6 +39,7 @@ class ETHER(Variant):
     name = "ether"
     config = ETHERConfig
     paper = "2405.20271"
+    ignores = ("r", "alpha", "dropout")
     exact_identity = False
     identity_bound = math.inf
     lr = 3e-3

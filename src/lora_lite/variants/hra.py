@@ -48,6 +48,7 @@ class HRA(Variant):
     name = "hra"
     config = HRAConfig
     paper = "2405.17484"
+    ignores = ("alpha", "dropout")
     lr = 1e-3
     cost = "2r d"
 

@@ -44,6 +44,7 @@ class TokenRows(Variant):
     name = "token_rows"
     config = TokenRowsConfig
     paper = "PEFT's TrainableTokens"
+    ignores = ("alpha", "dropout")
     site = "embedding"
     lr = 1e-3
     cost = "k d_out"

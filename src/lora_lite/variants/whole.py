@@ -36,6 +36,7 @@ class Whole(Variant):
     name = "whole"
     config = WholeConfig
     paper = "2312.11420"
+    ignores = ("r", "alpha")
     norms = True
     whole = True
     lr = 1e-4
