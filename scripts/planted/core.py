@@ -99,9 +99,9 @@ BUGS = [
     Bug(
         "a name that is taken",
         "core/registry.py",
-        "if old is not None and (old.__module__",
-        "if old is None and (old.__module__",
-        "tests/core",
+        "(old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):",
+        "old.__module__ != cls.__module__:",
+        "tests/core/test_words.py",
     ),
     Bug(
         "the registry in order of registration",
