@@ -39,7 +39,7 @@ def my_variant():
 
         @staticmethod
         def forward(layer, x, y):
-            return y + (x @ layer.lora_A.mT) @ layer.lora_B.mT
+            return y + layer.cfg.scale * (layer.dropout(x) @ layer.lora_A.mT) @ layer.lora_B.mT
 
     return MyVariant
 
@@ -50,7 +50,8 @@ def test_the_contract_holds_for_a_page_of_ten_lines():
     ll.attach(model, ll.AdapterConfig(variant="myvariant", r=4))
     assert model[0].lora_A.shape == (4, 12)
     ran = ll.testing.check_variant("myvariant")
-    assert len(ran) > 25 and ll.testing.check_variant(cls, checks=["round_trip"]) == ["round_trip"]
+    assert ran[:2] == ["specs_are_a_dict_of_specs", "pages_return_what_they_rewrite"]  # these name the cause
+    assert len(ran) > 30 and ll.testing.check_variant(cls, checks=["round_trip"]) == ["round_trip"]
 
 
 def wrong(**members):
@@ -116,11 +117,104 @@ def saddle(d_in, d_out, cfg):
     return {"lora_A": ParamSpec((cfg.r, d_in)), "lora_B": ParamSpec((d_out, cfg.r))}
 
 
+def product(layer, x):
+    return (layer.dropout(x) @ layer.lora_A.mT) @ layer.lora_B.mT
+
+
+def without_scale(layer, x, y):
+    return y + product(layer, x)
+
+
+def scale_squared(layer, x, y):
+    return y + layer.cfg.scale**2 * product(layer, x)
+
+
+def root_of_scale(layer, x, y):
+    return y + layer.cfg.scale**0.5 * product(layer, x)
+
+
+def fixed_size(d_in, d_out, cfg):
+    return {"lora_A": ParamSpec((4, d_in), init="kaiming"), "lora_B": ParamSpec((d_out, 4))}
+
+
+def without_dropout(layer, x, y):
+    return y + layer.cfg.scale * (x @ layer.lora_A.mT) @ layer.lora_B.mT
+
+
+def forgets_return(layer, x, y):
+    y + product(layer, x)
+
+
+def returns_a_tuple(layer, x, y):
+    return y, product(layer, x)
+
+
+def returns_the_narrow_side(layer, x, y):
+    return x @ layer.lora_A.mT
+
+
+def returns_fp32(layer, x, y):
+    return y + (x.float() @ layer.master("lora_A").mT) @ layer.master("lora_B").mT
+
+
+def list_of_specs(d_in, d_out, cfg):
+    return [ParamSpec((cfg.r, d_in)), ParamSpec((d_out, cfg.r))]
+
+
+def shapes_only(d_in, d_out, cfg):
+    return {"lora_A": (cfg.r, d_in), "lora_B": (d_out, cfg.r)}
+
+
+KEPT = {}
+
+
+def keeps_on_the_class(layer, cfg):
+    ll.get_variant("myvariant").norm = layer.weight.norm()
+
+
+def keeps_in_the_module(layer, cfg):
+    KEPT[layer.path] = layer.weight.norm()
+
+
+def keeps_on_the_layer(layer, cfg):
+    layer._module.kept = layer.weight.norm()
+
+
+def counts_calls_on_the_layer(layer, x, y):
+    layer._module.calls = vars(layer._module).get("calls", 0) + 1
+    return y + product(layer, x)
+
+
+def first_tensors_for_ever(key):
+    """Keeps what it computed first in a closure, where nobody can look."""
+    kept = {}
+
+    def forward(layer, x, y):
+        B = kept.setdefault(key(layer), layer.lora_B.detach().clone())
+        return y + (x @ layer.lora_A.mT) @ (layer.lora_B if layer.training else B).mT
+
+    return forward
+
+
+def mean_of_all_calls():
+    seen = []
+
+    def forward(layer, x, y):
+        seen.append(x.detach().mean())
+        return y + product(layer, x) * (1 + sum(seen) / len(seen))
+
+    return forward
+
+
 @pytest.mark.parametrize(
     ("members", "check", "words"),
     [
         ({"forward": shift}, "fresh_adapter_is_the_identity", "a fresh adapter changes the output"),
-        ({"exact_identity": False, "forward": shift, "identity_bound": 1e-6}, "fresh_adapter_is_the_identity", "more than the declared"),
+        (
+            {"exact_identity": False, "forward": shift, "identity_bound": 1e-6},
+            "fresh_adapter_is_the_identity",
+            "more than the declared",
+        ),
         ({"exact_identity": False}, "fresh_adapter_is_the_identity", "needs identity_bound"),
         ({"forward": mixes_rows}, "rows_and_tokens_are_independent", "one row changes another row"),
         ({"forward": looks_ahead}, "rows_and_tokens_are_independent", "later tokens changes earlier"),
@@ -134,9 +228,52 @@ def saddle(d_in, d_out, cfg):
         ({"param_specs": dead_tensor}, "gradients_reach_the_adapter_only", "lora_unused gets no gradient"),
         ({"param_specs": saddle}, "first_step_scales_with_the_learning_rate", "saddle"),
         ({"forward": upcast}, "random_adapter_does_something", "only"),
+        ({"forward": without_scale}, "ignored_fields_are_declared", r"ignores alpha.*layer\.cfg\.scale.*\('alpha',\)"),
+        ({"forward": without_dropout}, "ignored_fields_are_declared", r"ignores dropout.*layer\.dropout"),
+        ({"param_specs": fixed_size}, "ignored_fields_are_declared", r"ignores r:.*cfg\.r"),
+        ({"ignores": ("alpha",)}, "ignored_fields_are_declared", "declares that it ignores alpha, yet"),
+        ({"ignores": ("r",)}, "ignored_fields_are_declared", "declares that it ignores r, yet"),
+        ({"ignores": ("dropout",)}, "ignored_fields_are_declared", "declares that it ignores dropout, yet"),
+        ({"ignores": ("beta",)}, "ignored_fields_are_declared", "'beta'.*what can be ignored"),
+        ({"forward": scale_squared}, "update_grows_with_the_scale", "not grow in proportion"),
+        ({"forward": root_of_scale}, "update_grows_with_the_scale", "not grow in proportion"),
+        (
+            {"forward": forgets_return},
+            "pages_return_what_they_rewrite",
+            "forward on layers.0.up returns None.*return y",
+        ),
+        ({"forward": returns_a_tuple}, "pages_return_what_they_rewrite", "returns a tuple"),
+        (
+            {"forward": returns_the_narrow_side},
+            "pages_return_what_they_rewrite",
+            r"returns the shape \(5, 3\) for y \(5, 20\)",
+        ),
+        ({"forward": returns_fp32}, "pages_return_what_they_rewrite", "returns torch.float32 for y in torch.bfloat16"),
+        (
+            {"forward_input": lambda layer, x: None},
+            "pages_return_what_they_rewrite",
+            "forward_input on .*None.*return x",
+        ),
+        ({"param_specs": list_of_specs}, "specs_are_a_dict_of_specs", "a list, not a dict"),
+        ({"param_specs": shapes_only}, "specs_are_a_dict_of_specs", "'lora_A' is a tuple, not a ParamSpec"),
+        ({"init": keeps_on_the_class}, "nothing_is_kept_outside_of_tensors", r"MyVariant\.norm.*has to be a tensor"),
+        ({"init": keeps_in_the_module}, "nothing_is_kept_outside_of_tensors", r"test_my_variant\.KEPT"),
+        ({"init": keeps_on_the_layer}, "nothing_is_kept_outside_of_tensors", r"layers\.0\.up\.kept"),
+        ({"forward": counts_calls_on_the_layer}, "nothing_is_kept_outside_of_tensors", r"layers\.0\.up\.calls"),
+        (
+            {"forward": first_tensors_for_ever(lambda layer: layer.path)},
+            "the_tensors_decide_alone",
+            "new value of layers.0.up.lora_B",
+        ),
+        (
+            {"forward": first_tensors_for_ever(lambda layer: id(layer._module))},
+            "the_tensors_decide_alone",
+            "new values",
+        ),
+        ({"forward": mean_of_all_calls()}, "the_tensors_decide_alone", "call of another model"),
     ],
     ids=lambda v: v if isinstance(v, str) and "_" in v else None,
-)  # fmt: skip
+)
 def test_a_broken_page_is_told_why(members, check, words):
     wrong(**members)
     with pytest.raises(AssertionError, match=words):

@@ -388,6 +388,30 @@ def test_the_base_is_compared_within_its_rounding(tmp_path):
         ll.load(other, path, name="c", base_check="no")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rounded", "changed"),
+    [
+        (torch.float32, 1 + 2**-20, 1 + 2**-15),
+        (torch.float16, 1 + 2**-10, 1 + 2**-8),
+        (torch.bfloat16, 1 + 2**-8, 1 + 2**-6),
+    ],
+    ids=str,
+)
+def test_every_dtype_has_the_tolerance_of_its_own_rounding(dtype, rounded, changed, tmp_path):
+    model = toy(dtype=dtype)
+    ll.attach(model, CFG)
+    path = ll.save(model, tmp_path / "x")
+    for factor in (rounded, changed):
+        other = toy(dtype=dtype)
+        other.layers[1].down.weight.data *= factor
+        assert not torch.equal(other.layers[1].down.weight, model.layers[1].down.weight)
+        if factor == rounded:
+            ll.load(other, path)
+        else:
+            with pytest.raises(ll.BaseMismatchError, match="layers.1.down"):
+                ll.load(other, path)
+
+
 # ---- writing
 
 

@@ -193,3 +193,13 @@ def test_penalty_is_the_sum_over_the_targets_of_what_is_active():
     assert torch.equal(model[0].lora_b.grad, torch.full((5,), -4.0))
     ll.activate(model, None)
     assert ll.penalty(model) == 0 and ll.penalty(model, "default") == 36
+
+
+def test_the_penalties_of_all_active_adapters_are_added():
+    model, _ = small()
+    ll.attach(model, ll.AdapterConfig(variant="counting_for_tests"), name="second")
+    with torch.no_grad():
+        model[0]._parameters["lora_b@second"].add_(1)
+    assert ll.penalty(model, "default") == 4 * 9 and ll.penalty(model, "second") == 4 * 4 + 5
+    ll.activate(model, ["second", "default"])
+    assert ll.penalty(model) == 36 + 21

@@ -48,7 +48,7 @@ def did_you_mean(word: str, pool: Iterable[str], n: int = 3) -> str:
     near = difflib.get_close_matches(word, names, n=n, cutoff=0.5)
     if not near:  # paths differ mostly in their prefix: compare the last segments too
         tails = {name.rsplit(".", 1)[-1]: name for name in names}
-        near = difflib.get_close_matches(word.rsplit(".", 1)[-1], tails, n=n, cutoff=0.5)
+        near = [tails[m] for m in difflib.get_close_matches(word.rsplit(".", 1)[-1], tails, n=n, cutoff=0.5)]
     return f" Did you mean {', '.join(repr(m) for m in near)}?" if near else ""
 
 

@@ -54,7 +54,7 @@ class Variant:
     config: ClassVar[type[AdapterConfig]] = AdapterConfig
     """The dataclass of its options."""
     title: ClassVar[str] = ""
-    """One line for tables; the first line of the docstring by default."""
+    """One line for tables; the first paragraph of the docstring by default."""
     paper: ClassVar[str] = ""
     """arXiv id or another citable source."""
     site: ClassVar[str] = "linear"
@@ -78,6 +78,8 @@ class Variant:
     holds: ClassVar[Literal["", "factors", "modules"]] = ""
     """What the library itself keeps with this method: "factors", the sums of `ll.combine`; "modules", those of
     `train_modules`. One method each, and a subclass does not inherit it: the package's own have both."""
+    ignores: ClassVar[tuple[str, ...]] = ()
+    """Those of the common fields "r", "alpha" and "dropout" that the page does not use."""
     lr: ClassVar[float] = 1e-3
     """Recommended learning rate for AdamW."""
 

@@ -86,9 +86,8 @@ class Case:
     def cfg(self, **changes: Any) -> AdapterConfig:
         """A config that the method accepts on the toy model."""
         for r, alpha in SIZES:
-            fields = {"variant": self.variant.name, "r": r, "alpha": alpha, **self.options, **changes}
             try:
-                cfg = self.variant.config(**fields)
+                cfg = self.sized(**{"r": r, "alpha": alpha, **self.options, **changes})
                 plan(self.model(), cfg)
             except LoraLiteError as e:
                 if (r, alpha) == SIZES[-1]:
@@ -98,6 +97,11 @@ class Case:
             else:
                 return cfg
         raise AssertionError
+
+    def sized(self, **changes: Any) -> AdapterConfig:
+        """A config of the first size, or of the one given, whether or not the method accepts it on the toy model."""
+        r, alpha = SIZES[0]
+        return self.variant.config(**{"variant": self.variant.name, "r": r, "alpha": alpha, **self.options, **changes})
 
     def model(self, **changes: Any) -> Toy:
         """The untouched toy model, the same at every call."""

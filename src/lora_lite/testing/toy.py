@@ -3,7 +3,7 @@ change."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -129,58 +129,82 @@ def pairs(dtype: torch.dtype = torch.float32, n: int = 4) -> list[tuple[dict[str
     return list(zip(found[::2], found[1::2], strict=True))
 
 
+class Kept(NamedTuple):
+    """One tensor as it was."""
+
+    identity: int
+    value: Tensor
+    grad: bool
+
+
+class Traits(NamedTuple):
+    """What a module has beside tensors."""
+
+    identity: int
+    training: bool
+    attributes: list[str]
+    children: list[str]
+    hooks: dict[str, list[int]]
+    forward: object
+
+    @classmethod
+    def of(cls, m: nn.Module) -> Traits:
+        hooks = {k: list(v) for k, v in vars(m).items() if "hooks" in k and isinstance(v, dict)}
+        return cls(id(m), m.training, sorted(vars(m)), sorted(m._modules), hooks, vars(m).get("forward"))
+
+
 class Snapshot:
     """Everything of a model that an adapter could leave behind: tensors, identities, flags, modes, hooks, attributes,
     the random state, its output."""
 
     def __init__(self, model: nn.Module, *inputs: Any, bits_only: bool = False) -> None:
         self.tensors = {
-            name: (id(t), t.detach().clone(), t.requires_grad)
+            name: Kept(id(t), t.detach().clone(), t.requires_grad)
             for name, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
         }
         self.keys = list(model.state_dict())
-        self.modules = {name: self._module(m) for name, m in model.named_modules(remove_duplicate=False)}
+        self.modules = {name: Traits.of(m) for name, m in model.named_modules(remove_duplicate=False)}
         self.inputs, self.bits_only = inputs, bits_only
         self.output = _run(model, inputs) if inputs else []
         self.rng = torch.get_rng_state()
-
-    @staticmethod
-    def _module(m: nn.Module) -> tuple[Any, ...]:
-        hooks = {k: list(v) for k, v in vars(m).items() if "hooks" in k and isinstance(v, dict)}
-        return id(m), m.training, sorted(vars(m)), sorted(m._modules), hooks, vars(m).get("forward")
 
     def difference(self, model: nn.Module) -> str:
         """What is not as it was, as a sentence; empty when nothing is."""
         if not torch.equal(self.rng, torch.get_rng_state()):
             return "the global random state moved"
         new = Snapshot(model, *self.inputs)
+        return next(filter(None, (self._names(new), self._tensors(new), self._modules(new), self._output(new))), "")
+
+    def _names(self, new: Snapshot) -> str:
         for what, old, now in (
             ("tensors", list(self.tensors), list(new.tensors)),
             ("state_dict keys", self.keys, new.keys),
             ("modules", list(self.modules), list(new.modules)),
         ):
             if old != now:
-                return (
-                    f"{what}: gone {[k for k in old if k not in now]}, new {[k for k in now if k not in old]}, or in "
-                    "another order"
-                )
-        for name, (ident, value, grad) in self.tensors.items():
-            ident2, value2, grad2 = new.tensors[name]
-            if value.shape != value2.shape or not torch.equal(_bits(value), _bits(value2)):
+                gone, come = [k for k in old if k not in now], [k for k in now if k not in old]
+                return f"{what}: gone {gone}, new {come}, or in another order"
+        return ""
+
+    def _tensors(self, new: Snapshot) -> str:
+        for name, old in self.tensors.items():
+            now = new.tensors[name]
+            if old.value.shape != now.value.shape or not torch.equal(_bits(old.value), _bits(now.value)):
                 return f"the values of {name} changed"
-            if grad != grad2:
-                return f"requires_grad of {name} went from {grad} to {grad2}"
-            if ident != ident2 and not self.bits_only:
+            if old.grad != now.grad:
+                return f"requires_grad of {name} went from {old.grad} to {now.grad}"
+            if old.identity != now.identity and not self.bits_only:
                 return f"{name} is another object now"
+        return ""
+
+    def _modules(self, new: Snapshot) -> str:
         for name, old in self.modules.items():
-            for what, a, b in zip(
-                ("identity", "training mode", "attributes", "children", "hooks", "forward"),
-                old,
-                new.modules[name],
-                strict=True,
-            ):
+            for what, a, b in zip(Traits._fields, old, new.modules[name], strict=True):
                 if a != b and not (self.bits_only and what == "identity"):
                     return f"{what} of {name or 'the model'} went from {a} to {b}"
+        return ""
+
+    def _output(self, new: Snapshot) -> str:
         for a, b in zip(self.output, new.output, strict=True):
             if not torch.equal(a, b):
                 return f"its output differs by {float((a - b).abs().max()):.2e}"
@@ -195,6 +219,8 @@ def _bits(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    out = model(*inputs)
-    values = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else (out,)
+    out: Any = model(*inputs)
+    if isinstance(out, dict):
+        out = list(out.values())
+    values = out if isinstance(out, (tuple, list)) else (out,)
     return [v.clone() for v in values if isinstance(v, Tensor)]

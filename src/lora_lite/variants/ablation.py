@@ -33,6 +33,7 @@ class Ablation(Steering):
     name = "ablation"
     config = AblationConfig
     paper = "2406.11717"
+    ignores = ("r", "alpha", "dropout")
 
     @staticmethod
     def group_init(

@@ -58,6 +58,7 @@ class AntiPaSTO(SVDCore):
     name = "antipasto"
     config = AntiPaSTOConfig
     paper = "2601.07473"
+    ignores = ("alpha",)
     own_weight = True
     lr = 2e-3
 

@@ -45,6 +45,7 @@ class BOFT(Variant):
     name = "boft"
     config = BOFTConfig
     paper = "2311.06243"
+    ignores = ("r", "alpha", "dropout")
     lr = 5e-4
 
     @staticmethod

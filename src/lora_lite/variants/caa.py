@@ -31,6 +31,7 @@ class CAA(Steering):
     name = "caa"
     config = CAAConfig
     paper = "2312.06681"
+    ignores = ("r", "alpha", "dropout")
 
     @staticmethod
     def group_init(model: nn.Module, targets: Targets[CAAConfig], cfg: CAAConfig, calibration_data: Any) -> None:

@@ -44,6 +44,7 @@ class DeLoRA(Variant):
     name = "delora"
     config = DeLoRAConfig
     paper = "2503.18225"
+    ignores = ("alpha",)
     lr = 3e-3
 
     @staticmethod

@@ -41,6 +41,7 @@ class ETHERPlus(Variant):
     name = "ether_plus"
     config = ETHERPlusConfig
     paper = "2405.20271"
+    ignores = ("r", "alpha", "dropout")
     lr = 3e-3
 
     @staticmethod

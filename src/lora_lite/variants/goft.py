@@ -30,6 +30,7 @@ class GOFT(Variant):
     name = "goft"
     config = GOFTConfig
     paper = "2404.04316"
+    ignores = ("r", "alpha", "dropout")
     lr = 3e-3
 
     @staticmethod

@@ -45,6 +45,7 @@ class HRA(Variant):
     name = "hra"
     config = HRAConfig
     paper = "2405.17484"
+    ignores = ("alpha", "dropout")
     lr = 1e-3
 
     @staticmethod

@@ -48,6 +48,7 @@ class OFT(Variant):
     name = "oft"
     config = OFTConfig
     paper = "2306.07280"
+    ignores = ("r", "alpha", "dropout")
     lr = 4e-4
 
     @staticmethod

@@ -32,6 +32,7 @@ class PSOFT(SVDCore):
     name = "psoft"
     config = PSOFTConfig
     paper = "2505.11235"
+    ignores = ("alpha",)
     lr = 1e-3
 
     @staticmethod

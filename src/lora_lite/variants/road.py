@@ -44,6 +44,7 @@ class ROAD(Variant):
     name = "road"
     config = RoadConfig
     paper = "2409.00119"
+    ignores = ("r", "alpha", "dropout")
     lr = 3e-3
 
     @staticmethod

@@ -35,6 +35,7 @@ class SSteer(Variant):
     name = "s_steer"
     config = SSteerConfig
     paper = "wassname 2025, ssteer"
+    ignores = ("alpha", "dropout")
     needs_weight = True
     needs_data = "pairs"
     identity_bound = math.inf

@@ -30,6 +30,7 @@ class SSVD(SVDCore):
     name = "ssvd"
     config = SSVDConfig
     paper = "2509.02830"
+    ignores = ("alpha",)
     lr = 1e-3
 
     @staticmethod

@@ -44,6 +44,7 @@ class SVFT(SVDCore):
     name = "svft"
     config = SVFTConfig
     paper = "2405.19597"
+    ignores = ("alpha",)
     lr = 1e-2
 
     @staticmethod

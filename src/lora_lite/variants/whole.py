@@ -35,6 +35,7 @@ class Whole(Variant):
     name = "whole"
     config = WholeConfig
     paper = "2312.11420"
+    ignores = ("r", "alpha")
     norms = True
     holds = "modules"
     lr = 1e-4

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...io.load import load
 from ...io.native import save
@@ -18,12 +21,48 @@ from ..toy import Snapshot
 from .suite import Planted, affine, check, full_precision, read_file, write_file
 
 
+@dataclass
+class Failure:
+    """One way in which an attach fails: a member of the variant that is replaced, or other data."""
+
+    what: str
+    member: str = ""
+    function: Callable[..., Any] | None = None
+    data: Callable[[], Any] | None = None
+
+    def strike(self, case: Case, model: nn.Module) -> None:
+        """Attach, and fail."""
+        if self.data is not None:
+            attach(model, case.cfg(), self.data())
+            return
+        with case.patched(self.member, self.function):
+            case.attach(model)
+
+
 @check("4_all_or_nothing", full_precision)
 def failed_attach_leaves_no_trace(case: Case) -> None:
     """`init` fails at the last target, `group_init` after its work, the data in the middle."""
-    n = len(record_of(case.fresh(), "default").targets)
+    for second in (False, True):  # on a bare model, and on one that has an adapter already
+        for failure in _failures(case):
+            model = case.model().train()
+            model.layers[0].eval()
+            if second:
+                case.attach(model, "first")
+            before = Snapshot(model, case.x())
+            try:
+                failure.strike(case, model)
+            except Planted:
+                pass
+            else:
+                case.expect(False, f"a failure in {failure.what} was swallowed.")
+            case.expect(not (d := before.difference(model)), f"after a failure in {failure.what} {d}.")
+            case.attach(model)  # and the model still takes an adapter
+
+
+def _failures(case: Case) -> list[Failure]:
+    n = len(record_of(case.fresh()).targets)
+    init, group_init = case.variant.init, case.variant.group_init
     calls = 0
-    original, original_group = case.variant.init, case.variant.group_init
 
     def failing_init(layer: Any, cfg: Any) -> None:
         nonlocal calls
@@ -31,48 +70,23 @@ def failed_attach_leaves_no_trace(case: Case) -> None:
         torch.rand(3)
         if calls == n:
             raise Planted
-        if original is not None:
-            original(layer, cfg)
+        if init is not None:
+            init(layer, cfg)
 
-    def failing_group_init(model: Any, targets: Any, cfg: Any, data: Any) -> None:
-        if original_group is not None:
-            original_group(model, targets, cfg, data)
+    def failing_group_init(*args: Any) -> None:
+        if group_init is not None:
+            group_init(*args)
         raise Planted
 
-    def one_good_batch(dtype: torch.dtype) -> Any:
-        def data() -> Any:
-            yield from case.data(dtype)[:1]
-            raise Planted
+    def one_good_batch() -> Any:
+        yield from case.data(case.dtype)[:1]
+        raise Planted
 
-        return data()
-
-    good = case.data
-    plans: list[tuple[str, str | None, Any, Any]] = [
-        ("init at its last target", "init", failing_init, good),
-        ("group_init", "group_init", failing_group_init, good),
+    found = [
+        Failure("init at its last target", "init", failing_init),
+        Failure("group_init", "group_init", failing_group_init),
     ]
-    if case.variant.needs_data:
-        plans.append(("the calibration data", None, None, one_good_batch))
-    for second in (False, True):  # on a bare model, and on one that has an adapter already
-        for what, member, function, data in plans:
-            calls = 0
-            model = case.model().train()
-            model.layers[0].eval()
-            if second:
-                case.attach(model, "first")
-            before = Snapshot(model, case.x())
-            try:
-                if member is None:
-                    attach(model, case.cfg(), data(case.dtype))
-                else:
-                    with case.patched(member, function):
-                        case.attach(model)
-            except Planted:
-                pass
-            else:
-                case.expect(False, f"a failure in {what} was swallowed.")
-            case.expect(not (d := before.difference(model)), f"after a failure in {what} {d}.")
-            case.attach(model)  # and the model still takes an adapter
+    return [*found, Failure("the calibration data", data=one_good_batch)] if case.variant.needs_data else found
 
 
 @check("4_all_or_nothing")
@@ -99,7 +113,7 @@ def failed_load_leaves_no_trace(case: Case) -> None:
             "an added key": {**tensors, "layers.0.up.lora_stranger": torch.zeros(1)},
             "another prefix": {f"base.{k}": v for k, v in tensors.items()},
             "a wrong shape": {**tensors, first: torch.zeros(*tensors[first].shape, 2)},
-            "NaN": {**tensors, first: torch.full(tensors[first].shape, float("nan"))},
+            "NaN": {**tensors, first: _with_nan(tensors[first])},
         }
         model = case.model()
         before = Snapshot(model, case.x())
@@ -115,6 +129,14 @@ def failed_load_leaves_no_trace(case: Case) -> None:
         del renamed._modules["layers"]
         with case.raises("loading into a model with a renamed parent", "layers.0"):
             load(renamed, path)
+
+
+def _with_nan(t: torch.Tensor) -> torch.Tensor:
+    """A copy with one NaN, where its dtype has any."""
+    t = t.clone()
+    if t.is_floating_point():
+        t.view(-1)[-1] = float("nan")
+    return t
 
 
 @check("4_all_or_nothing", affine)

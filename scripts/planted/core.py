@@ -1,0 +1,141 @@
+"""Bugs in `core`."""
+
+from __future__ import annotations
+
+from .bug import Bug
+
+CASES = "tests/contract/test_3_each_case.py"
+MINE = "tests/contract/test_my_variant.py"
+TARGETS = "tests/runtime/test_targets.py"
+
+BUGS = [
+    Bug(
+        "alpha = r hides a factor",
+        "core/config.py",
+        "return self.effective_alpha / self.r",
+        "return 1.0",
+        "tests/equations/test_lora_starts.py",
+    ),
+    Bug(
+        "the first matching rank pattern wins",
+        "core/config.py",
+        'if matches(pattern, path):\n                changes["r"] = r',
+        'if matches(pattern, path):\n                changes.setdefault("r", r)',
+        TARGETS,
+    ),
+    Bug(
+        "alpha patterns forgotten", "core/config.py", 'changes["alpha"] = alpha\n', "pass\n", TARGETS + " -k overrides"
+    ),
+    Bug(
+        "a pattern matches the end of a word",
+        "core/config.py",
+        r're.fullmatch(rf"(?:.*\.)?(?:{pattern})", p)',
+        r're.fullmatch(rf"(?:.*)?(?:{pattern})", p)',
+        TARGETS + " -k segments",
+    ),
+    Bug(
+        "a pattern matches the beginning of a name",
+        "core/config.py",
+        "any(re.fullmatch(rf",
+        "any(re.match(rf",
+        TARGETS + " -k segments",
+    ),
+    Bug(
+        "True is taken for a number",
+        "core/config.py",
+        "if hint is int and isinstance(value, int) and not isinstance(value, bool):",
+        "if hint is int and isinstance(value, int):",
+        CASES + " -k configs",
+    ),
+    Bug(
+        "dropout 1 allowed",
+        "core/config.py",
+        "if not 0 <= self.dropout < 1:",
+        "if not 0 <= self.dropout <= 1:",
+        CASES + " -k configs",
+    ),
+    Bug(
+        "an unknown config key passes",
+        "core/config.py",
+        "                if unknown is None:\n",
+        "                if False:\n",
+        "tests/contract/test_3_nothing_silent.py -k lora-wrong_calls",
+    ),
+    Bug(
+        "listing shows one too few",
+        "core/errors.py",
+        "{len(items) - n} more",
+        "{len(items) - n - 1} more",
+        "tests/core",
+    ),
+    Bug(
+        "the nearest name is not proposed",
+        "core/errors.py",
+        "if not near:  # paths differ",
+        "if near:  # paths differ",
+        "tests/core",
+    ),
+    Bug(
+        "a file's NaN gets in",
+        "core/files.py",
+        "bool(torch.isfinite(t.float()).all())]",
+        "bool(torch.isfinite(t.float()).any())]",
+        "tests/contract/test_4_all_or_nothing.py -k lora-failed_load",
+    ),
+    Bug(
+        "first and last tokens swapped",
+        "core/positions.py",
+        "    return p, s\n",
+        "    return s, p\n",
+        "tests/runtime/test_positions.py -k only_these",
+    ),
+    Bug(
+        "zero tokens allowed",
+        "core/positions.py",
+        "    if p + s == 0:\n",
+        "    if p + s < 0:\n",
+        "tests/runtime/test_positions.py -k wrong_words",
+    ),
+    Bug(
+        "a name that is taken",
+        "core/registry.py",
+        "(old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):",
+        "old.__module__ != cls.__module__:",
+        "tests/core/test_words.py",
+    ),
+    Bug(
+        "the registry in order of registration",
+        "core/registry.py",
+        "for name in sorted(_TABLE)]",
+        "for name in _TABLE]",
+        "tests/core",
+    ),
+    Bug(
+        "the shared fields are lost with the general config",
+        "core/registry.py",
+        "return variant.config(**cfg.common())",
+        "return variant.config(r=cfg.r, alpha=cfg.alpha)",
+        "tests/core",
+    ),
+    Bug(
+        "kaiming counts the outputs",
+        "core/spec.py",
+        "1 / math.sqrt(t.shape[-1])",
+        "1 / math.sqrt(t.shape[0])",
+        "tests/core",
+    ),
+    Bug(
+        "the deviation of a normal start is forgotten",
+        "core/spec.py",
+        "t.normal_(std=float(value), generator=generator)",
+        "t.normal_(generator=generator)",
+        "tests/core",
+    ),
+    Bug(
+        "buffers are trained",
+        "core/spec.py",
+        "return self.trainable and not self.as_buffer",
+        "return self.trainable",
+        "tests/contract/test_training.py -k pissa-gradients",
+    ),
+]

@@ -1,0 +1,12 @@
+"""r, alpha and dropout are used, or declared as ignored. Every registered variant through every check of
+`lora_lite.testing`."""
+
+from __future__ import annotations
+
+from lora_lite import testing
+from samples import cases
+
+
+@cases("fields")
+def test_every_variant(name, case):
+    assert testing.run_check(name, case)
