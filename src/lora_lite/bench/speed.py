@@ -65,7 +65,7 @@ WITHOUT_RANK = ("boft", "oft", "oft+series", "road", "ia3")
 
 def methods() -> list[str]:
     """What can be timed: the pairs with PEFT, then every other trained method at linear layers that needs no data."""
-    others = [v.name for v in ll.variants() if v.site == "linear" and v.trains and not v.needs_data]
+    others = [v.name for v in ll.variants() if v.site == ll.Variant.site and v.trains and not v.needs_data]
     return [*PAIRS, *(n for n in others if n not in PAIRS)]
 
 

@@ -19,8 +19,8 @@ from ..core.config import AdapterConfig
 from ..core.errors import FileError, LoraLiteError, LoraLiteWarning, did_you_mean
 from ..core.files import opened
 from ..core.registry import get_variant
-from ..runtime.layers.bank import banks
-from ..runtime.layers.kinds import extent
+from ..runtime.layers.kinds import DEFAULT_KIND, KINDS, kind_named
+from ..runtime.model.kind import Kind
 from ..runtime.model.record import Record, Target
 from ..runtime.targets.choose import add_shared, make_target
 from ..runtime.targets.structure import describe
@@ -45,7 +45,7 @@ def header(record: Record) -> dict[str, Any]:
         own = {k: v for k, v in t.cfg.to_dict().items() if v != defaults[k]}
         entry: dict[str, Any] = {"d_in": t.d_in, "d_out": t.d_out, "r": t.cfg.r, "scale": t.cfg.scale, "base": t.base}
         beside = {"variant": t.cfg.variant} if defaults is not cfg else {}
-        kind = {"kind": t.kind} if t.kind != "linear" else {}
+        kind = {"kind": t.kind} if t.kind != DEFAULT_KIND else {}
         kind |= {"experts": t.experts} if t.experts else {}
         together = {"tied": t.tied} if t.tied else {}
         together |= {"shared": t.shared} if t.shared and not t.tied else {}
@@ -158,32 +158,35 @@ def _named(what: str, where: str) -> Iterator[None]:
 
 
 def _modules(model: nn.Module, entries: dict[str, Any]) -> dict[str, nn.Module]:
-    """Path -> module, with the banks of fused experts where the file adapts some."""
+    """Path -> module, with the layers that are no modules of a bare model, as banks of experts, where the file adapts
+    some."""
     modules = dict(model.named_modules())
-    if any(isinstance(e, dict) and e.get("kind") == "experts" for e in entries.values()):
-        modules |= banks(model, describe(model).d_model)
+    absent = {e.get("kind") for path, e in entries.items() if isinstance(e, dict) and path not in modules}
+    for kind in (kind for name, kind in KINDS.items() if name in absent):
+        modules |= dict(kind.find(model, describe(model).d_model))
     return modules
 
 
-Size = tuple[str, int, int]
-"""(kind, d_in, d_out)."""
+Size = tuple[int, int]
+"""(d_in, d_out)."""
 
 
 def _widths(model: nn.Module, cfg: AdapterConfig) -> dict[str, Size]:
-    """Path -> size of each block, for a method that stands on blocks."""
-    if get_variant(cfg.variant).site != "block":
+    """Path -> size of each block, for a method that stands on the stream after blocks."""
+    if not kind_named(get_variant(cfg.variant).site).stream:
         return {}
     structure = describe(model)
     d = structure.d_model or 0
-    return {path: ("block", d, d) for path, _, _ in structure.blocks}
+    return {path: (d, d) for path, _, _ in structure.blocks}
 
 
 def _target(path: str, entry: dict[str, Any], module: nn.Module, cfg: AdapterConfig, widths: dict[str, Size]) -> Target:
     """One target of a file, whose shape and scale are those of the model and of the config."""
     variant = get_variant(cfg.variant)
     method = get_variant(entry["variant"]) if "variant" in entry else variant
-    found = widths.get(path) if method.site == "block" else extent(module)
-    kind, d_in, d_out, experts = _size(path, entry, module, found)
+    kind = kind_named(str(entry.get("kind", DEFAULT_KIND)))
+    found = widths.get(path) if kind.stream else kind.size(module)
+    d_in, d_out, experts = _size(path, entry, kind, module, found)
     defaults = cfg if method is variant else method.config(variant=method.name)
     known = {f.name for f in dataclasses.fields(defaults)}
     changes = {k: v for k, v in entry.get("config", {}).items() if k in known}
@@ -193,20 +196,20 @@ def _target(path: str, entry: dict[str, Any], module: nn.Module, cfg: AdapterCon
             f"{path} was saved with scale {entry['scale']}, and its config makes {own.scale} of it: the config was "
             "edited."
         )
-    return make_target(path, d_in, d_out, own, kind, experts)
+    return make_target(path, d_in, d_out, own, kind.name, experts)
 
 
-def _size(path: str, entry: dict[str, Any], module: nn.Module, found: Size | None) -> tuple[str, int, int, int]:
-    """(kind, d_in, d_out, number of experts), the same in the file and in the model."""
-    kind, d_in, d_out = str(entry.get("kind", "linear")), entry["d_in"], entry["d_out"]
-    if found is None or found[0] != kind:
-        raise FileError(f"{path} is no {kind} layer in this model.")
-    if found[1:] != (d_in, d_out):
-        raise FileError(f"{path} is {found[1]}->{found[2]} in this model and {d_in}->{d_out} in the file.")
-    experts = getattr(module, "n_experts", 0) if kind == "experts" else 0
+def _size(path: str, entry: dict[str, Any], kind: Kind, module: nn.Module, found: Size | None) -> tuple[int, int, int]:
+    """(d_in, d_out, number of experts), the same in the file and in the model."""
+    d_in, d_out = entry["d_in"], entry["d_out"]
+    if found is None:
+        raise FileError(f"{path} is no {kind.name} layer in this model.")
+    if found != (d_in, d_out):
+        raise FileError(f"{path} is {found[0]}->{found[1]} in this model and {d_in}->{d_out} in the file.")
+    experts = kind.copies(module)
     if entry.get("experts", 0) != experts:
         raise FileError(f"{path} holds {experts} experts in this model and {entry.get('experts', 0)} in the file.")
-    return kind, d_in, d_out, experts
+    return d_in, d_out, experts
 
 
 def _tie(targets: dict[str, Target], entries: dict[str, Any]) -> None:

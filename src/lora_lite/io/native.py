@@ -245,7 +245,7 @@ def check_base(model: nn.Module, record: Record, head: dict[str, Any], base_chec
 def _saved_fingerprint(target: Target, head: dict[str, Any], where: str) -> dict[str, Any]:
     """The fingerprint of a target's base in a file; empty where it has none."""
     found = head["targets"][target.path].get("base")
-    if target.kind == "block" or not isinstance(found, dict) or not isinstance(found.get("sample"), list):
+    if not isinstance(found, dict) or not isinstance(found.get("sample"), list):
         return {}
     if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in found["sample"]):
         raise FileError(f"{where}: the fingerprint of {target.path} is malformed.")

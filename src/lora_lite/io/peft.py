@@ -23,6 +23,7 @@ from ..core.files import read_tensors
 from ..core.registry import get_variant, variants
 from ..runtime.commit import commit
 from ..runtime.handle import Adapter
+from ..runtime.layers.kinds import kind_named
 from ..runtime.layers.linear import dims
 from ..runtime.model.record import Record, Target
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
@@ -87,7 +88,8 @@ def _check_exportable(record: Record) -> None:
             "so the LoRA layout cannot hold it. Export the merged model (ll.merge, then model.save_pretrained), or "
             f"use one of {', '.join(able)}."
         )
-    other = [t.path for t in record.targets.values() if t.kind not in ("linear", "experts") and t not in record.beside]
+    own = [t for t in record.targets.values() if t not in record.beside]
+    other = [t.path for t in own if not kind_named(t.kind).plain_vectors]
     if other:
         raise StateError(
             f"adapter {record.name!r} also adapts {listing(other)}, which this export does not write; merge it and "

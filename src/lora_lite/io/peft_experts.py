@@ -17,6 +17,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import FileError, did_you_mean
 from ..core.variant import Variant
 from ..runtime.layers.bank import PREFIX, Bank, banks
+from ..runtime.layers.read import known_kind
 from ..runtime.model.record import Target
 from ..runtime.targets.choose import make_target
 from ..runtime.targets.structure import describe
@@ -81,7 +82,7 @@ def unpacked(
         if len(pair) != 2:
             raise FileError(f"{folder}: the file holds no lora_A and lora_B for {_name(path)}.")
         values[path] = _split(pair["lora_A"], pair["lora_B"], bank, config["r"], _name(path), folder)
-        targets[path] = make_target(path, bank.d_in, bank.d_out, cfg, "experts", bank.n_experts)
+        targets[path] = make_target(path, bank.d_in, bank.d_out, cfg, known_kind(bank).name, bank.n_experts)
     return targets, values
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
 from ..core.errors import FileError
-from ..runtime.layers.kinds import extent
-from ..runtime.layers.linear import is_conv1d
-from ..runtime.layers.norm import read_norm
+from ..runtime.layers.kinds import kind_named, kind_of
 from ..runtime.layers.read import read_weight
 from ..runtime.layers.tensors import bias_of, stored_weight
 from ..runtime.model.record import Record, Target
@@ -50,23 +47,21 @@ def whole_targets(
     targets: dict[str, Target] = {}
     values: Values = {}
     for path, own in whole.items():
-        module, found = modules[path], extent(modules[path])
+        module = modules[path]
+        kind = kind_of(module)
         there = {k: p for k, p in module._parameters.items() if p is not None}
-        if found is None or {k: p.shape for k, p in there.items()} != {k: t.shape for k, t in own.items()}:
+        if kind is None or {k: p.shape for k, p in there.items()} != {k: t.shape for k, t in own.items()}:
             raise FileError(
                 f"{where}: {path} holds { ({k: tuple(t.shape) for k, t in own.items()}) } in the file and "
                 f"{ ({k: tuple(p.shape) for k, p in there.items()}) } in this model."
             )
-        kind, d_in, d_out = found
-        if kind == "norm":
-            read_norm(module, path)
-        targets[path] = make_target(path, d_in, d_out, whole_config(cfg).for_layer("bias" in own), kind)
-        with torch.no_grad():
-            new, old = own["weight"].float().cpu(), stored_weight(module).detach().float().cpu()
-            change = new - old
-            values[path] = {"lora_W": _matrix(change, module, kind, d_in, d_out)}
-            if "bias" in own:
-                values[path]["lora_b"] = own["bias"].float().cpu() - there["bias"].detach().float().cpu()
+        kind.inspect(module, path)
+        d_in, d_out = kind.size(module) or (0, 0)
+        targets[path] = make_target(path, d_in, d_out, whole_config(cfg).for_layer("bias" in own), kind.name)
+        change = {k: own[k].float().cpu() - there[k].detach().float().cpu() for k in own}
+        values[path] = {"lora_W": kind.as_matrix(module, change["weight"])}
+        if "bias" in own:
+            values[path]["lora_b"] = change["bias"]
     return targets, values
 
 
@@ -74,21 +69,17 @@ def full_values(model: nn.Module, record: Record) -> dict[str, Tensor]:
     """Path of a parameter -> base + difference, of every module trained whole."""
     found: dict[str, Tensor] = {}
     for target in record.beside:
-        module: Any = model.get_submodule(target.path)
+        module, kind = model.get_submodule(target.path), kind_named(target.kind)
         change = {k: tensor_on(module, stored_name(k, record.name)).detach().float() for k in target.specs}  # type: ignore[union-attr]
-        w = stored_weight(module).detach()
-        if target.kind == "linear":
+        if kind.is_quantised(module):
             w = read_weight(module, target.path, torch.float32)
-            new = w + change["lora_W"]
-            new = new.mT if is_conv1d(module) else new
         else:
-            new = w.float() + (change["lora_W"].mT if target.kind == "embedding" else change["lora_W"]).reshape(w.shape)
-        found[f"{target.path}.weight"] = new.cpu().contiguous()
+            w = kind.as_matrix(module, stored_weight(module).detach()).float()
+        found[f"{target.path}.weight"] = kind.as_stored(module, w + change["lora_W"]).cpu().contiguous()
         bias = bias_of(module)
-        if "lora_b" in change and bias is not None:
-            found[f"{target.path}.bias"] = (bias.detach().float() + change["lora_b"]).cpu().contiguous()
-        elif bias is not None:
-            found[f"{target.path}.bias"] = bias.detach().float().cpu().contiguous()
+        if bias is not None:
+            new = bias.detach().float() + change.get("lora_b", 0.0)
+            found[f"{target.path}.bias"] = new.cpu().contiguous()
     return found
 
 
@@ -102,9 +93,3 @@ def called(path: str, names: list[str]) -> bool:
 def patterns(names: list[str]) -> tuple[str, ...]:
     """The names as patterns of `train_modules`."""
     return tuple(re.escape(name) for name in names)
-
-
-def _matrix(change: Tensor, module: nn.Module, kind: str, d_in: int, d_out: int) -> Tensor:
-    """(d_out, d_in) from the layout in which the layer stores its weight."""
-    transposed = kind == "embedding" or is_conv1d(module)
-    return change.mT if transposed else change.reshape(d_out, d_in)

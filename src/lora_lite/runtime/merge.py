@@ -140,7 +140,7 @@ def _merge_layer(
         _replace_layer(model, path, layer, site, slots, merged, report)
         return
     bias = bias_of(layer)
-    original = Original(path, stored_weight(layer).detach().to("cpu", copy=True), had_bias=bias is not None)
+    original = Original(path, site.kind.stored(layer).detach().to("cpu", copy=True), had_bias=bias is not None)
     original.bias = None if bias is None else bias.detach().to("cpu", copy=True)
     merged.originals.append(original)
     change = size = rounded = 0.0
@@ -199,8 +199,9 @@ def _restore(model: nn.Module, merged: Merged) -> None:
             _set_submodule(model, original.path, original.module)
             continue
         layer = model.get_submodule(original.path)
+        site: Site = layer.__dict__[SITE]
         assert original.weight is not None
-        stored_weight(layer).data.copy_(original.weight)
+        site.kind.stored(layer).data.copy_(original.weight)
         bias = bias_of(layer)
         if original.bias is not None and bias is not None:
             bias.data.copy_(original.bias)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...core.errors import SelectionError
 from ...ops.orthogonal import full_precision
-from ..layers.bank import Bank
+from ..layers.bank import Bank, banks_in
 from ..model.site import Site
 from ..model.state import SITE
 from ..view.expert import Chosen, adapted
@@ -24,7 +24,8 @@ from .rows import row_groups
 
 
 def _owned(owner: nn.Module) -> list[Bank]:
-    return [m for m in owner._modules.values() if isinstance(m, Bank) and SITE in m.__dict__]
+    """The adapted banks of an experts' module."""
+    return [bank for bank in banks_in(owner) if SITE in bank.__dict__]
 
 
 def _stand_before(owner: nn.Module, chosen: Chosen) -> None:

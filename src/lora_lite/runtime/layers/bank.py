@@ -52,6 +52,11 @@ class Bank(nn.Module):
         return f"{self.n_experts} x ({self.d_in}->{self.d_out}) of {self.parameter}"
 
 
+def banks_in(owner: nn.Module) -> list[Bank]:
+    """The banks among the children of an experts' module."""
+    return [m for m in owner._modules.values() if isinstance(m, Bank)]
+
+
 def banks(model: nn.Module, d_model: int | None = None) -> dict[str, Bank]:
     """Path -> bank of every fused parameter whose orientation is known: from the module's `is_transposed`, or from the
     model's width."""

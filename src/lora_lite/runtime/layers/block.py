@@ -15,3 +15,6 @@ class Block(Kind):
 
     def size(self, module: nn.Module) -> tuple[int, int] | None:
         return None  # a block is known by the stack that it lies in
+
+    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> None:
+        return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.kind import Cell, Function, Kind
-from .tensors import bias_of, check_readable, stored_weight
+from .tensors import bias_of, check_readable
 
 COLUMNS = 1024  # of the identity, pushed through the pages at a time
 
@@ -20,12 +20,12 @@ class MatrixCell(Cell):
         self.kind, self.module, self.path = kind, module, path
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        check_readable(stored_weight(self.module), self.path)
-        w = self.kind.as_matrix(self.module, stored_weight(self.module).detach()).to(dtype)
-        return w, self._bias(dtype)
+        stored = self.kind.stored(self.module)
+        check_readable(stored, self.path)
+        return self.kind.as_matrix(self.module, stored.detach()).to(dtype), self._bias(dtype)
 
     def write(self, w: Tensor, b: Tensor) -> float:
-        weight = stored_weight(self.module)
+        weight = self.kind.stored(self.module)
         stored = w.to(weight.dtype)
         weight.copy_(self.kind.as_stored(self.module, stored))
         self._write_bias(b)
@@ -47,7 +47,7 @@ class MatrixCell(Cell):
             old.copy_(b.to(old.dtype))
         elif bool(b.any()):
             self.module.__dict__.pop("bias", None)  # a layer may say `self.bias = None` before it knows of parameters
-            new = nn.Parameter(b.to(stored_weight(self.module).dtype), requires_grad=False)
+            new = nn.Parameter(b.to(self.kind.stored(self.module).dtype), requires_grad=False)
             self.module.register_parameter("bias", new)
 
 

@@ -97,6 +97,3 @@ class Conv(Kind):
 
     def cells(self, module: nn.Module, path: str) -> list[Cell]:
         return [MatrixCell(self, module, path)]
-
-    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> Tensor:
-        return self.as_matrix(module, stored_weight(module)).detach()[rows][:, columns]

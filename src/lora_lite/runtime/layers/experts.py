@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..._torch import remove_hooks
 from ...core.errors import size_text
 from ..model.kind import Cell, Function, Hooks, Kind
-from .bank import Bank, banks
+from .bank import Bank, banks, banks_in
 from .cell import rounding
 
 
@@ -81,7 +81,7 @@ class Experts(Kind):
     def join(self, module: nn.Module, path: str, hooks: Hooks) -> None:
         """Make the bank a child of the experts' module, whose hooks swap the adapted weights in."""
         owner: nn.Module = module.__dict__["owner"]
-        if not _has_bank(owner):
+        if not banks_in(owner):
             owner.register_forward_pre_hook(hooks.before, with_kwargs=True)
             owner.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
         owner.add_module(path.rpartition(".")[2], module)
@@ -89,7 +89,7 @@ class Experts(Kind):
     def part(self, module: nn.Module, path: str, hooks: Hooks) -> None:
         owner: nn.Module = module.__dict__["owner"]
         del owner._modules[path.rpartition(".")[2]]
-        if not _has_bank(owner):
+        if not banks_in(owner):
             remove_hooks(owner, {"_forward_pre_hooks": hooks.before, "_forward_hooks": hooks.after})
 
     def writable(self, module: nn.Module) -> bool:
@@ -109,7 +109,3 @@ class Experts(Kind):
         bank = cast(Bank, module)
         which = [(k * bank.n_experts) // len(rows) for k in range(len(rows))]
         return bank.dense().detach()[which, rows][:, columns]
-
-
-def _has_bank(owner: nn.Module) -> bool:
-    return any(isinstance(m, Bank) for m in owner._modules.values())

@@ -39,11 +39,3 @@ def kind_named(name: str) -> Kind:
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a module; None for one that no kind knows."""
     return next((kind for kind in KINDS.values() if kind.size(module) is not None), None)
-
-
-def extent(module: nn.Module) -> tuple[str, int, int] | None:
-    """(name of its kind, d_in, d_out) of a module that some kind knows; None for any other."""
-    for kind in KINDS.values():
-        if (size := kind.size(module)) is not None:
-            return kind.name, *size
-    return None

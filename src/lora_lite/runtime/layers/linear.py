@@ -63,6 +63,9 @@ class Linear(Kind):
     def as_stored(self, module: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.mT if is_conv1d(module) else matrix
 
+    def read(self, module: nn.Module, path: str, dtype: torch.dtype | None = None) -> Tensor:
+        return read_linear(module, path, dtype)
+
     def cells(self, module: nn.Module, path: str) -> list[Cell]:
         return [LinearCell(self, module, path)]
 

@@ -98,6 +98,3 @@ class NormKind(Kind):
 
     def cells(self, module: nn.Module, path: str) -> list[Cell]:
         return [NormCell(self, module, path)]
-
-    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> Tensor:
-        return self.as_matrix(module, stored_weight(module)).detach()[rows][:, columns]

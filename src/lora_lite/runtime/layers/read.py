@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import WeightError
 from ..model.kind import Kind
 from .kinds import DEFAULT_KIND, kind_named, kind_of
-from .linear import column_blocks, dims, read_linear
-from .tensors import FLOATS, check_readable, is_sharded, stored_weight
+from .linear import column_blocks, dims
+from .tensors import FLOATS, check_readable, is_sharded
 
 
 def known_kind(module: nn.Module) -> Kind:
@@ -33,7 +32,8 @@ def is_quantised(module: nn.Module) -> bool:
 
 def dense_view(module: nn.Module) -> Tensor:
     """A plain layer's stored weight seen as (d_out, d_in), or (E, d_out, d_in), without a copy."""
-    return known_kind(module).as_matrix(module, stored_weight(module))
+    kind = known_kind(module)
+    return kind.as_matrix(module, kind.stored(module))
 
 
 def read_weight(module: nn.Module, path: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -42,13 +42,8 @@ def read_weight(module: nn.Module, path: str, dtype: torch.dtype | None = None) 
     Raises:
         WeightError: it is on the meta device or sharded, or the layer does more than multiply with it.
     """
-    if dims(module) is not None:
-        return read_linear(module, path, dtype)
     check_readable(getattr(module, "weight", None), path)
-    if not is_plain(module):
-        raise WeightError(f"{path}: a {type(module).__name__} with a forward of its own cannot be read as one matrix.")
-    dense = dense_view(module).detach()
-    return dense if dtype is None else dense.to(dtype)
+    return known_kind(module).read(module, path, dtype)
 
 
 @torch.no_grad()

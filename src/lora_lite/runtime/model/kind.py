@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._torch import remove_hooks
+from ...core.errors import WeightError
 
 if TYPE_CHECKING:
     from ...core.config import AdapterConfig
@@ -156,6 +157,12 @@ class Kind:
         """A dense layer with this W and b, where `replaceable`."""
         raise NotImplementedError
 
+    def stored(self, module: nn.Module) -> Tensor:
+        """The weight as the layer stores it."""
+        w = module.weight
+        assert isinstance(w, Tensor)
+        return w
+
     def as_matrix(self, module: nn.Module, stored: Tensor) -> Tensor:
         """A tensor of the stored weight's layout seen as (d_out, d_in), without a copy."""
         return stored
@@ -168,6 +175,19 @@ class Kind:
         """The matrices inside, in order."""
         return []
 
+    def read(self, module: nn.Module, path: str, dtype: torch.dtype | None = None) -> Tensor:
+        """W (d_out, d_in), without a copy where it is stored so and no other dtype is asked for.
+
+        Raises:
+            WeightError: the layer does more than multiply with its weight.
+        """
+        if not self.is_plain(module):
+            raise WeightError(
+                f"{path}: a {type(module).__name__} with a forward of its own cannot be read as one matrix."
+            )
+        dense = self.as_matrix(module, self.stored(module)).detach()
+        return dense if dtype is None else dense.to(dtype)
+
     def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> Tensor | None:
         """W[rows][:, columns], for a fingerprint; None where there is nothing to look at."""
-        return None
+        return self.as_matrix(module, self.stored(module)).detach()[rows][:, columns]

@@ -15,7 +15,7 @@ from ...core.errors import StateError, WeightError
 from ...ops.dropout import dropout
 from ..layers.linear import run_bare
 from ..layers.read import known_kind, read_weight, weight_norms
-from ..layers.tensors import bias_of, device_of, is_sharded, stored_weight
+from ..layers.tensors import bias_of, device_of, is_sharded
 from ..model.kind import Kind
 from ..model.site import Site, Slot, tensor_on
 from ..model.state import SITE
@@ -181,7 +181,7 @@ class LayerView:
         """W v without the bias, for a few rows v (n, d_in) -> (n, d_out); gradients flow to v. Never builds a dense
         weight."""
         if self._kind.is_plain(self._module):
-            w = self._kind.as_matrix(self._module, stored_weight(self._module))
+            w = self._kind.as_matrix(self._module, self._kind.stored(self._module))
             return (v.to(w.dtype) @ w.mT).to(v.dtype)
         return self._project_packed(v.to(self._dtype or v.dtype)).to(v.dtype)
 
