@@ -14,6 +14,7 @@ def vera():
         """Frozen random matrices for all layers, two trained vectors for each."""
 
         name = "vera_for_tests"
+        ignores = ("alpha",)
 
         @staticmethod
         def param_specs(d_in, d_out, cfg):

@@ -66,6 +66,6 @@ def __getattr__(name: str) -> object:
     from .core.errors import did_you_mean
 
     hint = did_you_mean(name, __all__)
-    if any(v.name == name for v in variants()):
+    if any(v.name == name for v in _registered()):
         hint = f" It is a method: attach it with lora_lite.{get_variant(name).config.__name__}(...)."
     raise AttributeError(f"lora_lite has no {name!r}.{hint}")

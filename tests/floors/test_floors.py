@@ -213,9 +213,10 @@ def unsafe(src: Path) -> list[str]:
     return found
 
 
-OF_MODULES = set("_parameters _buffers _modules _version _hf_peft_config_loaded".split())
+OF_MODULES = set("_parameters _buffers _modules _version _fields _hf_peft_config_loaded".split())
 """Private attributes of other packages' modules and tensors that any file may read: they are as old as torch itself
-(tests/runtime/test_torch.py watches them), and transformers' own mark of a model with adapters."""
+(tests/runtime/test_torch.py watches them), Python's fields of a named tuple, and transformers' own mark of a model
+with adapters."""
 
 
 def private(src: Path) -> list[str]:

@@ -125,6 +125,7 @@ def affordable(wanted: int, seconds: float, model: Any, tokenizer: Any, rows: li
 
     batch = {k: v.to(model.device) for k, v in collate(rows[:BATCH], tokenizer.pad_token_id).items()}
     model.eval()  # gradients flow all the same, and no method counts it as a training step
+    one = math.inf
     for _ in range(2):
         mark = time.monotonic()
         model(**batch).loss.backward()

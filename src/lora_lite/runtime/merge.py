@@ -17,6 +17,7 @@ from .call.batch import call_batch, evaluating
 from .layers.cell import rounding
 from .layers.kinds import kind_named
 from .layers.tensors import bias_of, device_of, is_sharded, stored_weight
+from .model.call import Chosen
 from .model.kind import Cell
 from .model.merged import Merged, Original
 from .model.record import Record
@@ -24,7 +25,7 @@ from .model.site import Site, Slot, owned_tensors
 from .model.state import SITE, ModelState, outside_scope, record_of, state_of, unwrap
 from .progress import track
 from .select import active as active_scope
-from .view.expert import Chosen, with_adapters
+from .view.expert import with_adapters
 
 
 @dataclass

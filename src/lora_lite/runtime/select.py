@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import SelectionError, StateError, did_you_mean
-from .call.positions import Prompt
 from .call.recompute import changed
 from .call.scope import scope
+from .model.call import Prompt
 from .model.state import ModelState, not_merged, outside_scope, state_of
 
 Choice = str | Sequence[str] | Mapping[str, float] | None

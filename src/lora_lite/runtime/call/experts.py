@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ...core.errors import SelectionError
 from ...ops.orthogonal import full_precision
 from ..layers.bank import Bank, banks_in
+from ..model.call import Chosen
 from ..model.site import Site
 from ..model.state import SITE
-from ..view.expert import Chosen, adapted
+from ..view.expert import adapted
 from .recompute import selection_of
 from .rows import row_groups
 

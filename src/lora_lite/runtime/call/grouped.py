@@ -4,31 +4,18 @@ factors. Feature by feature: one call with gathered vectors. What neither covers
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...ops.lowrank import add_lowrank
+from ..model.call import RowGroup, Stack
 from ..model.site import Site, Slot, tensors_of
 from ..view.layer import LayerView
-from .rows import RowGroup
 
 WIDE = 96
 """Up to this sum of ranks every row runs through all adapters and the foreign columns are masked."""
-
-
-@dataclass
-class Stack:
-    """What several adapters of one layer were laid side by side to, kept while their tensors do not change."""
-
-    epoch: int
-    own: list[Tensor]
-    """The stored tensors that went in, and"""
-    versions: int
-    """the sum of their versions."""
-    parts: tuple[Any, ...]
 
 
 def grouped(

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import SelectionError, WeightError
+from ..model.call import Call, Selection
 from ..model.site import Site, Slot
 from ..model.state import SITE
 from ..view.composed import blend
 from ..view.layer import LayerView
-from ..view.spans import Call
 from .grouped import grouped
-from .recompute import Selection, selection_of
+from .recompute import selection_of
 from .rows import row_groups
 
 

@@ -16,25 +16,15 @@ from torch import Tensor, nn
 
 from ...core.errors import SelectionError
 from ...core.positions import parse_positions
+from ..model.call import Columns, Call, Prompt
 from ..model.state import ModelState
 from ..view.cache import cache_of
-from ..view.spans import Call
 
 IGNORED = -100
 CURE = (
     "Name the prompts: with ll.prompt(model, lengths): ... (one length per row, padding not counted; None: every "
     "token belongs to the prompt)."
 )
-
-
-class Prompt:
-    """What a `with ll.prompt(...)` block says."""
-
-    def __init__(self, lengths: Tensor | None) -> None:
-        self.lengths = lengths
-        """(rows,) on the CPU; None: all tokens of a call that are no padding."""
-        self.ends: int | None = None
-        """Column at which the prompts of the present generation are known to be over."""
 
 
 def locate(state: ModelState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -57,7 +47,7 @@ def locate(state: ModelState, model: nn.Module, args: tuple[Any, ...], kwargs: d
         )
     batch = _Batch(model, args, kwargs, who)
     if _is_over(state.prompt, batch.past, batch.T):
-        over = {text: (None, None, 0) if text == "generated" else () for text in texts}
+        over: dict[str, Columns] = {text: (None, None, 0) if text == "generated" else () for text in texts}
         return Call((batch.B, batch.T), over)
     n = _lengths(state, model, batch)
     return Call((batch.B, batch.T), {text: _columns(text, n, batch) for text in texts})
@@ -97,7 +87,7 @@ class _Batch:
         return torch.full((self.B,), self.T, device=self.device) + self.past
 
 
-def _columns(text: str, n: Tensor, batch: _Batch) -> tuple[Any, ...]:
+def _columns(text: str, n: Tensor, batch: _Batch) -> Columns:
     """What `Call.found` holds for one wording, n (B,) being the lengths of the prompts."""
     spec = parse_positions(text)
     if not isinstance(spec, str):

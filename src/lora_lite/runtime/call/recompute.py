@@ -9,9 +9,8 @@ import torch
 
 from ..._torch import backward_is_running, inside_checkpoint, inside_reentrant_checkpoint
 from ...core.errors import LoraLiteWarning, SelectionError
+from ..model.call import Selection
 from ..model.state import ModelState
-
-Selection = tuple[tuple[tuple[str, float], ...], "tuple[str | None, ...] | None", Any]
 
 
 def selection_of(state: ModelState) -> Selection:

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...core.errors import SelectionError
+from ..model.call import RowGroup
 from ..model.state import ModelState
-
-
-@dataclass
-class RowGroup:
-    """The rows of one adapter along dim 0."""
-
-    name: str
-    index: Tensor
-    """(k,) positions of its rows."""
-    member: Tensor
-    """(n,) bool, True at its rows."""
 
 
 def row_groups(

@@ -12,6 +12,7 @@ from ...core.config import AdapterConfig
 from ...core.errors import StateError
 from ...core.registry import get_variant
 from ...core.variant import Variant
+from .call import Stack
 from .kind import Kind
 from .record import Record, Target
 from .state import DEFAULT, SITE, STATE, ModelState, unwrap
@@ -77,7 +78,7 @@ class Site:
         self.has_input = False
         self.found: object = None
         """What its kind found out about the layer, see `Kind.inspect`."""
-        self.stacks: dict[Any, Any] = {}
+        self.stacks: dict[tuple[object, ...], Stack] = {}
         """Factors of several adapters side by side, see `grouped`."""
 
     def note_input(self) -> None:

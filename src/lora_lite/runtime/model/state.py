@@ -3,11 +3,14 @@ deepcopy and pickle."""
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...core.errors import SelectionError, StateError, did_you_mean
+from .call import Call, Chosen, Memo, Prompt, RowGroup, Rows, Selection
+from .merged import Merged
 from .record import Record
 
 STATE, SITE = "_lora_lite_state", "_lora_lite_site"
@@ -19,17 +22,17 @@ class ModelState:
 
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
-        self.active: tuple[tuple[str, float], ...] = ()
-        self.rows: tuple[str | None, ...] | None = None
-        self.row_cache: dict[Any, Any] = {}
+        self.active: Chosen = ()
+        self.rows: Rows | None = None
+        self.row_cache: dict[tuple[Rows, int, torch.device], dict[str, RowGroup]] = {}
         """Index tensors of recent row selections."""
         self.row_epoch = 0
         """Counts `ll.rows` blocks: what one of them stacked is not used by the next."""
         self.base_trainable: list[str] = []
         """Base parameters that required a gradient before the first attach; detach gives it back."""
-        self.merged: Any = None
+        self.merged: Merged | None = None
         self.vocabulary: dict[str, int] = {}
-        """Rows of the adapted embeddings and heads when they were adapted, see `outside`."""
+        """Rows of the adapted embeddings and heads when they were adapted, see `call.vocabulary`."""
         self.batch: int | None = None
         """Batch size of the running root call."""
         self.in_call = False
@@ -38,17 +41,18 @@ class ModelState:
         """Whether the running root call was entered with gradients enabled."""
         self.cut_by_checkpoint = False
         """A reentrant checkpoint ran in the present root call."""
-        self.prompt: Any = None
-        """What `ll.prompt` says, see `positions`."""
-        self.call: Any = None
+        self.prompt: Prompt | None = None
+        """What `ll.prompt` says, see `call.positions`."""
+        self.call: Call | None = None
         """Token positions in the running root call, for the adapters that ask for some."""
-        self.previous: Any = None
+        self.previous: Tensor | None = None
         """Tokens of the last call, where the next one may show that they were a prompt growing without a cache."""
-        self.memo: dict[Any, Any] | None = None
-        """What pages keep from one step of cached decoding to the next, see `memo`; None where nothing may be kept."""
-        self.decoding: Any = None
+        self.memo: Memo | None = None
+        """What pages keep from one step of cached decoding to the next, see `view.kept`; None where nothing may be
+        kept."""
+        self.decoding: tuple[weakref.ref[object], Memo] | None = None
         """(weak reference to the key-value cache that is being continued, its memo)."""
-        self.pending: list[Any] = []
+        self.pending: list[Selection] = []
         """Selections under which checkpointed forwards ran and wait for their recomputation."""
         self.pending_done = False
         self.compiled_checkpoint = False
@@ -57,7 +61,7 @@ class ModelState:
         self.scope_thread: int | None = None
         self.scope_depth = 0
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # a copy is in no call and no scope of the original
         kept = ("records", "active", "row_epoch", "base_trainable", "merged", "vocabulary")
         return {**ModelState().__dict__, **{k: self.__dict__[k] for k in kept}}

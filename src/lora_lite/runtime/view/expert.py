@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 from ...core.errors import StateError
 from ..layers.bank import Bank
+from ..model.call import Chosen
 from ..model.kind import Cell, Function
 from ..model.record import Record
 from ..model.site import Site, Slot, tensor_on
 from ..model.state import SITE, unwrap
 from .composed import composed
 from .layer import DenseView, LayerView
-
-Chosen = tuple[tuple[str, float], ...]
-"""Adapters with their weights, in attach order."""
 
 
 def layer_views(model: nn.Module, record: Record) -> list[LayerView]:

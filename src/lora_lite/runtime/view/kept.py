@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.call import Memo
 from ..model.site import Slot, tensors_of
 from ..model.state import SITE, ModelState
 from .cache import cache_of
@@ -32,12 +33,12 @@ def begin(state: ModelState, model: nn.Module, kwargs: dict[str, Any]) -> None:
     state.memo = last[1]
 
 
-def memo_of(module: nn.Module) -> dict[Any, Any] | None:
+def memo_of(module: nn.Module) -> Memo | None:
     """The memo of the running root call, None where nothing may be kept."""
     site = module.__dict__.get(SITE)
     return None if site is None or torch.is_grad_enabled() else site.state.memo
 
 
-def versions(module: nn.Module, slot: Slot) -> tuple[Any, ...]:
+def versions(module: nn.Module, slot: Slot) -> tuple[object, ...]:
     """Changes whenever one of the adapter's tensors on this layer is replaced or written."""
     return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors_of(slot, module))

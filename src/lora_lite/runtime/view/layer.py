@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,12 @@ from ...ops.dropout import dropout
 from ..layers.linear import run_bare
 from ..layers.read import known_kind, read_weight, weight_norms
 from ..layers.tensors import bias_of, device_of, is_sharded
+from ..model.call import Call
 from ..model.kind import Kind
 from ..model.site import Site, Slot, tensor_on
 from ..model.state import SITE
 from .kept import memo_of, versions
-from .spans import Call, Span, spans
+from .spans import Span, spans
 
 T = TypeVar("T")
 PROBE = 256.0
@@ -126,7 +127,7 @@ class LayerView:
         state = versions(self._module, self._slot)
         if key not in memo or memo[key][0] != state:
             memo[key] = state, compute()
-        return memo[key][1]
+        return cast(T, memo[key][1])
 
     @property
     def _kind(self) -> Kind:

@@ -3,39 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.errors import SelectionError
-
-
-class Call:
-    """The positions in one call of the model, for every wording that an acting adapter uses.
-
-    `found[text]` is (index, keep, p): index (B, p + s) columns of prompt tokens and keep which of them are there; or
-    index None and keep (B, T) the chosen columns; or both None: every column. An empty tuple: none.
-    """
-
-    def __init__(self, shape: tuple[int, int], found: dict[str, tuple[Any, ...]]) -> None:
-        self.shape, self.found = shape, found
-
-    def __eq__(self, other: object) -> bool:
-        """By value, so that gradient checkpointing can tell two calls apart."""
-        if not isinstance(other, Call) or self.shape != other.shape or self.found.keys() != other.found.keys():
-            return self is other
-        return all(_same(self.found[text], other.found[text]) for text in self.found)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Equal entries; tensors by value."""
-    if len(a) != len(b):
-        return False
-    both = [(u, v) for u, v in zip(a, b, strict=True) if u is not v]
-    return all(torch.equal(u, v) if isinstance(u, Tensor) and isinstance(v, Tensor) else u == v for u, v in both)
+from ..model.call import Call
 
 
 class Span:

@@ -1,0 +1,81 @@
+"""What belongs to calls of a model: prompts, positions, rows, the selection that acts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Chosen = tuple[tuple[str, float], ...]
+"""Adapters with their weights, in attach order."""
+Rows = tuple[str | None, ...]
+"""One adapter per batch row; None is the bare base."""
+Columns = tuple[()] | tuple[Tensor | None, Tensor | None, int]
+"""Where some wording's tokens lie in a call, see `Call`."""
+Memo = dict[tuple[object, ...], tuple[tuple[object, ...], object]]
+"""What -> (versions of the tensors that it was computed from, value)."""
+
+
+class Prompt:
+    """What a `with ll.prompt(...)` block says."""
+
+    def __init__(self, lengths: Tensor | None) -> None:
+        self.lengths = lengths
+        """(rows,) on the CPU; None: all tokens of a call that are no padding."""
+        self.ends: int | None = None
+        """Column at which the prompts of the present generation are known to be over."""
+
+
+class Call:
+    """The positions in one call of the model, for every wording that an acting adapter uses.
+
+    `found[text]` is (index, keep, p): index (B, p + s) columns of prompt tokens and keep which of them are there; or
+    index None and keep (B, T) the chosen columns; or both None: every column. An empty tuple: none.
+    """
+
+    def __init__(self, shape: tuple[int, int], found: dict[str, Columns]) -> None:
+        self.shape, self.found = shape, found
+
+    def __eq__(self, other: object) -> bool:
+        """By value, so that gradient checkpointing can tell two calls apart."""
+        if not isinstance(other, Call) or self.shape != other.shape or self.found.keys() != other.found.keys():
+            return self is other
+        return all(_same(self.found[text], other.found[text]) for text in self.found)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
+    """Equal entries; tensors by value."""
+    if len(a) != len(b):
+        return False
+    both = [(u, v) for u, v in zip(a, b, strict=True) if u is not v]
+    return all(torch.equal(u, v) if isinstance(u, Tensor) and isinstance(v, Tensor) else u == v for u, v in both)
+
+
+@dataclass
+class RowGroup:
+    """The rows of one adapter along dim 0."""
+
+    name: str
+    index: Tensor
+    """(k,) positions of its rows."""
+    member: Tensor
+    """(n,) bool, True at its rows."""
+
+
+Selection = tuple[Chosen, Rows | None, Call | None]
+"""(active adapters with weights, one adapter per row or None, token positions or None)."""
+
+
+@dataclass
+class Stack:
+    """What several adapters of one layer were laid side by side to, kept while their tensors do not change."""
+
+    epoch: int
+    own: list[Tensor]
+    """The stored tensors that went in, and"""
+    versions: int
+    """the sum of their versions."""
+    parts: tuple[object, ...]
