@@ -40,8 +40,8 @@ class Variant:
     A method writes static methods, which take the target as `layer`: see `Layer`.
 
     Having a member is itself a fact: what has `factors` is exported and summed, what has `by_feature` gets grouped
-    rows, what has `forward_input` rewrites its layer's input. So a base page has only the members that are meant on every
-    page that inherits it; what some pages merely write alike is a function that they call.
+    rows, what has `forward_input` rewrites its layer's input. So a base page has only the members that are meant on
+    every page that inherits it; what some pages merely write alike is a function that they call.
     """
 
     # ---- identity and facts: read by the runtime, the docs and the tests
