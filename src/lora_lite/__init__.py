@@ -13,6 +13,7 @@ from .core.errors import SelectionError as SelectionError
 from .core.errors import StateError as StateError
 from .core.errors import TargetError as TargetError
 from .core.errors import WeightError as WeightError
+from .core.layer import Layer as Layer
 from .core.positions import BlockConfig as BlockConfig
 from .core.registry import get_variant as get_variant
 from .core.registry import register as register

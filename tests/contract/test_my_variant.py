@@ -3,7 +3,12 @@ err."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +16,9 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite import ParamSpec
-from lora_lite.core import registry
+from lora_lite.core import layer as layer_file
+from lora_lite.core import registry, targets, variant
+from lora_lite.runtime.view.layer import LayerView
 
 
 @pytest.fixture(autouse=True)
@@ -210,12 +217,7 @@ def mean_of_all_calls():
     ("members", "check", "words"),
     [
         ({"forward": shift}, "fresh_adapter_is_the_identity", "a fresh adapter changes the output"),
-        (
-            {"exact_identity": False, "forward": shift, "identity_bound": 1e-6},
-            "fresh_adapter_is_the_identity",
-            "more than the declared",
-        ),
-        ({"exact_identity": False}, "fresh_adapter_is_the_identity", "needs identity_bound"),
+        ({"forward": shift, "identity_bound": 1e-6}, "fresh_adapter_is_the_identity", "more than the declared"),
         ({"forward": mixes_rows}, "rows_and_tokens_are_independent", "one row changes another row"),
         ({"forward": looks_ahead}, "rows_and_tokens_are_independent", "later tokens changes earlier"),
         ({"forward": square}, "affine_is_what_it_says", "misses the affine law"),
@@ -287,6 +289,11 @@ def test_a_broken_page_is_told_why(members, check, words):
         ({"param_specs": None}, "param_specs"),
         ({"forward": None}, "forward"),
         ({"config": int}, "AdapterConfig"),
+        ({"exact_identity": False}, "exact_identity follows from identity_bound"),
+        ({"trains": True}, "trains follows from param_specs"),
+        ({"needs_data": True}, "'batches' or 'pairs'"),
+        ({"holds": "factors"}, "'lora' already holds 'factors'"),
+        ({"holds": "modules"}, "'whole' already holds 'modules'"),
     ],
 )
 def test_an_incomplete_class_is_refused(members, words):
@@ -321,5 +328,167 @@ def test_specs_are_checked():
 
 
 def test_the_infinite_bound_is_allowed():
-    wrong(exact_identity=False, identity_bound=math.inf, forward=shift)
+    wrong(identity_bound=math.inf, forward=shift)
     ll.testing.check_variant("myvariant", checks=["fresh_adapter_is_the_identity"])
+
+
+def frozen(d_in, d_out, cfg):
+    return {"lora_A": ParamSpec((cfg.r, d_in), as_buffer=True), "lora_B": ParamSpec((d_out, cfg.r), trainable=False)}
+
+
+def refuses_all(d_in, d_out, cfg):
+    raise ll.ConfigError("7 inputs or none")
+
+
+def test_facts_that_follow_from_others():
+    cls = my_variant()
+    assert cls.exact_identity and cls.trains
+    assert wrong(identity_bound=1e-6).exact_identity is False
+    assert wrong(param_specs=frozen).trains is False
+    assert wrong(param_specs=refuses_all).trains  # what the page says of other sizes is not known
+    assert [v.name for v in ll.variants() if not v.trains and v.name != "myvariant"] == [
+        "ablation", "caa", "pca_steering", "s_steer"
+    ]  # fmt: skip
+
+    class Inherits(cls):
+        """With a bound of its own."""
+
+        name = "inherits"
+        identity_bound = math.inf
+
+    assert not ll.register(Inherits).exact_identity and cls.name == "myvariant"
+
+
+@pytest.mark.parametrize("name", [v.name for v in ll.variants() if v.site != "block"])
+def test_a_page_reads_the_weight_exactly_where_it_says_so(name, monkeypatch):
+    """`needs_weight` is declared, so it is compared with what the page does, at the start and in a call."""
+    page, read = ll.get_variant(name), []
+    weight = LayerView.weight.fget
+    monkeypatch.setattr(LayerView, "weight", property(lambda view: read.append(view.path) or weight(view)))
+    case = ll.testing.Case(
+        page, options={"r": 2, "target_r": 2} if "target_r" in page.config.__dataclass_fields__ else {}
+    )
+    model = case.model()
+    case.attach(model)
+    model(case.x())
+    assert bool(read) == page.needs_weight
+
+
+def pages_that_sort_first():
+    """Methods of a user's: one that could hold factors, one that once would have held modules, one derived from LoRA."""
+
+    @ll.register
+    class First:
+        name = "aaa"
+
+        @staticmethod
+        def param_specs(d_in, d_out, cfg) -> dict[str, ParamSpec]:
+            return {
+                "lora_A": ParamSpec((cfg.r, d_in), init="kaiming"),
+                "lora_B": ParamSpec((d_out, cfg.r)),
+            }
+
+        @staticmethod
+        def forward(layer, x, y):
+            return y + (x @ layer.lora_A.mT) @ layer.lora_B.mT
+
+        @staticmethod
+        def factors(layer):
+            return layer.lora_A, layer.lora_B
+
+        @staticmethod
+        def from_factors(layer, A, B):
+            layer.lora_A, layer.lora_B = A, B
+
+    @ll.register
+    class Other:
+        name = "aab"
+        whole = True
+
+        @staticmethod
+        def param_specs(d_in, d_out, cfg) -> dict[str, ParamSpec]:
+            return {"lora_W": ParamSpec((d_out, d_in))}
+
+        @staticmethod
+        def forward(layer, x, y):
+            return y + x @ layer.lora_W.mT
+
+    @ll.register
+    class Mine(ll.get_variant("lora")):
+        name = "aac"
+
+    return First, Other, Mine
+
+
+def sums_and_modules(folder: Path) -> dict[str, Any]:
+    """What `ll.combine`, `train_modules`, save, load and export make, as bytes and method names."""
+
+    def fresh():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 9))
+
+    model, found = fresh(), {}
+    ll.attach(model, ll.LoRAConfig(r=3, alpha=7, target_names=("0",)), name="a")
+    ll.attach(model, ll.LoRAConfig(r=2, alpha=5, target_names=("0",), train_modules=("2",)), name="b")
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "lora_" in key:
+                p.copy_(torch.randn(p.shape, generator=g))
+    ll.combine(model, {"a": 0.5}, name="sum")
+    x = torch.randn(4, 12, generator=g)
+    folder.mkdir()
+    for name in ("a", "b", "sum"):
+        ll.activate(model, name)
+        ll.save(model, folder / f"{name}.safetensors", name=name)
+        ll.export(model, folder / name)
+        for path in (folder / f"{name}.safetensors", folder / name / "adapter_model.safetensors"):
+            found[f"{name} {path.name}"] = path.read_bytes()
+        other = fresh()
+        handle = ll.load(other, folder / f"{name}.safetensors")
+        torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+        found[name] = handle.cfg.variant
+    return found
+
+
+def test_methods_that_sort_first_take_nothing_over(tmp_path):
+    before = sums_and_modules(tmp_path / "before")
+    pages_that_sort_first()
+    assert [v.name for v in ll.variants()][:3] == ["aab", "aac", "aaa"] or "aaa" in registry._TABLE
+    assert sums_and_modules(tmp_path / "after") == before and before["sum"] == "lora"
+
+
+def test_any_method_with_from_factors_starts_from_reference_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    pages_that_sort_first()
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(12, 20))
+    change = 0.01 * torch.randn(20, 2) @ torch.randn(2, 12)
+    save_file({"0.weight": model[0].weight.detach() + change}, tmp_path / "reference.safetensors")
+    ll.attach(model, ll.AdapterConfig(variant="aaa", r=3), reference_weights=tmp_path / "reference.safetensors")
+    torch.testing.assert_close(model[0].lora_B @ model[0].lora_A, change, rtol=0, atol=1e-6)
+
+
+def members() -> list[str]:
+    """Every public member of the contract and of what its pages are handed."""
+    found = []
+    for file in (variant, layer_file, targets):
+        for node in ast.parse(inspect.getsource(file)).body:
+            if isinstance(node, ast.ClassDef) and node.name != "Derived":
+                for item in node.body:
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                        found.append(item.target.id)
+                    elif isinstance(item, ast.FunctionDef) and not item.name.startswith("_"):
+                        found.append(item.name)
+    return list(dict.fromkeys(found))
+
+
+def test_every_member_is_named_in_the_guide():
+    """Each on a line of its table, `name` in code at the line's beginning, with a word on it and an example."""
+    guide = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text()
+    rows = {m[1]: m[0] for m in re.finditer(r"^\| `(\w+)[^|]*` \| [^|]+ \| `[^|]+` \|$", guide, re.M)}
+    found = members()
+    assert {"factors", "holds", "once", "strength", "resize", "each_gram", "total_steps", "take"} <= set(found)
+    assert not (missing := [m for m in found if m not in rows]), f"docs/adding-a-method.md does not name {missing}"
+    assert not (gone := set(rows) - set(found)), f"docs/adding-a-method.md names {gone}, which are no members"

@@ -147,7 +147,9 @@ def test_compact_in_place_and_a_target_without_triplets():
     small = ll.compact(model, "default")
     torch.testing.assert_close(model(x), y, atol=1e-12, rtol=0)
     assert small.targets == ["0"] and small.record.targets["0"].cfg.r == R and not hasattr(model[2], "lora_E")
-    assert [a.name for a in ll.adapters(model).values() if a.active] == ["default", "other"], "compacting changed the order"
+    assert [a.name for a in ll.adapters(model).values() if a.active] == ["default", "other"], (
+        "compacting changed the order"
+    )
     assert other.record.steps == 0 and model[0].weight.requires_grad is False
     ll.detach(model)
     assert model[0].weight.requires_grad

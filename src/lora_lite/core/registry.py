@@ -63,7 +63,8 @@ def _check_facts(page: type[Variant]) -> None:
     for member, since in ((m, d.since) for m, d in vars(Variant).items() if isinstance(d, Derived)):
         if any(member in vars(base) and not isinstance(vars(base)[member], Derived) for base in page.__mro__):
             raise ConfigError(f"{page.name}: {member} follows from {since}; leave it out.")
-    if not issubclass(page.config, AdapterConfig):
+    config: type = page.config
+    if not issubclass(config, AdapterConfig):
         raise ConfigError(f"{page.name}.config must be a dataclass that inherits AdapterConfig.")
     if page.needs_data not in ("", "batches", "pairs"):
         raise ConfigError(

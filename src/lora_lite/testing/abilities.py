@@ -53,7 +53,7 @@ def ability(name: str) -> Callable[[Ability], Ability]:
 
     def enter(function: Ability) -> Ability:
         ABILITIES[name] = function
-        ABOUT[name] = (function.__doc__ or "").strip()
+        ABOUT[name] = " ".join((function.__doc__ or "").split())
         return function
 
     return enter

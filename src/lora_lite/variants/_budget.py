@@ -67,4 +67,4 @@ def best(scores: Sequence[Tensor], b: int) -> tuple[Tensor, ...]:
     order = torch.cat([s.to(scores[0].device) for s in scores]).argsort(descending=True, stable=True)
     live = torch.zeros_like(order, dtype=torch.bool)
     live[order[:b]] = True
-    return live.split([len(s) for s in scores])
+    return torch.split(live, [len(s) for s in scores])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, StagedLayer, Targets, Variant
 from ..core.positions import BlockConfig
+from ..ops.linalg import norm, precise
 
 Config = TypeVar("Config", bound=AdapterConfig)
 FORM = (
@@ -65,17 +66,20 @@ class Steering(Variant):
 def contrast(targets: Targets[Config], data: Any, token: str) -> Iterator[tuple[StagedLayer[Config], Tensor, Tensor]]:
     """(view, positive (n, d), negative (n, d)) in fp32 or better: what stands for each row in every target's output on
     the untouched model."""
+    kind = type(data).__name__
     if isinstance(data, (Mapping, Tensor, str)):
-        raise ConfigError(f"{FORM}; got {type(data).__name__}.")
+        raise ConfigError(f"{FORM}; got {kind}.")
+    pairs = cast("Iterable[Any]", data)
     found: dict[str, tuple[list[Tensor], list[Tensor]]] = {view.path: ([], []) for view in targets}
     side = 0
 
     def batches() -> Iterator[Any]:
         nonlocal side
-        for pair in data:
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                raise ConfigError(f"{FORM}; got a {type(pair).__name__} instead of a pair.")
-            for side, batch in enumerate(pair):  # noqa: B007  (visit reads it)
+        for pair in pairs:
+            both = cast("tuple[Any, ...]", pair) if isinstance(pair, (tuple, list)) else ()
+            if len(both) != 2:
+                raise ConfigError(f"{FORM}; got a {type(cast(object, pair)).__name__} instead of a pair.")
+            for side, batch in enumerate(both):  # noqa: B007  (visit reads it)
                 yield batch
 
     def visit(view: StagedLayer[Config], x: Tensor, y: Tensor, mask: Tensor | None) -> None:
@@ -94,19 +98,19 @@ def contrast(targets: Targets[Config], data: Any, token: str) -> Iterator[tuple[
 
 def direction(view: Layer[Any], v: Tensor) -> None:
     """Keep v as a unit vector and a length."""
-    norm = check_difference(view, v)
-    view.lora_v, view.lora_norm = v / norm, norm.reshape(1)
+    length = check_difference(view, v)
+    view.lora_v, view.lora_norm = v / length, length.reshape(1)
 
 
 def check_difference(view: Layer[Any], v: Tensor) -> Tensor:
     """‖v‖ of a difference between the two sides; raises where they do not differ."""
-    norm = torch.linalg.vector_norm(v)
-    if not bool(norm > 0) or not bool(torch.isfinite(norm)):
+    length = norm(v)
+    if not bool(length > 0) or not bool(torch.isfinite(length)):
         raise ConfigError(
             f"{view.path}: positive and negative hidden states do not differ there, so they give no direction. "
             "Look at the pairs (does their last token tell them apart?), set token='mean', or leave the layer out."
         )
-    return norm
+    return length
 
 
 def _row_vectors(path: str, h: Tensor, mask: Tensor | None, token: str) -> Tensor:
@@ -117,7 +121,7 @@ def _row_vectors(path: str, h: Tensor, mask: Tensor | None, token: str) -> Tenso
             f"{path}: its output {tuple(h.shape)} has not the shape (batch, tokens, d), so no token of a row can be "
             "named; exclude it."
         )
-    h = h.detach().to("cpu", torch.promote_types(torch.float32, h.dtype))
+    h = precise(h.detach()).cpu()
     mask = torch.ones(h.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()
     if not bool(mask.any(1).all()):
         raise ConfigError(f"{path}: a row of the calibration data holds nothing but padding.")

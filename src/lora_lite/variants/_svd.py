@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ..core import AdapterConfig, ConfigError
+from ..ops.linalg import precise
 from ..ops.spectrum import top_svd
 from ..ops.svd import randomised_svd
 
@@ -31,6 +31,5 @@ class SVDConfig(AdapterConfig):
 
 def leading_triplets(layer: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """U (d_out, k), S (k,), V (d_in, k) of the layer's weight in fp32 or better: seeded, signs fixed."""
-    W, cfg = layer.weight, layer.cfg
-    W = W.to(torch.promote_types(torch.float32, W.dtype))
+    W, cfg = precise(layer.weight), layer.cfg
     return top_svd(W, k) if cfg.svd == "exact" else randomised_svd(W, k, cfg.niter, layer.generator("svd"))

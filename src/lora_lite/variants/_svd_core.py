@@ -35,13 +35,13 @@ class SVDCore(Variant):
         layer.lora_U, layer.lora_S, layer.lora_V = U, S, V.mT
 
     @classmethod
-    def forward(cls, layer: Layer[Any], x: Tensor, y: Tensor) -> Tensor:
+    def forward(cls, layer: Layer[Any], x: Tensor, y: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         z = shrink(layer.dropout(x), layer.lora_V)
         change = layer.once("change", lambda: cls.change(layer).to(y.dtype))
         return add_lowrank(y, z * change if change.dim() == 1 else z @ change.mT, layer.lora_U)
 
     @classmethod
-    def factors(cls, layer: Layer[Any]) -> tuple[Tensor, Tensor]:
+    def factors(cls, layer: Layer[Any]) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
         change = cls.change(layer)
         U = layer.tiny("lora_U")
         return layer.lora_V, (U * change if change.dim() == 1 else U @ change).to(layer.lora_U.dtype)

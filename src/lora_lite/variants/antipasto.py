@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core import ConfigError, Layer, ParamSpec, Targets, register
+from ..ops.linalg import block_diagonal, thin_svd
 from ..ops.orthogonal import cayley_minus_identity, skew
 from ..ops.spectrum import fix_signs
 from ._svd import SVDConfig
@@ -79,11 +79,11 @@ class AntiPaSTO(SVDCore):
         for gram in targets.each_gram(calibration_data):
             for view in gram.views:
                 W = view.weight.to(gram.C.dtype)
-                U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+                U, S, Vh = thin_svd(W)
                 power = ((Vh @ (gram.C / gram.n)) * Vh).sum(-1).clamp_min(0)
                 best = (S * power.sqrt()).argsort(descending=True, stable=True)[: view.lora_S.shape[0]].sort().values
-                V, U = Vh[best].mT, U[:, best]
-                view.lora_U, view.lora_S, view.lora_V = U * fix_signs(V), S[best], (V * fix_signs(V)).mT
+                V = Vh[best].mT
+                view.lora_U, view.lora_S, view.lora_V = U[:, best] * fix_signs(V), S[best], (V * fix_signs(V)).mT
 
     @staticmethod
     def change(layer: Layer[AntiPaSTOConfig]) -> Tensor:
@@ -93,5 +93,5 @@ class AntiPaSTO(SVDCore):
             return dS
         q, t = alpha * layer.tiny("lora_Q"), math.tan(layer.cfg.max_angle / 2)
         q = q * (1 + (q / t).square().sum(-1, keepdim=True)).rsqrt()
-        E = torch.block_diag(*cayley_minus_identity(skew(q, b)))
+        E = block_diagonal(cayley_minus_identity(skew(q, b)))
         return (layer.tiny("lora_S") + dS)[:, None] * E + dS.diag()

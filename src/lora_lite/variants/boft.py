@@ -64,7 +64,7 @@ class BOFT(Variant):
         counts = blocks(d, layer.cfg)
         if counts:
             names = [f"lora_Q{i}" for i in range(1, len(counts) + 1)]
-            factors = layer.once("turns", lambda: turns(layer, names, b)).to(x.dtype).split(counts)
+            factors = torch.split(layer.once("turns", lambda: turns(layer, names, b)).to(x.dtype), counts)
             for i in reversed(range(len(counts))):
                 w = counts[i] * b
                 turned = add_butterfly(x[..., :w], factors[i], i)

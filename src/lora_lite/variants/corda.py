@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..core import AdapterConfig, ConfigError, StagedLayer, Targets, register
+from ..ops.linalg import cholesky, norm, precise, thin_svd
 from ..ops.spectrum import fix_signs, top_svd
 from ._deviation import Deviation
 
@@ -67,27 +67,31 @@ class CorDA(Deviation):
                 start(view, lambda W, d=d: W * d.clamp_min(1e-6 * d.max()).to(W.dtype))
         else:
             for gram in targets.each_gram(calibration_data):
-                P = gram.C / gram.n
-                P.diagonal().add_(cfg.damping * P.diagonal().mean().clamp_min(1e-30))
-                if cfg.whiten == "cov_half":
-                    P = torch.linalg.cholesky(P)
+                C = gram.C / gram.n
+                C.diagonal().add_(cfg.damping * C.diagonal().mean().clamp_min(1e-30))
+                P = cholesky(C) if cfg.whiten == "cov_half" else C
                 for view in gram.views:
                     start(view, lambda W, P=P: W @ P.to(W.dtype))
 
 
 def start(view: StagedLayer[CorDAConfig], whiten: Callable[[Tensor], Tensor]) -> None:
     """A0, B0 of one target: U_k S_k V_kᵀ P⁻¹ = U_k U_kᵀ W, so nothing is ever inverted."""
-    cfg = view.cfg
-    W = view.weight
-    W = W.to(torch.promote_types(torch.float32, W.dtype))
-    if cfg.mode == "ipm":
-        U, S, _ = top_svd(whiten(W), cfg.r)
-    else:
-        U, S, _ = torch.linalg.svd(whiten(W), full_matrices=False)
-        U, S = U[:, -cfg.r :], S[-cfg.r :]
-        U = U * fix_signs(U)
+    cfg, W = view.cfg, precise(view.weight)
+    U, S = largest(whiten(W), cfg.r) if cfg.mode == "ipm" else smallest(whiten(W), cfg.r)
     root = S.clamp_min(1e-12 * S.max().clamp_min(1e-30)).sqrt()
     A, B = (U / root).mT @ W, U * root
-    balance = (B.norm() / A.norm().clamp_min(1e-30)).sqrt().clamp_min(1e-30)
+    balance = (norm(B) / norm(A).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
     root_s = math.sqrt(abs(cfg.scale))
     view.lora_A0, view.lora_B0 = A * (balance / root_s), B / (balance * math.copysign(root_s, cfg.scale))
+
+
+def largest(M: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """U (m, k) and S (k,) of the k largest singular triplets."""
+    U, S, _ = top_svd(M, k)
+    return U, S
+
+
+def smallest(M: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """U (m, k) and S (k,) of the k smallest."""
+    U, S, _ = thin_svd(M)
+    return U[:, -k:] * fix_signs(U[:, -k:]), S[-k:]

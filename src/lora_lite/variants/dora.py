@@ -56,8 +56,8 @@ class DoRA(Variant):
         with torch.no_grad():
             less = layer.once("less", lambda: shortening(layer, A, B, s))
         h = torch.addcmul(less, m, 1 + less)
-        B = torch.addcmul(B, B, h[:, None]).to(y.dtype)
-        return scaled_lowrank_update(y, layer.dropout(x), layer.lora_A, B, h.to(y.dtype), layer.bias, s)
+        longer = torch.addcmul(B, B, h[:, None]).to(y.dtype)
+        return scaled_lowrank_update(y, layer.dropout(x), layer.lora_A, longer, h.to(y.dtype), layer.bias, s)
 
 
 def shortening(layer: Layer[DoRAConfig], A: Tensor, B: Tensor, s: float) -> Tensor:

@@ -69,11 +69,12 @@ class DyLoRA(Variant):
         if not layer.training:
             return A, B * cfg.scale
         index, b = torch.arange(cfg.r, device=A.device), layer.lora_b
-        if cfg.frozen:
-            last = index == b - 1
-            A, B = torch.where(last[:, None], A, A.detach()), torch.where(last, B, B.detach())
         exact = torch.promote_types(torch.float32, B.dtype)
-        return A, B * torch.where(index < b, cfg.effective_alpha / b.to(exact), 0).to(B.dtype)
+        scale = torch.where(index < b, cfg.effective_alpha / b.to(exact), 0).to(B.dtype)
+        if not cfg.frozen:
+            return A, B * scale
+        last = index == b - 1
+        return torch.where(last[:, None], A, A.detach()), torch.where(last, B, B.detach()) * scale
 
     @staticmethod
     def compact(layer: Layer[DyLoRAConfig], rank: int | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:

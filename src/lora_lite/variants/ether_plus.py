@@ -46,7 +46,7 @@ class ETHERPlus(Variant):
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: ETHERPlusConfig) -> dict[str, ParamSpec]:
-        specs = {}
+        specs: dict[str, ParamSpec] = {}
         for side, d in (("in", d_in), ("out", d_out))[: 2 if cfg.sides == "both" else 1]:
             if d % cfg.n_blocks:
                 raise ConfigError(f"n_blocks={cfg.n_blocks} does not divide the {d} {side}puts.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core import AdapterConfig, ConfigError, ParamSpec, Targets, register
 from ..ops.spectrum import top_eigh
@@ -55,7 +55,8 @@ class EVA(LowRank):
     @staticmethod
     def group_init(model: nn.Module, targets: Targets[EVAConfig], cfg: EVAConfig, calibration_data: Any) -> None:
         budget = sum(view.cfg.r for view in targets)
-        directions, shares = {}, {}
+        directions: dict[str, Tensor] = {}
+        shares: dict[str, Tensor] = {}
         for gram in targets.each_gram(calibration_data, labelled=cfg.tokens == "labelled"):
             sizes = {v.path: min(v.in_features, int(cfg.rho * v.cfg.r)) for v in gram.views}
             e, V = top_eigh(gram.C, max(sizes.values()))
@@ -68,7 +69,7 @@ class EVA(LowRank):
                 shares[view.path] = (e / gram.C.trace().clamp_min(1e-30)).cpu()[: sizes[view.path]]
         owner = torch.cat([torch.full((len(shares[v.path]),), i) for i, v in enumerate(targets)])
         best = torch.cat([shares[v.path] for v in targets]).argsort(descending=True, stable=True)[:budget]
-        ranks = torch.bincount(owner[best], minlength=len(targets)).tolist()
+        ranks = [int(n) for n in torch.bincount(owner[best], minlength=len(targets))]
         for view, r in list(zip(targets, ranks, strict=True)):
             if r == 0:
                 targets.remove(view)

@@ -78,8 +78,7 @@ def rotate(layer: Layer[HRAConfig], v: Tensor) -> Tensor:
 
 
 def pairs(layer: Layer[HRAConfig]) -> tuple[Tensor, Tensor]:
-    first, U = layer.tiny("lora_U0"), layer.tiny("lora_U")
-    if len(U) % 2:
-        U = torch.cat((U[:-1], torch.zeros_like(U[:1]), U[-1:]))
+    first, dU = layer.tiny("lora_U0"), layer.tiny("lora_U")
+    U = torch.cat((dU[:-1], torch.zeros_like(dU[:1]), dU[-1:])) if len(dU) % 2 else dU
     a, b = U.view(len(first), 2, -1).unbind(1)
     return householder_pairs(first + a, b - a)

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..core import ConfigError, Layer, ParamSpec, register
+from ..ops.stiefel import orthonormal_rows
 from ._lowrank import LowRank, ScaledConfig
 
 
@@ -21,8 +22,7 @@ class LoRAFAConfig(ScaledConfig):
 
 def orthogonal_rows(A: Tensor, generator: Generator) -> None:
     """Fill A (r, d_in) with random orthogonal rows of length 1/√3."""
-    Q, R = torch.linalg.qr(torch.randn(A.shape[1], A.shape[0], generator=generator))
-    A.copy_((Q * torch.where(R.diagonal() < 0, -1, 1)).mT / 3**0.5)
+    A.copy_(orthonormal_rows(torch.randn(A.shape[1], A.shape[0], generator=generator).mT) / 3**0.5)
 
 
 @register

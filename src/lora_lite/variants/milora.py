@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..core import AdapterConfig, Layer, register
+from ..ops.linalg import precise
 from ..ops.svd import balanced_factors, bottom_svd
 from ._deviation import Deviation
 
@@ -35,6 +34,4 @@ class MiLoRA(Deviation):
 
     @staticmethod
     def init(layer: Layer[MiLoRAConfig], cfg: MiLoRAConfig) -> None:
-        W = layer.weight
-        U, S, V = bottom_svd(W.to(torch.promote_types(torch.float32, W.dtype)), cfg.r)
-        layer.lora_A0, layer.lora_B0 = balanced_factors(U, S, V, cfg.scale)
+        layer.lora_A0, layer.lora_B0 = balanced_factors(*bottom_svd(precise(layer.weight), cfg.r), cfg.scale)

@@ -54,7 +54,7 @@ class OFT(Variant):
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: OFTConfig) -> dict[str, ParamSpec]:
         n, t = divmod(d_in, cfg.block_size)
-        specs = {}
+        specs: dict[str, ParamSpec] = {}
         if n:
             specs["lora_Q"] = ParamSpec((n, cfg.block_size * (cfg.block_size - 1) // 2), decay=False)
         if t > 1:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..core import Layer, register
+from ..ops.linalg import precise
+from ..ops.stiefel import orthonormal_rows
 from ._deviation import Deviation
 from ._lowrank import ScaledConfig
 
@@ -34,8 +34,6 @@ class OLoRA(Deviation):
 
     @staticmethod
     def init(layer: Layer[OLoRAConfig], cfg: OLoRAConfig) -> None:
-        W = layer.weight
-        W = W.to(torch.promote_types(torch.float32, W.dtype))
-        Q, R = torch.linalg.qr(W[:, : cfg.r])
-        Q = Q * torch.where(R.diagonal() < 0, -1, 1)
-        layer.lora_A0, layer.lora_B0 = Q.mT @ W, Q
+        W = precise(layer.weight)
+        Qt = orthonormal_rows(W[:, : cfg.r].mT)
+        layer.lora_A0, layer.lora_B0 = Qt @ W, Qt.mT

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..core import Targets, register
+from ..ops.linalg import thin_svd
 from ._steering import Steering, SteeringConfig, contrast, direction
 
 
@@ -40,7 +40,8 @@ class PCASteering(Steering):
     ) -> None:
         for view, positive, negative in contrast(targets, calibration_data, cfg.token):
             D = positive - negative
-            along = D @ (v := torch.linalg.svd(D, full_matrices=False).Vh[0])
+            v = thin_svd(D)[2][0]
+            along = D @ v
             votes = along.sign().sum()
             v = -v if (votes if votes != 0 else along.sum()) < 0 else v
             direction(view, v * along.abs().mean())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import ConfigError, Layer, ParamSpec, Role, Targets, Variant, register
+from ..ops.linalg import precise, thin_svd
 from ..ops.lowrank import add_lowrank
 from ._steering import FittedConfig, check_difference, contrast
 
@@ -52,9 +53,7 @@ class SSteer(Variant):
     @staticmethod
     def group_init(model: nn.Module, targets: Targets[SSteerConfig], cfg: SSteerConfig, calibration_data: Any) -> None:
         for view, positive, negative in contrast(targets, calibration_data, cfg.token):
-            W = view.weight
-            U, S, _ = torch.linalg.svd(W.to(torch.promote_types(torch.float32, W.dtype)), full_matrices=False)
-            U, S = U[:, : view.cfg.r], S[: view.cfg.r]
+            U, S = (t[..., : view.cfg.r] for t in thin_svd(precise(view.weight))[:2])
             if not bool(S[-1] > S[0] * torch.finfo(S.dtype).eps):
                 raise ConfigError(f"{view.path}: its weight has a rank below r = {view.cfg.r}; lower r.")
             difference = positive.mean(0) - negative.mean(0)  # in which the bias cancels

@@ -57,5 +57,5 @@ class SVFT(SVDCore):
         M, sizes = layer.tiny("lora_M"), lengths(layer.lora_S.shape[0], layer.cfg.band)
         if len(sizes) == 1:
             return M
-        diagonals = M.split(list(sizes.values()))
-        return sum(torch.diag_embed(d, offset) for d, offset in zip(diagonals, sizes, strict=True))
+        diagonals = torch.split(M, list(sizes.values()))
+        return torch.stack([torch.diag_embed(d, offset) for d, offset in zip(diagonals, sizes, strict=True)]).sum(0)

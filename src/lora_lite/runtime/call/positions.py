@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...core.errors import SelectionError
 from ...core.positions import parse_positions
-from ..model.call import Columns, Call, Prompt
+from ..model.call import Call, Columns, Prompt
 from ..model.state import ModelState
 from ..view.cache import cache_of
 
