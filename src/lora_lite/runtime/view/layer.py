@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from ...core.config import AdapterConfig
 from ...core.errors import StateError, WeightError
+from ...core.layer import Layer
 from ...ops.dropout import dropout
 from ..layers.kinds import bias_of, dense_view, is_plain, is_quantised
 from ..layers.read import read_weight, run_bare, weight_norms
@@ -264,3 +265,7 @@ class StillView(LayerView):
     @property
     def training(self) -> bool:
         return False
+
+
+if TYPE_CHECKING:  # what pages are typed with is what they get
+    _: type[Layer[AdapterConfig]] = LayerView
