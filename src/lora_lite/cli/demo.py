@@ -124,6 +124,7 @@ def affordable(wanted: int, seconds: float, model: Any, tokenizer: Any, rows: li
     from ..demo.data import collate
 
     batch = {k: v.to(model.device) for k, v in collate(rows[:BATCH], tokenizer.pad_token_id).items()}
+    one = 0.0
     model.eval()  # gradients flow all the same, and no method counts it as a training step
     one = math.inf
     for _ in range(2):

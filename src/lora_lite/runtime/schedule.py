@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._torch import within_step
+from ..core.config import AdapterConfig
 from ..core.errors import StateError
+from ..core.targets import StepTargets as Promised
 from .model.record import Record
 from .model.site import owned_tensors
 from .model.state import ModelState, record_of, state_of
@@ -24,6 +26,10 @@ class StepTargets(list[LayerView]):
     def __init__(self, views: Iterable[LayerView], total_steps: int) -> None:
         super().__init__(views)
         self.total_steps = total_steps
+
+
+if TYPE_CHECKING:
+    _: type[Promised[AdapterConfig]] = StepTargets
 
 
 def schedule(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:

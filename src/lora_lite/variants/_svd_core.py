@@ -34,14 +34,18 @@ class SVDCore(Variant):
         U, S, V = leading_triplets(layer, layer.lora_S.shape[0])
         layer.lora_U, layer.lora_S, layer.lora_V = U, S, V.mT
 
-    @classmethod
-    def forward(cls, layer: Layer[Any], x: Tensor, y: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @classmethod  # which core is meant is known to the page that inherits
+    def forward(  # pyright: ignore[reportIncompatibleVariableOverride]
+        cls, layer: Layer[Any], x: Tensor, y: Tensor
+    ) -> Tensor:
         z = shrink(layer.dropout(x), layer.lora_V)
         change = layer.once("change", lambda: cls.change(layer).to(y.dtype))
         return add_lowrank(y, z * change if change.dim() == 1 else z @ change.mT, layer.lora_U)
 
     @classmethod
-    def factors(cls, layer: Layer[Any]) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def factors(  # pyright: ignore[reportIncompatibleVariableOverride]
+        cls, layer: Layer[Any]
+    ) -> tuple[Tensor, Tensor]:
         change = cls.change(layer)
         U = layer.tiny("lora_U")
         return layer.lora_V, (U * change if change.dim() == 1 else U @ change).to(layer.lora_U.dtype)

@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ...core.config import AdapterConfig
 from ...core.errors import ConfigError, StateError
+from ...core.targets import Targets as Promised
 from ..call.batch import call_batch, evaluating
 from ..call.hooks import first_name
 from ..call.scope import nobody_acts
@@ -361,3 +363,7 @@ def _free_bytes(views: list[StagedTarget]) -> int:
     if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return max(1 << 30, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     return 1 << 62
+
+
+if TYPE_CHECKING:
+    _: type[Promised[AdapterConfig]] = Targets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from ...core.config import AdapterConfig
 from ...core.errors import StateError, WeightError
+from ...core.layer import Layer
 from ...ops.dropout import dropout
 from ..layers.linear import run_bare
 from ..layers.read import known_kind, read_weight, weight_norms
@@ -303,3 +304,7 @@ class DenseView(LayerView):
 
     def dropout(self, x: Tensor) -> Tensor:
         return x
+
+
+if TYPE_CHECKING:  # what pages are typed with is what they get
+    _: type[Layer[AdapterConfig]] = LayerView
