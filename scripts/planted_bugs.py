@@ -210,10 +210,8 @@ def main() -> int:
     survivors = [v for v in verdicts if not v.killed]
     for v in survivors:
         print(f"{v.word}: {v.bug.name} ({v.bug.file})")
-    used = sum(v.seconds for v in verdicts)
-    print(
-        f"{len(bugs)} bugs, {len(survivors)} not caught, {time.perf_counter() - start:.0f} s ({used:.0f} of a processor)"
-    )
+    wall, used = time.perf_counter() - start, sum(v.seconds for v in verdicts)
+    print(f"{len(bugs)} bugs, {len(survivors)} not caught, {wall:.0f} s ({used:.0f} of a processor)")
     return 1 if survivors or red else 0
 
 

@@ -29,7 +29,7 @@ BUGS = [
         "runtime/model/site.py",
         "self.kin = repr({k: v for k, v in own.items() if k not in common})",
         'self.kin = ""',
-        R + "test_grouped_rows.py",
+        R + "test_grouped_rows.py -k kin",
     ),
     Bug(
         "a copy is made inside its scope",
@@ -65,7 +65,7 @@ BUGS = [
         "runtime/layers/kinds.py",
         "return type(module).forward is nn.Linear.forward and size is not None and",
         "return size is not None and",
-        S + "test_foreign_layers.py",
+        R + "test_view.py -k what_it_does",
     ),
     Bug(
         "a convolution's inputs without its kernel",
@@ -86,7 +86,7 @@ BUGS = [
         "runtime/layers/norm.py",
         "x = torch.cat((small, small * 3 * (eps or 1e-6) ** 0.5))",
         "x = small",
-        R + "test_whole.py",
+        R + "test_whole.py -k a_norm_that_is_none",
     ),
     Bug(
         "probing without setting the bias aside",
@@ -107,7 +107,7 @@ BUGS = [
         "runtime/layers/read.py",
         "    if dim == 0:\n        return torch.cat",
         "    if dim == 1:\n        return torch.cat",
-        S + "test_foreign_layers.py",
+        R + "test_view.py -k products",
     ),
     Bug(
         "a convolution without its dilation",
@@ -121,7 +121,7 @@ BUGS = [
         "runtime/layers/virtual.py",
         '        if m.padding_mode != "zeros":\n',
         "        if False:\n",
-        R + "test_places.py",
+        R + "test_places.py -k lora_works",
     ),
     # ---- view
     Bug(
@@ -136,7 +136,7 @@ BUGS = [
         "runtime/start/staging.py",
         "spec.fill(t, generator_for(self.cfg.seed, self.target.path, short))",
         "spec.fill(t, generator_for(self.cfg.seed, self.target.path))",
-        C + "test_7_same_seed.py -k lora-",
+        R + "test_draws.py -k layers",
     ),
     Bug(
         "the start forgets the seed",
@@ -157,14 +157,14 @@ BUGS = [
         "runtime/view/layer.py",
         "return tensor.to(torch.promote_types(torch.float32, self._dtype or tensor.dtype))",
         "return tensor.to(self._dtype or tensor.dtype)",
-        R + "test_casts.py",
+        R + "test_view.py -k dtypes",
     ),
     Bug(
         "a large bias costs W v its digits",
         "runtime/view/layer.py",
         "PROBE = 256.0",
         "PROBE = 2.0**-40",
-        S + "test_foreign_layers.py",
+        R + "test_view.py -k products",
     ),
     Bug(
         "weights of adapters forgotten",
@@ -199,14 +199,14 @@ BUGS = [
         "runtime/view/kept.py",
         "0 if t is None or t.is_inference() else t._version)",
         "0)",
-        R + "test_memo.py",
+        R + "test_memo.py -k written",
     ),
     Bug(
         "kept from one generation to the next",
         "runtime/view/kept.py",
         "if last is None or last[0]() is not cache:",
         "if last is None:",
-        R + "test_memo.py",
+        R + "test_memo.py -k generation",
     ),
     Bug(
         "tokens that are not there are edited",
@@ -242,14 +242,14 @@ BUGS = [
         "runtime/targets/choose.py",
         "wanted = {i + n if i < 0 else i for i in cfg.layers}",
         "wanted = {abs(i) for i in cfg.layers}",
-        R + "test_targets.py",
+        R + "test_plan.py -k negative",
     ),
     Bug(
         "exclude_names loses to the names",
         "runtime/targets/choose.py",
         "elif any(matches(p, s.path) for p in cfg.exclude_names):",
         "elif not named and any(matches(p, s.path) for p in cfg.exclude_names):",
-        R + "test_targets.py",
+        R + "test_plan.py -k exclusion",
     ),
     Bug(
         "the widest layer taken for the stream",
@@ -270,14 +270,14 @@ BUGS = [
         "runtime/targets/beside.py",
         'if (p == path or p.startswith(f"{path}."))',
         "if p.startswith(path)",
-        R + "test_whole.py -k patterns",
+        R + "test_plan.py -k beginning",
     ),
     Bug(
         "a module trained whole forgets the seed and dtype",
         "runtime/targets/beside.py",
         "return holder.config(variant=holder.name, dtype=cfg.dtype, seed=cfg.seed)",
         "return holder.config(variant=holder.name)",
-        R + "test_whole.py",
+        R + "test_plan.py -k whole_modules",
     ),
     Bug(
         "the plan keeps silent on a shared weight",
@@ -306,14 +306,14 @@ BUGS = [
         "runtime/call/grouped.py",
         "z = torch.where(mask.view(mask.shape[0], *(1,) * (x.dim() - 2), mask.shape[1]), x @ A.mT, 0)",
         "z = x @ A.mT",
-        R + "test_grouped_rows.py",
+        R + "test_grouped_rows.py -k equals_single",
     ),
     Bug(
         "the padded rank is the smallest",
         "runtime/call/grouped.py",
         "pad, r = torch.nn.functional.pad, max(ranks)",
         "pad, r = torch.nn.functional.pad, min(ranks)",
-        R + "test_grouped_rows.py",
+        R + "test_grouped_rows.py -k equals_single",
     ),
     Bug(
         "the input is not rewritten twice",
@@ -362,7 +362,7 @@ BUGS = [
         "runtime/call/recompute.py",
         "                state.pending, state.pending_done = [], False\n",
         "                pass\n",
-        S + "test_checkpointing.py",
+        S + "test_checkpointing.py -k dead",
     ),
     Bug(
         "the second training forward without schedule passes",
@@ -372,11 +372,11 @@ BUGS = [
         C + "test_3_nothing_silent.py -k schedule_must",
     ),
     Bug(
-        "the batch size of the last call is kept",
+        "the batch is that of the last tensor",
         "runtime/call/root.py",
-        "    state.batch = None\n    for value in",
-        "    for value in",
-        S,
+        "            state.batch = int(value.shape[0])\n            break\n",
+        "            state.batch = int(value.shape[0])\n",
+        R + "test_rows.py",
     ),
     Bug(
         "another thread inside a scope",
@@ -432,7 +432,7 @@ BUGS = [
         "runtime/call/positions.py",
         "(rank >= n[:, None])",
         "(rank >= n[:, None] - 1)",
-        R + "test_positions.py",
+        R + "test_positions.py -k with_a_cache",
     ),
     # ---- start
     Bug(
@@ -503,6 +503,6 @@ BUGS = [
         "runtime/start/staging.py",
         "self.target.path, short, str(e)))",
         "self.target.path, short))",
-        R + "test_experts.py",
+        R + "test_draws.py -k experts",
     ),
 ]

@@ -36,3 +36,13 @@ def test_serving_in_sixteen_bits_is_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(3, 6, dtype=torch.bfloat16))
+
+
+def test_tensors_that_have_a_dtype_of_their_own_get_it_back():
+    model = nn.Sequential(nn.Linear(12, 20))
+    handle = ll.attach(model, ll.DoRAConfig(r=2, dtype="bfloat16"))
+    before = {k: t.dtype for k, t in ll.adapter_state_dict(model).items()}
+    assert set(before.values()) == {torch.bfloat16, torch.float32}
+    model.double()
+    handle.restore_dtype()
+    assert {k: t.dtype for k, t in ll.adapter_state_dict(model).items()} == before

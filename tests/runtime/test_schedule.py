@@ -203,3 +203,32 @@ def test_the_penalties_of_all_active_adapters_are_added():
     assert ll.penalty(model, "default") == 4 * 9 and ll.penalty(model, "second") == 4 * 4 + 5
     ll.activate(model, ["second", "default"])
     assert ll.penalty(model) == 36 + 21
+
+
+def test_a_frozen_adapter_stands_still():
+    model, _ = small()
+    other = nn.Parameter(torch.zeros(1))
+    handle = ll.adapters(model)["default"]
+    optimizer = torch.optim.SGD([*handle.parameters(), other], lr=0.1)
+    ll.schedule(model, optimizer, 5)
+    handle.trainable = False
+    other.grad = torch.ones(1)
+    optimizer.step()
+    assert handle.record.steps == 0
+    handle.trainable = True
+    step(model, optimizer)
+    assert handle.record.steps == 1
+
+
+def test_a_step_within_a_step_counts_once():
+    class Outer(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model, _ = small()
+    handle = ll.adapters(model)["default"]
+    optimizer = Outer(handle.parameters(), lr=0.1)
+    ll.schedule(model, optimizer, 5)
+    step(model, optimizer)
+    step(model, optimizer)
+    assert handle.record.steps == 2
