@@ -13,7 +13,7 @@ from .spec import ParamSpec
 class Variant:
     """The contract of a method. Inheriting is optional: `@register` adds the missing members to any class.
 
-    A method writes static methods. `layer` is the target as this adapter sees it (see `runtime.layer.LayerView`):
+    A method writes static methods. `layer` is the target as this adapter sees it (its members are listed under `layer`):
     `layer.lora_A` is this adapter's tensor in y's dtype, `layer.master("lora_A")` its stored precision, `layer.weight`
     the dense `(d_out, d_in)` weight whatever the layer stores, `layer.cfg` the config with this target's rank and
     alpha.
@@ -21,7 +21,9 @@ class Variant:
 
     # ---- identity and facts: read by the runtime, the docs and the tests
     name: ClassVar[str] = ""
+    """What configs, files and the command line call it: letters, digits, underscores."""
     config: ClassVar[type[AdapterConfig]] = AdapterConfig
+    """The dataclass of its hyperparameters."""
     title: ClassVar[str] = ""
     """One line for tables; the first line of the docstring by default."""
     paper: ClassVar[str] = ""
@@ -74,7 +76,7 @@ class Variant:
     """`(layer, A, B)`: write the inverse of `factors` into the staged tensors; the method that holds combined adapters
     has it."""
     by_feature: ClassVar[Callable[..., Any] | None] = None
-    """`(layer, side) -> vectors (d,)`, or None on the side ("input", "output") where it does nothing; and"""
+    """`(layer, side) -> vectors (d,)`, or None on the side ("input", "output") where it does nothing. Goes with `act`."""
     act: ClassVar[Callable[..., Any] | None] = None
     """`(cfg, v, *vectors) -> v_new`: what a method that works feature by feature does to x or y, also with one vector
     (n, 1, d) per row."""
