@@ -18,7 +18,7 @@ PIP = $(PY) -m pip --disable-pip-version-check --no-input install --quiet --quie
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 STAMP = $(VENV)/.ready
 
-.PHONY: help setup demo test slow gpu planted lint format freeze clean
+.PHONY: help setup demo test slow gpu planted lint format tables freeze clean
 
 help: ## this list
 	@echo "lora-lite: make COMMAND"
@@ -49,6 +49,10 @@ lint: $(STAMP) ## style and types, changes nothing
 format: $(STAMP) ## rewrite the source in the project's style
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
+
+tables: $(STAMP) ## write generated documents again: README, docs/api.md, what works where, costs, CONTRIBUTING
+	@for script in readme_tables rooms_table api_reference what_works_where cost_tables; do \
+		echo "scripts/$$script.py"; OMP_NUM_THREADS=1 $(PY) scripts/$$script.py || exit 1; done
 
 freeze: $(STAMP) ## the installed versions, in the form of constraints.txt
 	@$(PY) -m pip list --format=freeze --exclude-editable | sed 's/+.*//'

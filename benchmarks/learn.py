@@ -9,7 +9,8 @@ extended method by method, so a stopped run goes on where it was; the table is g
 
 A second look at a method that learnt little, with another learning rate or size, goes into a table of its own:
 
-    python benchmarks/learn.py --second-look --methods lora_xs --set r=32 --lr 0.016 --json benchmarks/results/learn.json --table docs/results/learn.md
+    python benchmarks/learn.py --second-look --methods lora_xs --set r=32 --lr 0.016 \
+        --json benchmarks/results/learn.json --table docs/results/learn.md
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ cannot serve.
 Weight error: mean of ‖W_ref − W − s BA‖ / ‖W_ref‖ over the layers. KL: mean over tokens of KL(full ‖ quantised), in
 nats, on texts that the full model writes.
 
-    python benchmarks/reference_weights.py --json benchmarks/results/reference_weights.json --table docs/results/reference_weights.md
+    python benchmarks/reference_weights.py --json benchmarks/results/reference_weights.json \
+        --table docs/results/reference_weights.md
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from lora_lite.cli._console import markdown
 from lora_lite.cli.variants import COLUMNS, cells, facts
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "README.md"
 RUNS = ROOT / "docs" / "demo.json"
 KEEP = ("method", "seed", "steps", "lr", "trained", "problems", "accuracy_before", "accuracy_after", "cpu_seconds")
 
@@ -74,14 +75,13 @@ def main() -> int:
     if args.demo:
         kept = [{k: json.loads(path.read_text())[k] for k in KEEP} for path in args.demo]
         RUNS.write_text(json.dumps(kept, indent=1) + "\n")
-    readme = ROOT / "README.md"
-    old = readme.read_text()
+    old = PAGE.read_text()
     new = filled(filled(old, "methods", methods()), "demo", demo())
     if args.check:
         if new != old:
-            print("README.md is out of date: python scripts/readme_tables.py")
+            print("README.md is stale: make tables")
         return int(new != old)
-    readme.write_text(new)
+    PAGE.write_text(new)
     return 0
 
 

@@ -108,6 +108,7 @@ class AdapterConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch's own object."""
         return DTYPES[self.dtype]
 
     def patterns(self) -> list[tuple[str, str]]:

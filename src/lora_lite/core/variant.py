@@ -107,7 +107,8 @@ class Variant:
     """`(layer, A, B)`: write the inverse of `factors` into the staged tensors; the method can then start from
     `reference_weights`."""
     by_feature: Callable[[Any, str], tuple[Tensor, ...] | None] | None = None
-    """`(layer, side) -> vectors (d,)`, or None on the side ("input", "output") where it does nothing; and"""
+    """`(layer, side) -> vectors (d,)`, or None on the side ("input", "output") where it does nothing. Goes with
+    `act`."""
     act: Callable[..., Tensor] | None = None
     """`(cfg, v, *vectors) -> v_new`: what a method that works feature by feature does to x or y, also with one vector
     (n, 1, d) per row."""

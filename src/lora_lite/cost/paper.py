@@ -29,17 +29,23 @@ class Cost:
     """One training step of `batch` x `length` tokens: the adapter's part beyond the frozen base, and the base's own."""
 
     variant: str
+    """Name of the method."""
     batch: int
+    """Rows of the batch."""
     length: int
+    """Tokens per row."""
     trained: int
     """Trained numbers."""
     adapter_bytes: int
     """All tensors of the adapter, frozen factors included."""
     gradient_bytes: int
+    """Gradients of the trained numbers, in the dtype of the adapter."""
     optimizer_bytes: int
     """AdamW's two moments in fp32."""
     base_params: int
+    """Parameters of the base."""
     base_bytes: int
+    """Their bytes, in the dtype in which the model was given."""
     base_saved: int
     """Bytes that autograd keeps for the backward pass through the frozen base; the model must give this much to
     anything that trains below its last block."""
@@ -49,13 +55,16 @@ class Cost:
     """The same with gradient checkpointing of every block: the blocks' inputs, and the largest block or the head while
     its backward pass runs."""
     extra_checkpointed: int
+    """Bytes beyond that because of the adapter."""
     base_forward: int
     """Multiply-adds counted as two: matrix products, and attention in full although a causal mask lets a kernel skip
     half of it."""
     base_step: int
     """Forward, and backward through the activations."""
     extra_forward: int
+    """Operations of the forward pass beyond the base's."""
     extra_step: int
+    """Operations of both passes beyond the base's."""
 
     @property
     def training_bytes(self) -> int:
@@ -182,7 +191,8 @@ def cost(model: nn.Module, cfg: AdapterConfig, batch: int = 1, length: int = 204
     `torch.utils.flop_counter` counts them; small factorisations are not counted.
 
     Raises:
-        ConfigError: no transformers model; TargetError: as `ll.plan`.
+        ConfigError: no transformers model, or one that cannot be run on shapes alone.
+        TargetError: as `ll.plan`.
     """
     return Paper(model, batch, length).cost(cfg)
 

@@ -31,8 +31,8 @@ def load(
         base_check: what to do when the base weights are not those the adapter was trained on.
 
     Raises:
-        FileError: damaged, of another format, or with missing, unexpected or ill-shaped tensors. BaseMismatchError:
-            other base weights.
+        FileError: damaged, of another format, or with missing, unexpected or ill-shaped tensors.
+        BaseMismatchError: other base weights.
         StateError: the name is taken or the model is merged. In each case the model is untouched.
     """
     if base_check not in ("error", "warn", "ignore"):

@@ -17,7 +17,9 @@ class CheckReport:
     """Per adapter: targets whose tensors have gradients, and those all of whose gradients are zero."""
 
     learning: dict[str, int]
+    """Adapter -> number of targets with gradients."""
     zero: dict[str, list[str]]
+    """Adapter -> paths of targets all of whose gradients are zero."""
 
     def __str__(self) -> str:
         lines = [f"{name}: {n} targets receive gradients" for name, n in self.learning.items()]
@@ -32,7 +34,8 @@ def _trains(record: Record) -> bool:
 
 
 def check(model: nn.Module) -> CheckReport:
-    """Call it after `loss.backward()` and before `zero_grad()`.
+    """Whether every target of every trainable adapter learns. Call it after `loss.backward()` and before
+    `zero_grad()`.
 
     Returns:
         A report; targets all of whose gradients are zero are listed in it (frozen by the schedule, or dead).

@@ -25,16 +25,19 @@ class Adapter:
 
     @property
     def record(self) -> Record:
+        """What the model keeps of it. Raises `StateError` after a detach."""
         if state_of(self._model).records.get(self._record.name) is not self._record:
             raise StateError(f"adapter {self._name!r} has been detached.")
         return self._record
 
     @property
     def name(self) -> str:
+        """Its name in this model; `ll.rename` changes it."""
         return self.record.name
 
     @property
     def cfg(self) -> AdapterConfig:
+        """The config it was attached or loaded with."""
         return self.record.cfg
 
     @property

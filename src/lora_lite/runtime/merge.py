@@ -33,12 +33,15 @@ class MergeReport:
     """What a merge did. Prints as a few lines."""
 
     adapters: list[str]
+    """Names of the merged adapters."""
     n_layers: int
+    """Number of layers whose weight was written."""
     change: dict[str, float]
     """Path -> ‖W' − W‖ / ‖W‖."""
     rounding: dict[str, float]
     """Path -> largest rounding of W' to its storage dtype, relative to the largest entry."""
     dequantised: list[str]
+    """Paths of quantised layers that are dense now."""
     logit_error: float | None = None
     """Largest difference between the outputs before and after, on the `check` batch."""
     logit_scale: float | None = None

@@ -29,12 +29,15 @@ class Plan:
     """The targets of a config on a model, what stays unadapted, and what it costs. Prints as a table."""
 
     cfg: AdapterConfig
+    """The config, as its method's own config class."""
     targets: list[Target]
+    """One per adapted layer: `path`, `d_in`, `d_out`, `cfg` with the target's own rank, `specs` of its tensors."""
     hits: dict[str, int]
     """Number of targets that each pattern of the config matches."""
     unadapted: list[tuple[str, str]]
     """(path, reason) of layers and weights that stay as they are."""
     base_params: int
+    """Number of parameters of the model, shared ones counted once."""
     rows: list[tuple[str, str, int | None, str, bool]] = field(default_factory=list)
     """(class, role, block, storage dtype, quantised) per target."""
     notes: list[str] = field(default_factory=list)

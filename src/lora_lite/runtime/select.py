@@ -25,7 +25,8 @@ def activate(model: nn.Module, choice: Choice) -> None:
     Several act in attach order. Weight w of an adapter f means y + w (f(x, y) - y).
 
     Raises:
-        StateError: an unknown name or a merged model. SelectionError: inside a scope, or from a second thread.
+        StateError: an unknown name or a merged model.
+        SelectionError: inside a scope, or from a second thread.
     """
     state = state_of(model)
     outside_scope(state, "ll.activate")
@@ -50,7 +51,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     rows.
 
     Raises:
-        StateError: an unknown name or a merged model. SelectionError: a batch that does not fit, from a second thread.
+        StateError: an unknown name or a merged model.
+        SelectionError: a batch that does not fit, or a second thread.
     """
     state = state_of(model)
     if isinstance(names, str) or not names:

@@ -20,6 +20,21 @@ from .checks.suite import applies as applies
 from .toy import batches as batches
 from .toy import toy as toy
 
+__all__ = [
+    "check_variant",
+    "run_check",
+    "CHECKS",
+    "PROMISES",
+    "applies",
+    "what_works",
+    "ABILITIES",
+    "outcome",
+    "Outcome",
+    "Case",
+    "batches",
+    "toy",
+]
+
 
 def check_variant(
     variant: str | type[Variant],

@@ -41,11 +41,14 @@ TOLERANCE = 2e-5
 
 @dataclass(frozen=True)
 class Outcome:
-    """One ability of one method. `error`: measured where it works; `refusal`: the sentence where it does not."""
+    """One ability of one method."""
 
     works: bool
+    """False where it is refused."""
     error: float = 0.0
+    """Largest difference over the largest output, where it works."""
     refusal: str = ""
+    """The sentence of the refusal, where it does not."""
 
 
 def ability(name: str) -> Callable[[Ability], Ability]:

@@ -37,10 +37,10 @@ def generator_for(seed: int, *names: str) -> Generator:
 
 
 class LayerView:
-    """One adapter's view of its layer.
+    """The target as one adapter sees it: the `layer` that every page takes.
 
-    `view.lora_A` is this adapter's tensor cast to the dtype in which the page computes; `view.master("lora_A")` is the
-    stored one.
+    `layer.lora_A` is this adapter's tensor, whatever the adapter is called, cast to the dtype in which the page
+    computes; `layer.master("lora_A")` is the stored one. In `init`, `layer.lora_A = t` writes it.
     """
 
     def __init__(
@@ -56,9 +56,10 @@ class LayerView:
         self._dtype = dtype
         self._call, self._rows = call, rows
         self.cfg: AdapterConfig = slot.cfg
+        """The config with this target's rank and alpha."""
         self.still = False
         """Outside of any forward: dropout and other noise of training do not exist for it."""
-        self.strength = 1.0
+        self.strength: float = 1.0
         """The adapter's weight in `ll.activate`, for methods that declare `own_weight`."""
 
     def __getattr__(self, name: str) -> Tensor:
@@ -147,10 +148,12 @@ class LayerView:
 
     @property
     def in_features(self) -> int:
+        """d_in, whatever the layer calls it."""
         return self._slot.d_in
 
     @property
     def out_features(self) -> int:
+        """d_out, whatever the layer calls it."""
         return self._slot.d_out
 
     @property

@@ -1,0 +1,98 @@
+"""Generated documents are what their scripts write today, and the API reference leaves nothing out."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import lora_lite as ll
+
+ROOT = Path(__file__).parents[2]
+API = ROOT / "docs" / "api.md"
+LISTED = sorted(set(dir(ll)) - {"testing", "__version__"})
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("rich")
+    pytest.importorskip("tyro")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look names up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["readme_tables", "rooms_table", "api_reference"])
+def test_generated_text_is_current(name, monkeypatch, capsys):
+    module = script(name, monkeypatch)
+    monkeypatch.setattr(sys, "argv", [name, "--check"])
+    assert module.main() == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["readme_tables", "rooms_table", "api_reference"])
+def test_stale_text_is_noticed_and_the_command_named(name, monkeypatch, capsys, tmp_path):
+    module = script(name, monkeypatch)
+    copy = tmp_path / "page.md"
+    copy.write_text(re.sub(r"adapters|`lora`", "adaptors", module.PAGE.read_text()))
+    monkeypatch.setattr(module, "PAGE", copy)
+    monkeypatch.setattr(sys, "argv", [name, "--check"])
+    assert module.main() == 1
+    assert "is stale: make tables" in capsys.readouterr().out
+
+
+def test_one_command_writes_all_of_them():
+    recipe = re.search(r"^tables:.*?\n\n", (ROOT / "Makefile").read_text(), re.M | re.S)
+    assert recipe is not None
+    writers = {p.stem for p in (ROOT / "scripts").glob("*.py") if re.match(r'"""Write ', p.read_text())}
+    assert writers == {"readme_tables", "rooms_table", "api_reference", "what_works_where", "cost_tables"}
+    assert all(name in recipe[0] for name in writers)
+
+
+def test_every_room_and_wing_has_a_line():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    src = ROOT / "src" / "lora_lite"
+    for place in [*src.glob("*/__init__.py"), *src.glob("runtime/*/__init__.py")]:
+        assert re.search(rf"^\| \d \| `{place.parent.name}` \| \S", text, re.M), place
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_every_public_name_has_a_docstring_and_an_entry(name):
+    obj = getattr(ll, name)
+    kind = "class " if inspect.isclass(obj) else ""
+    assert re.search(rf"^### {kind}ll\.{name}$", API.read_text(), re.M)
+    is_method = (
+        inspect.isclass(obj) and issubclass(obj, ll.AdapterConfig) and name not in ("AdapterConfig", "BlockConfig")
+    )
+    own = next(v for v in ll.variants() if v.config is obj) if is_method else obj  # the method says it for its config
+    doc = (vars(own).get("__doc__") if inspect.isclass(own) else own.__doc__) or ""
+    assert len(doc.split()) > 2
+    assert not doc.startswith(f"{own.__name__}("), "a dataclass's own signature is no docstring"
+
+
+def test_every_name_of_testing_has_an_entry_and_every_type_that_a_call_returns():
+    text = API.read_text()
+    for name in ll.testing.__all__:
+        assert re.search(rf"^### (class )?ll\.testing\.{name}\n\n\S", text, re.M), name
+    for name in ("CheckReport", "MergeReport", "layer"):
+        assert re.search(rf"^### class (\S+\.)?{name}\n\n\S", text, re.M), name
+
+
+def test_every_field_and_member_is_explained():
+    assert re.findall(r"^- `[^`]*`:? *$", API.read_text(), re.M) == []
+    assert " object at 0x" not in API.read_text() and "<function" not in API.read_text()
+
+
+def test_the_table_of_contents_leads_to_the_headings():
+    text = API.read_text()
+    headings = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)]
+    assert len(headings) == len(set(headings)), "two headings with one anchor"
+    links = re.findall(r"\]\(#([^)]*)\)", text)
+    assert len(links) > 100 and set(links) <= set(headings)
