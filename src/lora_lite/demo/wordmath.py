@@ -56,14 +56,17 @@ _VALUE: dict[str, Callable[[int, int], int]] = {
 }
 
 
+_EIGHT_TO_ONE_TO_ONE: tuple[Split, ...] = ("train",) * 8 + ("validation", "test")
+"""The split of each bucket."""
+
+
 def _bucket(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") % 10
 
 
 def split_of(kind: str, numbers: Sequence[int]) -> Split:
     """The one split that may use these numbers in this kind of problem: 80 % train, 10 % validation, 10 % test."""
-    bucket = _bucket(f"{kind}:{','.join(map(str, numbers))}")
-    return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
+    return _EIGHT_TO_ONE_TO_ONE[_bucket(f"{kind}:{','.join(map(str, numbers))}")]
 
 
 @lru_cache
@@ -92,7 +95,7 @@ def _belongs(template: str, new: bool) -> Split:
     bucket = _bucket(template)
     if new:
         return "validation" if bucket < 5 else "test"
-    return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
+    return _EIGHT_TO_ONE_TO_ONE[bucket]
 
 
 def solution(kind: str, numbers: Sequence[int]) -> tuple[str, int]:

@@ -4,7 +4,6 @@ back."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from .._torch import forget_compiled
 from ..core.errors import LoraLiteError, StateError, WeightError
-from .call.batch import call_batch, evaluating
+from .call.batch import call_batch, evaluating, values_of
 from .layers.cell import rounding
 from .layers.kinds import kind_named
 from .layers.tensors import bias_of, device_of, is_sharded, stored_weight
@@ -329,13 +328,7 @@ def _outputs(model: nn.Module, batch: Any, *selection: dict[str, float] | None) 
                 out = call_batch(model, batch)
         else:
             out = call_batch(model, batch)
-    return [v.detach().float() for v in _values(out) if isinstance(v, Tensor) and v.is_floating_point()]
-
-
-def _values(out: Any) -> Iterable[Any]:
-    if isinstance(out, Tensor):
-        return (out,)
-    return out.values() if hasattr(out, "values") else out
+    return [v.detach().float() for v in values_of(out) if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,13 @@ def call_batch(model: nn.Module, batch: Any) -> Any:
     if hasattr(batch, "keys"):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def values_of(output: Any) -> Iterable[Any]:
+    """What a model returns, one by one: of a tuple, a list or a dict (transformers' outputs are dicts), or the one."""
+    if isinstance(output, dict):
+        return output.values()
+    return output if isinstance(output, (tuple, list)) else (output,)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from ...core.errors import LoraLiteWarning, SelectionError, StateError
 from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
 from ..view import kept as memo
+from .batch import values_of
 from .positions import locate
 from .vocabulary import watch_vocabulary
 
@@ -53,8 +54,7 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     state.call_grad = False
     if not (had_grad and state.cut_by_checkpoint and model.training and torch.is_grad_enabled()):
         return
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else (output,)
-    if any(isinstance(v, Tensor) and v.requires_grad for v in values):
+    if any(isinstance(v, Tensor) and v.requires_grad for v in values_of(output)):
         return
     raise SelectionError(
         "gradient checkpointing with use_reentrant=True runs the blocks without gradient because no input requires "
