@@ -250,16 +250,9 @@ def _take_from(layer: nn.Module, site: Site, record: Record, undo: Undo) -> None
     del site.slots[record.name]
     site.note_input()
     if not site.slots:
-        undo(lambda: _put_back(layer, site))
+        carrier = site.kind.hooked(layer)
+        undo(restoring(layer, carrier._modules, *hook_tables(carrier)))
         _take_off(layer, site.path, site.kind)
-
-
-def _put_back(layer: nn.Module, site: Site) -> None:
-    """The hooks on again, of which perhaps half was gone."""
-    if SITE in layer.__dict__:
-        _take_off(layer, site.path, site.kind)
-    layer.__dict__[SITE] = site
-    site.kind.join(layer, site.path, _hooks(site.kind))
 
 
 def _release(model: nn.Module, state: ModelState, undo: Undo) -> None:

@@ -13,22 +13,27 @@ from .recompute import changed
 
 @contextmanager
 def scope(state: ModelState) -> Iterator[None]:
+    """Inside, the selection may change; afterwards it is what it was.
+
+    Raises:
+        SelectionError: another thread is inside such a block.
+    """
     me = threading.get_ident()
     if state.scope_depth and state.scope_thread != me:
         raise SelectionError(
             "another thread is inside a `with ll.active(...)` or `with ll.rows(...)` block of this model; one model "
             "serves one selection at a time."
         )
-    saved = state.active, state.rows
+    saved, depth = (state.active, state.rows), state.scope_depth
     running = state.batch, state.call
-    state.scope_thread, state.scope_depth = me, state.scope_depth + 1
     try:
+        state.scope_thread, state.scope_depth = me, depth + 1
         yield
     finally:
         inside = state.active, state.rows
         state.active, state.rows = tuple((n, w) for n, w in saved[0] if n in state.records), saved[1]
         state.batch, state.call = running  # after an exception inside a forward too
-        state.scope_depth -= 1
+        state.scope_depth = depth
         if (state.active, state.rows) != inside:
             changed(state)
 

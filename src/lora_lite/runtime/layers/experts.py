@@ -78,16 +78,19 @@ class Experts(Kind):
             "gradient checkpointing those of one layer at a time"
         ]
 
+    def hooked(self, module: nn.Module) -> nn.Module:
+        return module.__dict__["owner"]
+
     def join(self, module: nn.Module, path: str, hooks: Hooks) -> None:
         """Make the bank a child of the experts' module, whose hooks swap the adapted weights in."""
-        owner: nn.Module = module.__dict__["owner"]
+        owner = self.hooked(module)
         if not banks_in(owner):
             owner.register_forward_pre_hook(hooks.before, with_kwargs=True)
             owner.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
         owner.add_module(path.rpartition(".")[2], module)
 
     def part(self, module: nn.Module, path: str, hooks: Hooks) -> None:
-        owner: nn.Module = module.__dict__["owner"]
+        owner = self.hooked(module)
         del owner._modules[path.rpartition(".")[2]]
         if not banks_in(owner):
             remove_hooks(owner, {"_forward_pre_hooks": hooks.before, "_forward_hooks": hooks.after})

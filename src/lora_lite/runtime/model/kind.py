@@ -122,6 +122,10 @@ class Kind:
         """A tiny (x, y) to try a page on; None where any page will do."""
         return None
 
+    def hooked(self, module: nn.Module) -> nn.Module:
+        """The module that carries the hooks."""
+        return module
+
     def join(self, module: nn.Module, path: str, hooks: Hooks) -> None:
         """Put the hooks on."""
         module.register_forward_pre_hook(hooks.before, with_kwargs=True)
