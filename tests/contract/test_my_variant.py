@@ -366,9 +366,7 @@ def test_a_page_reads_the_weight_exactly_where_it_says_so(name, monkeypatch):
     page, read = ll.get_variant(name), []
     weight = LayerView.weight.fget
     monkeypatch.setattr(LayerView, "weight", property(lambda view: read.append(view.path) or weight(view)))
-    case = ll.testing.Case(
-        page, options={"r": 2, "target_r": 2} if "target_r" in page.config.__dataclass_fields__ else {}
-    )
+    case = ll.testing.Case(page)
     model = case.model()
     case.attach(model)
     model(case.x())
@@ -376,7 +374,7 @@ def test_a_page_reads_the_weight_exactly_where_it_says_so(name, monkeypatch):
 
 
 def pages_that_sort_first():
-    """Methods of a user's: one that could hold factors, one that once would have held modules, one derived from LoRA."""
+    """A user's methods: one that could hold factors, one that once would have held modules, one derived from LoRA."""
 
     @ll.register
     class First:

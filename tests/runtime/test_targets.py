@@ -69,6 +69,8 @@ def test_role_filters_choose_exactly_these_layers():
     model = tiny_models.build("llama")
     plan = ll.plan(model, ll.LoRAConfig(target_roles=("writer",)))
     assert {t.path.rsplit(".", 1)[1] for t in plan.targets} == {"o_proj", "down_proj"} and len(plan.targets) == 4
+    for nothing in ((), [], None):  # an empty filter is none
+        assert len(ll.plan(model, ll.LoRAConfig(target_roles=nothing)).targets) == 14
     plan = ll.plan(model, ll.LoRAConfig(target_roles=("reader",), layers=(-1,)))
     assert {t.path.split(".")[2] for t in plan.targets} == {"1"} and len(plan.targets) == 5
     assert ("lm_head", "output head; name it in target_names to adapt it") in plan.unadapted

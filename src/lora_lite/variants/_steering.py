@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
@@ -69,17 +69,14 @@ def contrast(targets: Targets[Config], data: Any, token: str) -> Iterator[tuple[
     kind = type(data).__name__
     if isinstance(data, (Mapping, Tensor, str)):
         raise ConfigError(f"{FORM}; got {kind}.")
-    pairs = cast("Iterable[Any]", data)
+    pairs = cast("Iterable[object]", data)
     found: dict[str, tuple[list[Tensor], list[Tensor]]] = {view.path: ([], []) for view in targets}
     side = 0
 
     def batches() -> Iterator[Any]:
         nonlocal side
         for pair in pairs:
-            both = cast("tuple[Any, ...]", pair) if isinstance(pair, (tuple, list)) else ()
-            if len(both) != 2:
-                raise ConfigError(f"{FORM}; got a {type(cast(object, pair)).__name__} instead of a pair.")
-            for side, batch in enumerate(both):  # noqa: B007  (visit reads it)
+            for side, batch in enumerate(_sides(pair)):  # noqa: B007  (visit reads it)
                 yield batch
 
     def visit(view: StagedLayer[Config], x: Tensor, y: Tensor, mask: Tensor | None) -> None:
@@ -94,6 +91,14 @@ def contrast(targets: Targets[Config], data: Any, token: str) -> Iterator[tuple[
                 f"{sum(map(len, sides[1]))} rows."
             )
         yield view, torch.cat(sides[0]), torch.cat(sides[1])
+
+
+def _sides(pair: object) -> Sequence[Any]:
+    """The positive and the negative batch of a pair."""
+    sides = cast("Sequence[Any]", pair) if isinstance(pair, (tuple, list)) else ()
+    if len(sides) != 2:
+        raise ConfigError(f"{FORM}; got a {type(pair).__name__} instead of a pair.")
+    return sides
 
 
 def direction(view: Layer[Any], v: Tensor) -> None:

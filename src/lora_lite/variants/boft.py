@@ -40,6 +40,7 @@ class BOFT(Variant):
     whole segment stay out of that factor, and what is left of B_1 is a smaller block (lora_tail). PEFT trains X with Q
     = −(X − Xᵀ)/2 and 1 + s, multiplies dense d x d matrices, and does one factor only where its CUDA extension is
     missing. Liu et al. 2023, Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv 2311.06243.
+    m b d_in + d_out multiply-adds per token.
     """
 
     name = "boft"

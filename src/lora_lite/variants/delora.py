@@ -39,6 +39,7 @@ class DeLoRA(Variant):
     zero at the start, and one small step makes one small change. λ multiplies both halves, as in the authors' code.
     PEFT starts at B = 0 without a frozen half: the norm then makes ‖ΔW‖ jump to its full size in the first step at any
     learning rate. Bini et al. 2025, DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation, arXiv 2503.18225.
+    2r(d_in + d_out) multiply-adds per token.
     """
 
     name = "delora"

@@ -29,6 +29,7 @@ class DoRA(Variant):
     1) with ρ = (1 + e)^−½: no dense V, no cancellation, and WAᵀ goes through the layer itself, so that a quantised base
     stays packed. ‖W‖ is kept in the file. PEFT builds V, multiplies dropped-out inputs by W again, and trains m itself
     instead of δ. Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353.
+    r(d_in + d_out) + d_out multiply-adds per token, and r d_in d_out once per call (while decoding: once).
     """
 
     name = "dora"

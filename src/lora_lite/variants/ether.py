@@ -32,6 +32,7 @@ class ETHER(Variant):
     (ETHER+ does not), and the learning rate cannot change how far training goes. In exchange nothing has to be tuned.
     d_in parameters. The published code mixes rows where n > 1; this is the block-diagonal H of the paper. Bini et al.
     2024, ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections, arXiv 2405.20271.
+    2n d_in multiply-adds per token.
     """
 
     name = "ether"

@@ -36,6 +36,7 @@ class ETHERPlus(Variant):
     gradient of e is not zero. A block moves by at most 2 in the Frobenius norm, however long training goes. 2 (d_in +
     d_out) parameters. The published code mixes rows where n > 1; this is the block-diagonal H of the paper. Bini et al.
     2024, ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections, arXiv 2405.20271.
+    4n (d_in + d_out) multiply-adds per token.
     """
 
     name = "ether_plus"

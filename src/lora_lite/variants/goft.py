@@ -25,6 +25,7 @@ class GOFT(Variant):
     the start. Norms are kept to rounding. d_in − 1 parameters. The published code bounds θ by π tanh, and rotates
     neighbours at every level; this is the tree of the paper. Ma et al. 2024, Parameter Efficient Quasi-Orthogonal
     Fine-Tuning via Givens Rotation, arXiv 2404.04316.
+    4 d_in multiply-adds per token.
     """
 
     name = "goft"

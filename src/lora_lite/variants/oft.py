@@ -43,6 +43,7 @@ class OFT(Variant):
     same numbers and its default is the series; its COFT rewrites the parameters in forward, and it moves block sizes
     that do not divide d_in to ones that do. Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal
     Finetuning, arXiv 2306.07280; Qiu et al. 2025, OFTv2, arXiv 2506.19847.
+    b d_in multiply-adds per token.
     """
 
     name = "oft"

@@ -31,6 +31,7 @@ class SSteer(Variant):
     their last token. √S cancels: y' = y + α U(δ_S ∘ Uᵀ(y − b)), so U (d_out, r) and δ_S (r) are all that is kept, and
     small r keeps the noise of 1/√S out of δ_S. α is `strength` times the weight in `ll.active(model, {name: w})`. Acts
     on every token, is affine, so it can be merged. After wassname's ssteer (2025), without gates.
+    2r d_out multiply-adds per token.
     """
 
     name = "s_steer"
