@@ -243,13 +243,6 @@ BUGS = [
         "state.base_trainable = base",
         R + "test_compact.py",
     ),
-    Bug(
-        "compact forgets what the base trained",
-        "runtime/compact.py",
-        "state.active, state.base_trainable = active, base",
-        "state.active = active",
-        R + "test_compact.py",
-    ),
     # ---- merge, combine
     Bug(
         "merge forgets the bias",

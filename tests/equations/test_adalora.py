@@ -8,6 +8,8 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite.core.errors import ConfigError, StateError
+from lora_lite.runtime.view.expert import layer_views
+from lora_lite.variants import adalora
 
 R, TARGET, ALPHA, T = 5, 2, 7.0, 12
 
@@ -100,6 +102,24 @@ def test_budget_and_importance_at_every_step():
     optimizer = Noting(handle.parameters(), lr=0.05)
     ll.schedule(model, optimizer, T)
     train(model, optimizer, T, after=check)
+
+
+def test_importance_is_sensitivity_times_uncertainty():
+    """After two steps with other gradients the product orders triplets otherwise than either factor."""
+    model, handle = fresh(beta1=0.8, beta2=0.6)
+    g = torch.Generator().manual_seed(7)
+    smooth, spread = {}, {}
+    for _ in range(2):
+        for key, p in handle.named_parameters():
+            p.data = torch.randn(p.shape, generator=g, dtype=p.dtype)
+            p.grad = torch.randn(p.shape, generator=g, dtype=p.dtype)
+            now = (p * p.grad).detach().abs()
+            smooth[key] = 0.8 * smooth.get(key, 0) + 0.2 * now
+            spread[key] = 0.6 * spread.get(key, 0) + 0.4 * (now - smooth[key]).abs()
+        found = [adalora.score(view, handle.cfg) for view in layer_views(model, handle.record)]
+    for i, got in zip((0, 2), found, strict=True):
+        A, B, E = (smooth[f"{i}.lora_{k}"] * spread[f"{i}.lora_{k}"] for k in "ABE")
+        torch.testing.assert_close(got, A.mean(1) + B.mean(0) + E)
 
 
 def test_the_file_after_the_end_holds_live_triplets_and_the_same_function(tmp_path):

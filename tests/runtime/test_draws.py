@@ -51,6 +51,17 @@ def test_experts():
     assert A.shape[0] == 3 and all_differ(A)
 
 
+def test_randomised_decompositions_draw_from_the_seed():
+    """Without rounds of iteration the result shows what was drawn."""
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(60, 50))
+        ll.attach(model, ll.PiSSAConfig(r=2, svd="randomised", niter=0, seed=seed))
+        found.append(model[0].lora_A0)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 def test_what_dare_drops():
     """Two layers and two adapters with the same factors: equal updates, dropped differently."""
     model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)).double()

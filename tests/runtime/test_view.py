@@ -8,7 +8,9 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite.core import registry
+from lora_lite.runtime.layers.norm import read_norm
 from lora_lite.runtime.layers.read import read_weight
+from lora_lite.testing.case import randomise
 from lora_lite.testing.toy import FakeQuantLinear, toy
 
 SEEN: list[dict] = []
@@ -115,3 +117,36 @@ def test_one_of_two_adapters_that_rewrite_the_input_goes():
     torch.testing.assert_close(model(x), want)
     with ll.active(model, None):
         assert not torch.allclose(model(x), want)
+
+
+class Off(nn.Module):
+    """An RMS norm that says another eps than it uses; it shows on small inputs only."""
+
+    def __init__(self, used=1e-5):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.used = nn.Parameter(torch.ones(8)), 1e-6, used
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, (8,), self.weight, self.used)
+
+
+Off.__name__ = "OffNorm"
+
+
+def test_the_eps_of_a_norm_is_tried():
+    assert read_norm(Off(used=1e-6), "it").eps == 1e-6
+    with pytest.raises(ll.TargetError, match="it: this OffNorm computes something else"):
+        read_norm(Off(), "it")
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
+def test_a_convolution_of_the_update_pads_as_the_base_does(mode):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1), padding_mode=mode).double()
+    model, x = nn.Sequential(layer), torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    ll.attach(model, ll.LoRAConfig(r=2, alpha=5, dtype="float64", target_kinds=("conv",)))
+    randomise(model)
+    y = model(x)
+    with torch.no_grad(), ll.active(model, None):
+        layer.weight += 5 / 2 * (layer.lora_B @ layer.lora_A).view_as(layer.weight)
+        torch.testing.assert_close(y, model(x))

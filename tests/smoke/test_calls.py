@@ -234,11 +234,12 @@ def test_two_adapters_that_both_rewrite_the_input_act_in_attach_order():
     ll.activate(model, ["second", "first"])  # the order of the call is not the order of acting
     seen = {}
     layer = model.layers[0].up
-    for choice in ("first", "second", ["first", "second"]):
+    for choice in ("first", "second", ["first", "second"], ["second", "first"]):
         with torch.no_grad(), ll.active(model, choice):
             hook = layer.register_forward_pre_hook(lambda m, a, k: seen.update(x=a[0]), with_kwargs=True)
             layer(x())
             hook.remove()
         seen[str(choice)] = seen.pop("x")
+    assert torch.equal(seen["['first', 'second']"], seen["['second', 'first']"])
     gate = seen["second"] / x()
     torch.testing.assert_close(seen["['first', 'second']"], gate * seen["first"], atol=1e-5, rtol=1e-4)
