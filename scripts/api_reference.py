@@ -22,6 +22,7 @@ from lora_lite.interop import trainer
 from lora_lite.runtime.check import CheckReport
 from lora_lite.runtime.merge import MergeReport
 from lora_lite.core.layer import Layer
+from lora_lite.core.variant import Derived
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 COMMAND = "make tables"
@@ -98,7 +99,7 @@ def groups() -> list[Group]:
         Group(
             "Write a method",
             "[Adding a method](adding-a-method.md) goes from nothing to a tested one.",
-            [*named("register Variant ParamSpec"), ("layer", LAYER), *named("variants get_variant")],
+            [*named("register Variant ParamSpec"), ("ll.Layer", LAYER), *named("variants get_variant")],
         ),
         Group(
             "Test a method", "The contract, for anybody's method. `ll.testing` is loaded when it is asked for.", tested
@@ -271,6 +272,7 @@ def items(cls: type) -> list[str]:
     for name, (kind, doc) in fields_of(cls).items():
         if not (is_method and name == "variant"):
             value = _default(defaults[name]) if name in defaults else _class_default(cls, name)
+            kind = "bool" if kind == "Derived" else kind
             lines.append(_item(f"{name}: {kind}", value, doc or said.get(name, "")))
     for name, value in members_of(cls).items():
         if isinstance(value, property):
@@ -293,6 +295,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 def _class_default(cls: type, name: str) -> str:
     value = vars(cls).get(name, "")
+    if isinstance(value, Derived):
+        return f", from {value.since}"
     return "" if value == "" else f" = {default_of(value)}"
 
 

@@ -97,7 +97,7 @@ def test_commands_on_a_page_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_names_on_a_page_exist(page):
-    for name in set(re.findall(r"\bll\.([A-Za-z_]+)", page.read_text())):
+    for name in set(re.findall(r"\bll\.(\w+)", page.read_text())):
         assert hasattr(ll, name), f"ll.{name}"
 
 

@@ -62,11 +62,11 @@ def refused(path, *words, within=1.0, error=ll.FileError):
     """Loading raises one class of error, quickly, and leaves the model alone."""
     model = toy()
     before = Snapshot(model)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(error) as e, warnings.catch_warnings():
         warnings.simplefilter("ignore", ll.LoraLiteWarning)
         ll.load(model, path)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     assert took < within, f"{took:.1f} s"
     assert not (d := before.difference(model)), d
     assert all(w in str(e.value) for w in words), f"{words} not in: {e.value}"
@@ -299,9 +299,9 @@ def test_a_pattern_of_a_file_is_never_run(good):
     head, tensors, folder = good
     head["config"]["target_names"] = [r"(a+)+(a+)+(a+)+(a+)+$" + "b"]
     model = toy()
-    start = time.perf_counter()
+    start = time.process_time()
     ll.load(model, write(folder / "slow.safetensors", head, tensors))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_wrong_tensors(good):

@@ -97,7 +97,7 @@ def _sides(pair: object) -> Sequence[Any]:
     """The positive and the negative batch of a pair."""
     sides = cast("Sequence[Any]", pair) if isinstance(pair, (tuple, list)) else ()
     if len(sides) != 2:
-        raise ConfigError(f"{FORM}; got a {type(pair).__name__} instead of a pair.")
+        raise ConfigError(f"{FORM}; got a {type(cast(object, pair)).__name__} instead of a pair.")
     return sides
 
 
