@@ -81,7 +81,7 @@ def test_every_name_of_testing_has_an_entry_and_every_type_that_a_call_returns()
     text = API.read_text()
     for name in ll.testing.__all__:
         assert re.search(rf"^### (class )?ll\.testing\.{name}\n\n\S", text, re.M), name
-    for name in ("CheckReport", "MergeReport", "layer"):
+    for name in ("CheckReport", "MergeReport", "Layer"):
         assert re.search(rf"^### class (\S+\.)?{name}\n\n\S", text, re.M), name
 
 
