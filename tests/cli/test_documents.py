@@ -37,11 +37,14 @@ def blocks(page: Path, language: str = "python") -> list[str]:
 @pytest.fixture(autouse=True)
 def registry_as_it_was():
     from lora_lite.core import registry
+    from lora_lite.runtime.layers import kinds
 
-    before = dict(registry._TABLE)
+    tables: list[dict] = [registry._TABLE, kinds.KINDS]
+    before = [dict(table) for table in tables]
     yield
-    registry._TABLE.clear()
-    registry._TABLE.update(before)
+    for table, own in zip(tables, before, strict=True):
+        table.clear()
+        table.update(own)
 
 
 @pytest.fixture

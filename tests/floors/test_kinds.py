@@ -161,6 +161,8 @@ def test_a_kind_of_ones_own(own_kind, method, tmp_path):
     assert not (d := before.difference(model)), d
 
 
-def test_an_unknown_kind_is_named():
+def test_what_is_no_kind_of_layer_is_said():
+    with pytest.raises(ll.TargetError, match="stands on layers"):
+        ll.plan(net(), ll.LoRAConfig(target_kinds=("linear", "block")))
     with pytest.raises(ll.ConfigError, match="no kind of layer 'bilinar'"):
         ll.plan(net(), ll.LoRAConfig(target_kinds=("bilinar",)))

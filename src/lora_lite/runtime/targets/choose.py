@@ -37,7 +37,12 @@ def count_hits(cfg: AdapterConfig, fields: tuple[str, ...] | None, places: list[
 def places_of(structure: Structure, variant: type[Variant], cfg: AdapterConfig) -> list[Place]:
     """Where a method may stand: the layers of the kinds that the config names, or the blocks."""
     if not kind_named(variant.site).stream:
-        kinds = [kind_named(name).name for name in cfg.target_kinds]
+        kinds = [name for name in cfg.target_kinds if not kind_named(name).stream]
+        if len(kinds) < len(cfg.target_kinds):
+            raise TargetError(
+                f"target_kinds={cfg.target_kinds!r}: methods that stand on the stream after blocks choose it "
+                f"themselves, and variant {variant.name!r} stands on layers; name kinds of layers."
+            )
         return [s for s in structure.places if s.kind in kinds]
     if cfg.target_kinds != type(cfg)(variant=cfg.variant).target_kinds:
         raise TargetError(
