@@ -18,7 +18,7 @@ PIP = $(PY) -m pip --disable-pip-version-check --no-input install --quiet --quie
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 STAMP = $(VENV)/.ready
 
-.PHONY: help setup demo test slow gpu lint format tables freeze clean
+.PHONY: help setup demo test slow gpu oldest lint format tables freeze clean
 
 help: ## this list
 	@echo "lora-lite: make COMMAND"
@@ -37,6 +37,9 @@ slow: $(STAMP) ## the slow tests
 
 gpu: $(STAMP) ## the tests that need a CUDA device
 	@$(PYTEST) -m gpu $(ARGS)
+
+oldest: ## the quick tests on the oldest torch that is promised, in .venv-oldest; several gigabytes
+	@TORCH_INDEX="$(TORCH_INDEX)" scripts/oldest.sh -n $(JOBS) $(ARGS)
 
 lint: $(STAMP) ## style and types, changes nothing
 	@$(PY) -m ruff check .

@@ -120,7 +120,11 @@ def saddle(d_in, d_out, cfg):
     ("members", "check", "words"),
     [
         ({"forward": shift}, "fresh_adapter_is_the_identity", "a fresh adapter changes the output"),
-        ({"exact_identity": False, "forward": shift, "identity_bound": 1e-6}, "fresh_adapter_is_the_identity", "more than the declared"),
+        (
+            {"exact_identity": False, "forward": shift, "identity_bound": 1e-6},
+            "fresh_adapter_is_the_identity",
+            "more than the declared",
+        ),
         ({"exact_identity": False}, "fresh_adapter_is_the_identity", "needs identity_bound"),
         ({"forward": mixes_rows}, "rows_and_tokens_are_independent", "one row changes another row"),
         ({"forward": looks_ahead}, "rows_and_tokens_are_independent", "later tokens changes earlier"),

@@ -323,7 +323,7 @@ GOOD = {
     "_version.py": "__version__ = '1'\n",
     "_torch.py": "import torch\nfrom torch._subclasses import fake_tensor\nf = torch._C._f\n",
     "core/__init__.py": "",
-    "core/registry.py": "from .errors import E\nimport torch\nfrom .._version import __version__\nfrom .._torch import f\n",
+    "core/registry.py": "from .errors import E\nimport torch\nfrom .. import _version\nfrom .._torch import f\n",
     "core/errors.py": '"""the method lora"""\n',
     "ops/__init__.py": "",
     "ops/svd.py": "import torch\n",

@@ -13,7 +13,7 @@ from .spec import ParamSpec
 class Variant:
     """The contract of a method. Inheriting is optional: `@register` adds the missing members to any class.
 
-    A method writes static methods. `layer` is the target as this adapter sees it (its members are listed under `layer`):
+    A method writes static methods. `layer` is the target as this adapter sees it (`runtime.view.layer.LayerView`):
     `layer.lora_A` is this adapter's tensor in y's dtype, `layer.master("lora_A")` its stored precision, `layer.weight`
     the dense `(d_out, d_in)` weight whatever the layer stores, `layer.cfg` the config with this target's rank and
     alpha.
@@ -76,7 +76,8 @@ class Variant:
     """`(layer, A, B)`: write the inverse of `factors` into the staged tensors; the method that holds combined adapters
     has it."""
     by_feature: ClassVar[Callable[..., Any] | None] = None
-    """`(layer, side) -> vectors (d,)`, or None on the side ("input", "output") where it does nothing. Goes with `act`."""
+    """`(layer, side) -> vectors (d,)`, or None on the side ("input", "output") where it does nothing; with
+    `act`."""
     act: ClassVar[Callable[..., Any] | None] = None
     """`(cfg, v, *vectors) -> v_new`: what a method that works feature by feature does to x or y, also with one vector
     (n, 1, d) per row."""

@@ -25,7 +25,9 @@ PEOPLE: dict[Split, Sequence[str]] = {
     "test": "Kim Jack Rosa".split(),
 }
 THINGS: dict[Split, Sequence[str]] = {
-    "train": "apples books pens coins cards cookies stamps shells marbles stickers eggs oranges flowers candles".split(),
+    "train": (
+        "apples books pens coins cards cookies stamps shells marbles stickers eggs oranges flowers candles".split()
+    ),
     "validation": "buttons balloons pencils toys".split(),
     "test": "cakes stones plums beads".split(),
 }

@@ -312,9 +312,9 @@ def _mergeable(
     for n, _ in chosen:
         record = state.records[n]
         if not record.variant.affine or record.variant.site == "block":
+            why = " (it edits chosen positions of the residual stream)" if record.variant.site == "block" else ""
             raise StateError(
-                f"adapter {n!r}: variant {record.variant.name!r} is not an affine function of its layer's "
-                f"input{' (it edits chosen positions of the residual stream)' if record.variant.site == 'block' else ''}, "
+                f"adapter {n!r}: variant {record.variant.name!r} is not an affine function of its layer's input{why}, "
                 "so no weight can stand for it. Keep it attached."
             )
     paths = [p for p in dict.fromkeys(p for n, _ in chosen for p in state.records[n].targets)]

@@ -25,13 +25,20 @@ class Call:
         """By value, so that gradient checkpointing can tell two calls apart."""
         if not isinstance(other, Call) or self.shape != other.shape or self.found.keys() != other.found.keys():
             return self is other
-        return all(
-            len(a) == len(b)
-            and all(torch.equal(u, v) if isinstance(u, Tensor) and isinstance(v, Tensor) else u is v or u == v for u, v in zip(a, b, strict=True))
-            for a, b in ((self.found[k], other.found[k]) for k in self.found)
-        )  # fmt: skip
+        return all(_same(found, other.found[text]) for text, found in self.found.items())
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Two entries of `Call.found`, by value."""
+    if len(a) != len(b):
+        return False
+    for u, v in zip(a, b, strict=True):
+        tensors = isinstance(u, Tensor) and isinstance(v, Tensor)
+        if not (torch.equal(u, v) if tensors else u is v or u == v):
+            return False
+    return True
 
 
 class Span:
