@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import lora_lite as ll
+from lora_lite.core.layer import Layer
+from lora_lite.core.variant import Derived
 from lora_lite.interop import trainer
 from lora_lite.runtime.check import CheckReport
 from lora_lite.runtime.merge import MergeReport
-from lora_lite.core.layer import Layer
-from lora_lite.core.variant import Derived
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 COMMAND = "make tables"

@@ -66,7 +66,8 @@ MODELS = {
         T5,
         "encoder.block",
         {
-            "reader": "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v layer.1.DenseReluDense.wi",
+            "reader": "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v "
+            "layer.1.DenseReluDense.wi",
             "writer": "layer.0.SelfAttention.o layer.1.DenseReluDense.wo",
         },
     ),

@@ -78,7 +78,8 @@ class Run:
 def base_flags(files: Path) -> dict[str, str]:
     return {
         "model": str(files / "tiny"), "data": str(files / "sums.jsonl"), "eval-data": str(files / "more.jsonl"),
-        "eval-rows": "8", "rows": "20", "steps": "6", "batch-size": "4", "lr": "0.01", "eval-every": "3", "save-every": "2",
+        "eval-rows": "8", "rows": "20", "steps": "6", "batch-size": "4", "lr": "0.01",
+        "eval-every": "3", "save-every": "2",
     }  # fmt: skip
 
 
@@ -139,9 +140,9 @@ ACTS = {
 ELSEWHERE = {
     "out": "every run", "method": "test_the_method_and_its_flags", "adapter": "test_the_method_and_its_flags",
     "epochs": "test_epochs", "gradient_checkpointing": "test_gradient_checkpointing", "best": "test_best",
-    "calibration_batches": "test_calibration", "trainer": "test_sft", "threads": "test_threads", "resume": "test_resume",
-    "overwrite": "test_a_run_is_not_overwritten_in_silence", "dry_run": "test_dry_run", "debug": "test_debug",
-    "reference_weights": "test_reference_weights",
+    "calibration_batches": "test_calibration", "trainer": "test_sft", "threads": "test_threads",
+    "resume": "test_resume", "overwrite": "test_a_run_is_not_overwritten_in_silence", "dry_run": "test_dry_run",
+    "debug": "test_debug", "reference_weights": "test_reference_weights",
 }  # fmt: skip
 
 
@@ -234,7 +235,8 @@ def test_calibration(files, tmp_path, capsys):
     ]
     a, b = (next(v for k, v in r.tensors.items() if k.endswith("lora_A0") or k.endswith("lora_A")) for r in runs)
     assert a.shape != b.shape or not torch.equal(a, b)
-    assert cli.main(["train", "--model", str(files / "tiny"), "--data", str(files / "sums.jsonl"), "--out", str(tmp_path / "x"), "--calibration-batches", "2"]) == 2  # fmt: skip
+    words = ["--model", str(files / "tiny"), "--data", str(files / "sums.jsonl"), "--out", str(tmp_path / "x")]
+    assert cli.main(["train", *words, "--calibration-batches", "2"]) == 2
     assert "uses no calibration data" in capsys.readouterr().err
 
 
@@ -409,12 +411,16 @@ def test_eval_batch_size_and_threads(evaluated, monkeypatch, threads):
 
 
 def test_every_eval_flag_has_its_test():
-    tested = {"model", "data", "adapter", "base_check", "split", "rows", "batch_size", "max_new_tokens", "max_length", "samples", "seed", "base_dtype", "threads", "json", "debug"}  # fmt: skip
+    tested = set(
+        "model data adapter base_check split rows batch_size max_new_tokens max_length samples seed base_dtype threads "
+        "json debug".split()
+    )
     assert {f.name for f in dataclasses.fields(eval.Eval)} == tested
 
 
 def test_eval_prints_text_for_people(files, capsys):
-    assert cli.main(["eval", "--model", str(files / "tiny"), "--data", str(files / "sums.jsonl"), "--rows", "3", "--max-new-tokens", "2"]) == 0  # fmt: skip
+    words = ["--model", str(files / "tiny"), "--data", str(files / "sums.jsonl"), "--rows", "3"]
+    assert cli.main(["eval", *words, "--max-new-tokens", "2"]) == 0
     text = capsys.readouterr().out
     assert "accuracy" in text and "the bare base" in text and text.count("right ") >= 3
 

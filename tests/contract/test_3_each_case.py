@@ -274,12 +274,24 @@ def test_not_everything_with_features_is_linear(layer):
 
 def test_configs():
     for fields, word in (
-        (dict(r=0), "r must be"), (dict(r=2.5), "r must be int"), (dict(r=True), "r must be int"), (dict(r=10**9), "r must be"),
-        (dict(alpha=0.0), "alpha"), (dict(alpha=float("nan")), "alpha"), (dict(alpha="8"), "alpha"), (dict(dropout=1.0), "dropout"),
-        (dict(dtype="load"), "dtype"), (dict(target_roles=("raeder",)), "reader"), (dict(target_names=("(",)), "regular expression"),
-        (dict(target_names=(3,)), "target_names"), (dict(layers=("one",)), "layers"), (dict(rank_pattern={"a": 0}), "rank_pattern"),
-        (dict(rank_pattern=["a"]), "rank_pattern"), (dict(alpha_pattern={"a": float("inf")}), "alpha_pattern"), (dict(seed="x"), "seed"),
-    ):  # fmt: skip
+        (dict(r=0), "r must be"),
+        (dict(r=2.5), "r must be int"),
+        (dict(r=True), "r must be int"),
+        (dict(r=10**9), "r must be"),
+        (dict(alpha=0.0), "alpha"),
+        (dict(alpha=float("nan")), "alpha"),
+        (dict(alpha="8"), "alpha"),
+        (dict(dropout=1.0), "dropout"),
+        (dict(dtype="load"), "dtype"),
+        (dict(target_roles=("raeder",)), "reader"),
+        (dict(target_names=("(",)), "regular expression"),
+        (dict(target_names=(3,)), "target_names"),
+        (dict(layers=("one",)), "layers"),
+        (dict(rank_pattern={"a": 0}), "rank_pattern"),
+        (dict(rank_pattern=["a"]), "rank_pattern"),
+        (dict(alpha_pattern={"a": float("inf")}), "alpha_pattern"),
+        (dict(seed="x"), "seed"),
+    ):
         with pytest.raises(ll.ConfigError, match=word):
             ll.LoRAConfig(**fields)
     with pytest.raises(ll.ConfigError, match="'lora'"):

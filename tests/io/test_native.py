@@ -141,7 +141,8 @@ def test_which_adapter_and_where(tmp_path):
     other = toy()
     ll.load(other, b, name="first")
     ll.load(other, a, name="second", trainable=True)
-    assert [(n, h.trainable, h.active) for n, h in ll.adapters(other).items()] == [("first", False, False), ("second", True, True)]  # fmt: skip
+    states = [(n, h.trainable, h.active) for n, h in ll.adapters(other).items()]
+    assert states == [("first", False, False), ("second", True, True)]
     for mine, theirs in (("first", "b"), ("second", "a")):
         with ll.active(other, mine), ll.active(model, theirs):
             assert torch.equal(other(x()), model.eval()(x()))
@@ -188,7 +189,8 @@ def test_pickles_are_refused_by_content_whatever_they_are_called(tmp_path):
 
 def test_what_is_no_file_of_ours(tmp_path):
     refused(tmp_path / "nothing.safetensors", "does not exist")
-    for name, content in {"empty": b"", "short": b"abc", "zeros": bytes(64), "huge": struct.pack("<Q", 1 << 62) + bytes(99)}.items():  # fmt: skip
+    huge = struct.pack("<Q", 1 << 62) + bytes(99)
+    for name, content in {"empty": b"", "short": b"abc", "zeros": bytes(64), "huge": huge}.items():
         (tmp_path / name).write_bytes(content)
         refused(tmp_path / name)
     save_file({"a": torch.zeros(2)}, str(tmp_path / "foreign.safetensors"))
@@ -267,9 +269,13 @@ EVIL = {
     "format 0": lambda h: h.update(format=0),
     "steps as text": lambda h: h.update(steps="many"),
     "negative steps": lambda h: h.update(steps=-1),
-    "a fingerprint of text": lambda h: h["targets"]["layers.0.up"].update(base={"sample": ["a"] * 64, "dtype": "float32"}),
+    "a fingerprint of text": lambda h: h["targets"]["layers.0.up"].update(
+        base={"sample": ["a"] * 64, "dtype": "float32"}
+    ),
     "a fingerprint of lists": lambda h: h["targets"]["layers.0.up"].update(base={"sample": [[1.0]] * 64, "dtype": []}),
-    "10^5 config keys of the wrong type": lambda h: h.update(config={**{f"k{i}": i for i in range(10**5)}, "variant": "lora", "r": "x"}),
+    "10^5 config keys of the wrong type": lambda h: h.update(
+        config={**{f"k{i}": i for i in range(10**5)}, "variant": "lora", "r": "x"}
+    ),
 }  # fmt: skip
 
 

@@ -279,7 +279,8 @@ def test_the_plan_is_what_attach_does_and_touches_nothing():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plan.trainable
     size = sum(t.numel() * t.element_size() for t in ll.adapter_state_dict(model).values())
     assert size == plan.bytes and plan.optimizer_bytes == 8 * plan.trainable
-    assert plan.base_params == sum(v.numel() for v in {v.data_ptr(): v for v in model.state_dict().values()}.values()) - plan.trainable  # fmt: skip
+    distinct = {v.data_ptr(): v for v in model.state_dict().values()}
+    assert plan.base_params == sum(v.numel() for v in distinct.values()) - plan.trainable
     assert plan.base_params == ll.plan(model, ll.LoRAConfig(r=3)).base_params, "adapters are no part of the base"
 
 

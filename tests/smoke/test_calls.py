@@ -184,9 +184,8 @@ def test_beams_and_rows_of_generate():
         randomise(model, name, seed=i, scale=0.5)
 
     def generate(v, **kw):
-        return model.generate(
-            v, attention_mask=torch.ones_like(v), max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, **kw
-        )  # fmt: skip
+        kw |= {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        return model.generate(v, attention_mask=torch.ones_like(v), **kw)
 
     for kw in ({}, {"num_beams": 3}):
         alone = []

@@ -25,9 +25,15 @@ def test_fsdp2(tmp_path, methods):
         port = str(s.getsockname()[1])
     worker = str(Path(__file__).with_name("fsdp2_worker.py"))
     running = [
-        subprocess.Popen([sys.executable, worker, str(rank), port, str(tmp_path), *methods], stdout=-1, stderr=-1, text=True, env=ENV)
+        subprocess.Popen(
+            [sys.executable, worker, str(rank), port, str(tmp_path), *methods],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENV,
+        )
         for rank in (0, 1)
-    ]  # fmt: skip
+    ]
     try:
         told = [process.communicate(timeout=180) for process in running]
     finally:
