@@ -17,14 +17,14 @@ BUGS = [
     ),
     Bug(
         "scale forgotten",
-        "variants/lora.py",
+        "variants/_lowrank.py",
         "layer.lora_A, layer.lora_B, layer.cfg.scale)",
         "layer.lora_A, layer.lora_B, 1.0)",
         "tests/io/test_native.py -k golden",
     ),
     Bug(
         "dropout forgotten",
-        "variants/lora.py",
+        "variants/_lowrank.py",
         "lowrank_update(y, layer.dropout(x),",
         "lowrank_update(y, x,",
         "tests/contract/test_fields.py -k lora-ignored",

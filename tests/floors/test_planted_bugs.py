@@ -38,8 +38,19 @@ def faults(bugs: Iterable[Bug], package: Path) -> list[str]:
 
 
 def does_work(path: Path) -> bool:
-    """Whether a file defines a function. Constants, re-exports and declared classes alone do no work."""
-    return any(isinstance(node, ast.FunctionDef) for node in ast.walk(ast.parse(path.read_text())))
+    """Whether a file defines a function with a body. Constants, re-exports, declared classes and protocols, whose
+    functions hold a docstring or `...`, do no work."""
+    functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+    return any(not is_declared(statement) for function in functions for statement in function.body)
+
+
+def is_declared(statement: ast.stmt) -> bool:
+    """Whether it is a docstring or `...`."""
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and (statement.value.value is ... or isinstance(statement.value.value, str))
+    )
 
 
 def without_bug(bugs: Iterable[Bug], package: Path) -> list[str]:
@@ -84,7 +95,10 @@ def test_bugs_that_prove_nothing_are_noticed():
 
 
 def test_a_new_file_without_a_bug_is_noticed(package):
-    (package / "runtime" / "more.py").write_text('"""A file."""\n\nA = 1\n\n\nclass B:\n    """Words."""\n')
+    (package / "runtime" / "more.py").write_text(
+        '"""A file."""\n\nA = 1\n\n\nclass B:\n    """Words."""\n\n'
+        '    def f(self) -> int:\n        """Words."""\n        ...\n\n    def g(self) -> int: ...\n'
+    )
     assert not without_bug(BUGS, package)
     (package / "runtime" / "more.py").write_text('"""A file."""\n\n\ndef f() -> int:\n    return 1\n')
     assert without_bug(BUGS, package) == ["runtime/more.py"]
