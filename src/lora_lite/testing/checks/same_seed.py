@@ -13,8 +13,8 @@ from .suite import check, full_precision, same_tensors, tensors_of
 
 @check("7_same_seed", full_precision)
 def same_seed_same_adapter(case: Case) -> None:
-    """Whatever the global random state, the adapter's name, the other adapters and the chosen subset of targets; another
-    for each seed, layer and tensor."""
+    """Whatever the global random state, the adapter's name, the other adapters and the chosen subset of targets;
+    another for each seed, layer and tensor."""
     want = tensors_of(case.fresh())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(31337)
