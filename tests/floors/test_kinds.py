@@ -140,7 +140,7 @@ def test_a_kind_of_ones_own(own_kind, method, tmp_path):
     assert torch.equal(other(x), y)
     with torch.no_grad():
         strange = net()
-        strange[0].matrix.mul_(1.1)
+        strange[0].matrix[10].mul_(1.1)  # one column of W, of which a fingerprint has four
     with pytest.raises(ll.BaseMismatchError):
         ll.load(strange, path)
     ll.attach(model, cfg, name="b")
@@ -159,6 +159,23 @@ def test_a_kind_of_ones_own(own_kind, method, tmp_path):
     ll.detach(model)
     before.rng = torch.get_rng_state()  # the networks above were drawn meanwhile
     assert not (d := before.difference(model)), d
+
+
+class Doubled(nn.Linear):
+    """A linear layer in its looks."""
+
+
+class DoubledKind(Kind):
+    name = "doubled"
+
+    def size(self, module: nn.Module) -> tuple[int, int] | None:
+        return (module.in_features, module.out_features) if isinstance(module, Doubled) else None
+
+
+def test_ones_own_kind_is_asked_first(own_kind):
+    kinds.register_kind(DoubledKind())
+    assert kinds.kind_of(Doubled(3, 5)).name == "doubled"  # type: ignore[union-attr]
+    assert kinds.kind_of(nn.Linear(3, 5)).name == "linear"  # type: ignore[union-attr]
 
 
 def test_what_is_no_kind_of_layer_is_said():

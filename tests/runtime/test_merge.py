@@ -32,3 +32,14 @@ def test_the_check_batch_is_run_without_dropout_and_modes_come_back():
     report = ll.merge(model, check=torch.randn(5, 12))
     assert report.logit_error < 1e-5 < 1e-2 < report.effect
     assert [m.training for m in model.modules()] == modes
+
+
+def test_a_layer_without_a_bias_keeps_no_bias_and_the_rounding_is_reported():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20, bias=False, dtype=torch.bfloat16))
+    keys = list(model.state_dict())
+    ll.attach(model, ll.LoRAConfig(r=2, alpha=5))
+    randomise(model)
+    report = ll.merge(model)
+    assert [k for k in model.state_dict() if "lora_" not in k] == keys and model[0].bias is None
+    assert 1e-4 < report.rounding["0"] < 2**-8
