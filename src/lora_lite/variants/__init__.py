@@ -18,6 +18,8 @@ from .goft import GOFTConfig as GOFTConfig
 from .hra import HRAConfig as HRAConfig
 from .ia3 import IA3Config as IA3Config
 from .ia3_ff import IA3FFConfig as IA3FFConfig
+from .loha import LoHaConfig as LoHaConfig
+from .lokr import LoKrConfig as LoKrConfig
 from .lora import LoRAConfig as LoRAConfig
 from .lora_fa import LoRAFAConfig as LoRAFAConfig
 from .lora_ga import LoRAGAConfig as LoRAGAConfig
@@ -25,6 +27,7 @@ from .lora_one import LoRAOneConfig as LoRAOneConfig
 from .lora_xs import LoRAXSConfig as LoRAXSConfig
 from .loreft import LoReFTConfig as LoReFTConfig
 from .milora import MiLoRAConfig as MiLoRAConfig
+from .mora import MoRAConfig as MoRAConfig
 from .noreft import NoReFTConfig as NoReFTConfig
 from .oft import OFTConfig as OFTConfig
 from .olora import OLoRAConfig as OLoRAConfig
