@@ -42,6 +42,6 @@ def test_forward(chunks, d_in, d_out):
         torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
 
 
-def test_a_rank_that_is_too_large_is_refused():
-    with pytest.raises(ll.ConfigError, match="lower r"):
-        adapted(ll.MoRAConfig(r=16))
+def test_a_chunk_is_no_wider_than_the_layer():
+    _, fc, _ = adapted(ll.MoRAConfig(r=16), d_in=21)
+    assert fc.lora_M.shape == (20, 20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import peft
 import pytest
+import torch
 
 import lora_lite as ll
 from parity.against_peft import compare, pair
@@ -46,3 +47,45 @@ def test_lokr(r, ours, theirs):
         return {f"lokr_w{name[6:]}.default": getattr(layer, name) for name in names}
 
     compare(mine, other, link)
+
+
+@pytest.mark.parametrize("r", [4, 5])
+def test_miss(r):
+    mine, theirs = pair(ll.MiSSConfig(r=r, dtype="float64"), peft.MissConfig(r=r))
+    compare(mine, theirs, lambda layer: {"miss_block.default": layer.lora_D})
+
+
+def test_mini_miss():
+    mine, theirs = pair(
+        ll.MiSSConfig(r=4, mini=6, dtype="float64"), peft.MissConfig(r=4, mini_r=6, init_weights="mini")
+    )
+    compare(mine, theirs, lambda layer: {"miss_block.default": layer.lora_D})
+
+
+@pytest.mark.parametrize("general", [0, 2])
+def test_gralora(general):
+    mine, theirs = pair(
+        ll.GraLoRAConfig(r=6, alpha=9, k=3, general=general, dtype="float64"),
+        peft.GraloraConfig(r=6, alpha=9, gralora_k=3, hybrid_r=general),
+    )
+
+    def link(layer):
+        found = {"gralora_A.default": layer.lora_A.mT, "gralora_B.default": layer.lora_B.mT}
+        if general:
+            found["gralora_A_general.default.weight"] = layer.lora_A_general
+            found["gralora_B_general.default.weight"] = layer.lora_B_general
+        return found
+
+    compare(mine, theirs, link)
+
+
+def test_c3a():
+    """PEFT's input gradient is wrong: ours agrees with finite differences of PEFT's output."""
+    mine, theirs = pair(ll.C3AConfig(block=6, dtype="float64"), peft.C3AConfig(block_size=6))
+    with torch.no_grad():
+        mine.up.lora_w *= 20
+        mine.down.lora_w *= 20
+    link = lambda layer: {"c3a_kernel.default": layer.lora_w}  # noqa: E731
+    compare(mine, theirs, link, tolerance=1e-3, wrong_backward=True)  # PEFT computes in fp32
+    with pytest.raises(AssertionError):
+        compare(mine, theirs, link, tolerance=1e-2)

@@ -1,10 +1,12 @@
 """One file per method; importing one registers it. A new method adds its line here, and nothing else anywhere."""
 
+from .abba import ABBAConfig as ABBAConfig
 from .ablation import AblationConfig as AblationConfig
 from .adalora import AdaLoRAConfig as AdaLoRAConfig
 from .antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from .bitfit import BitFitConfig as BitFitConfig
 from .boft import BOFTConfig as BOFTConfig
+from .c3a import C3AConfig as C3AConfig
 from .caa import CAAConfig as CAAConfig
 from .corda import CorDAConfig as CorDAConfig
 from .delora import DeLoRAConfig as DeLoRAConfig
@@ -15,9 +17,11 @@ from .ether import ETHERConfig as ETHERConfig
 from .ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from .eva import EVAConfig as EVAConfig
 from .goft import GOFTConfig as GOFTConfig
+from .gralora import GraLoRAConfig as GraLoRAConfig
 from .hra import HRAConfig as HRAConfig
 from .ia3 import IA3Config as IA3Config
 from .ia3_ff import IA3FFConfig as IA3FFConfig
+from .kradapter import KRAdapterConfig as KRAdapterConfig
 from .loha import LoHaConfig as LoHaConfig
 from .lokr import LoKrConfig as LoKrConfig
 from .lora import LoRAConfig as LoRAConfig
@@ -27,6 +31,7 @@ from .lora_one import LoRAOneConfig as LoRAOneConfig
 from .lora_xs import LoRAXSConfig as LoRAXSConfig
 from .loreft import LoReFTConfig as LoReFTConfig
 from .milora import MiLoRAConfig as MiLoRAConfig
+from .miss import MiSSConfig as MiSSConfig
 from .mora import MoRAConfig as MoRAConfig
 from .noreft import NoReFTConfig as NoReFTConfig
 from .oft import OFTConfig as OFTConfig

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from ..core.config import AdapterConfig
 from ..core.registry import register
 from ..core.spec import ParamSpec
-from ..core.variant import Variant
-from ..ops.lowrank import lowrank_update
+from ._hadamard import Hadamard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +16,7 @@ class LoHaConfig(AdapterConfig):
 
 
 @register
-class LoHa(Variant):
+class LoHa(Hadamard):
     """Elementwise product of two low-rank updates: rank up to r² for the price of 2r.
 
     y' = y + s ((B1 A1) ∘ (B2 A2)) x, A1, A2 (r, d_in), B1, B2 (d_out, r), s = alpha/r. A1 ~ U(±1/√d_in), B1, B2 ~
@@ -32,7 +31,6 @@ class LoHa(Variant):
     config = LoHaConfig
     paper = "2108.06098"
     lr = 3e-3
-    cost = "min(r²(d_in + d_out), d_in d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoHaConfig) -> dict[str, ParamSpec]:
@@ -42,24 +40,3 @@ class LoHa(Variant):
             "lora_A2": ParamSpec((cfg.r, d_in)),
             "lora_B2": ParamSpec((d_out, cfg.r), init="kaiming"),
         }
-
-    @staticmethod
-    def forward(layer, x, y):
-        d_in, d_out, s = layer.in_features, layer.out_features, layer.cfg.scale
-        if layer.cfg.r**2 * (d_in + d_out) > d_in * d_out:
-            dense = layer.once("dense", lambda: (layer.lora_B1 @ layer.lora_A1) * (layer.lora_B2 @ layer.lora_A2))
-            return y + s * (layer.dropout(x) @ dense.mT)
-        A, B = layer.once("factors", lambda: khatri_rao(layer))
-        return lowrank_update(y, layer.dropout(x), A, B, s)
-
-    @staticmethod
-    def factors(layer):
-        A, B = khatri_rao(layer)
-        return A, layer.cfg.scale * B
-
-
-def khatri_rao(layer):
-    """A (r², d_in) and B (d_out, r²) with B A = (B1 A1) ∘ (B2 A2)."""
-    A = layer.lora_A1[:, None] * layer.lora_A2
-    B = layer.lora_B1[..., None] * layer.lora_B2[:, None]
-    return A.flatten(0, 1), B.flatten(-2)

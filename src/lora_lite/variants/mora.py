@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 
 from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
@@ -27,12 +26,12 @@ class MoRAConfig(AdapterConfig):
 class MoRA(Variant):
     """High-rank update: one square matrix, applied to chunks of the input.
 
-    x is cut into chunks x_i of q = round √(r(d_in + d_out)) inputs (even where rotated), the last one filled up with
-    the first inputs; y' = y + (M R_0 x_0, M R_1 x_1, …), R_i the rotary embedding of position i, cut or repeated to
-    d_out; or y' = y + (z, z, …) with z = M Σ x_i. M (q, q) = 0 trained: about LoRA's number of parameters and rank q.
-    alpha is not used. Cheap form: the rotations are put into M, q d_in numbers. Rotated chunks that d_out cuts off do
-    not count, as in the authors' code, so a layer that narrows ignores its last inputs. Jiang et al. 2024, MoRA:
-    High-Rank Updating for Parameter-Efficient Fine-Tuning, arXiv 2405.12130.
+    x is cut into chunks x_i of q = round √(r(d_in + d_out)) inputs (at most d_in; even where rotated), the last one
+    filled up with the first inputs; y' = y + (M R_0 x_0, M R_1 x_1, …), R_i the rotary embedding of position i, cut or
+    repeated to d_out; or y' = y + (z, z, …) with z = M Σ x_i. M (q, q) = 0 trained, an exact zero at the start: about
+    LoRA's number of parameters and rank q. alpha is not used. The rotations are put into M, q d_in numbers. Chunks that
+    d_out cuts off do not count, as in the authors' code, so a layer that narrows ignores its last inputs. Jiang et al.
+    2024, MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning, arXiv 2405.12130.
     """
 
     name = "mora"
@@ -43,10 +42,8 @@ class MoRA(Variant):
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MoRAConfig) -> dict[str, ParamSpec]:
-        q = int(math.sqrt((d_in + d_out) * cfg.r) + 0.5)
+        q = min(int(math.sqrt((d_in + d_out) * cfg.r) + 0.5), d_in)
         q -= q % 2 if cfg.chunks == "rotated" else 0
-        if q > d_in:
-            raise ConfigError(f"rank {cfg.r} makes chunks of {q} inputs, more than the {d_in} of a layer; lower r.")
         return {"lora_M": ParamSpec((q, q))}
 
     @staticmethod
