@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.variant import Variant
+from ..core import Layer, Variant
 from ..ops.lowrank import lowrank_update
 
 
@@ -14,10 +14,8 @@ class Hadamard(Variant):
     """y' = y + s ((B1 A1) ∘ (B2 A2)) x: of rank r² at most, with the factors A[(i, k)] = A1_i ∘ A2_k and B[:, (i, k)] =
     B1_i ∘ B2_k."""
 
-    cost = "min(r²(d_in + d_out), d_in d_out)"
-
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[Any], x: Tensor, y: Tensor) -> Tensor:
         d_in, d_out, s = layer.in_features, layer.out_features, layer.cfg.scale
         if layer.cfg.r**2 * (d_in + d_out) > d_in * d_out:
             dense = layer.once("dense", lambda: (layer.lora_B1 @ layer.lora_A1) * (layer.lora_B2 @ layer.lora_A2))
@@ -26,12 +24,12 @@ class Hadamard(Variant):
         return lowrank_update(y, layer.dropout(x), A, B, s)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[Any]) -> tuple[Tensor, Tensor]:
         A, B = khatri_rao(layer)
         return A, layer.cfg.scale * B
 
 
-def khatri_rao(layer: Any) -> tuple[Tensor, Tensor]:
+def khatri_rao(layer: Layer[Any]) -> tuple[Tensor, Tensor]:
     """A (r², d_in) and B (d_out, r²) with B A = (B1 A1) ∘ (B2 A2)."""
     A = layer.lora_A1[:, None] * layer.lora_A2
     B = layer.lora_B1[..., None] * layer.lora_B2[:, None]

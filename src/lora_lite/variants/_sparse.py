@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from ..core.spec import ParamSpec
+from ..core import Layer, ParamSpec
 
 
 def position_spec(rows: int, columns: int, n: int) -> ParamSpec:
@@ -31,6 +31,7 @@ def distinct(total: int, n: int, generator: Generator) -> Tensor:
     return found[torch.randperm(len(found), generator=generator)[:n]].sort().values
 
 
-def positions(layer: Any) -> tuple[Tensor, Tensor]:
+def positions(layer: Layer[Any]) -> tuple[Tensor, Tensor]:
     """Rows and columns of `lora_at`."""
-    return tuple(layer.lora_at.long().unbind())
+    rows, columns = layer.lora_at.long().unbind()
+    return rows, columns

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
+from ..core import ConfigError, Layer, ParamSpec, register
 from ..ops.svd import balanced_factors
 from ._hadamard import Hadamard
 from ._svd import SVDConfig, leading_triplets
@@ -54,5 +52,5 @@ class ABBA(Hadamard):
         }
 
     @staticmethod
-    def init(layer, cfg):
+    def init(layer: Layer[ABBAConfig], cfg: ABBAConfig) -> None:
         layer.lora_A1, layer.lora_B1 = balanced_factors(*leading_triplets(layer, cfg.r), 1.0)

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ._lowrank import ScaledConfig
 
@@ -52,7 +50,6 @@ class BDLoRA(Variant):
     config = BDLoRAConfig
     paper = "2510.23346"
     lr = 1e-3
-    cost = "r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: BDLoRAConfig) -> dict[str, ParamSpec]:
@@ -65,17 +62,17 @@ class BDLoRA(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[BDLoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         A, B = layer.once("factors", lambda: written_out(layer))
         return lowrank_update(y, layer.dropout(x), A, B, layer.cfg.scale)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[BDLoRAConfig]) -> tuple[Tensor, Tensor]:
         A, B = written_out(layer)
         return A, layer.cfg.scale * B
 
 
-def written_out(layer):
+def written_out(layer: Layer[BDLoRAConfig]) -> tuple[Tensor, Tensor]:
     """A (r, d_in) and B (d_out, r), zeros included."""
     A, B, n = layer.lora_A, layer.lora_B, layer.cfg.blocks
     if layer.cfg.side == "A":

@@ -6,12 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +38,8 @@ class C3A(Variant):
     name = "c3a"
     config = C3AConfig
     paper = "2407.19342"
+    ignores = ("r", "alpha")
     lr = 1e-1
-    cost = "2 d_in d_out/b + (d_in + d_out) log b"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: C3AConfig) -> dict[str, ParamSpec]:
@@ -51,7 +48,7 @@ class C3A(Variant):
         return {"lora_w": ParamSpec((d_out // b, d_in // b, b), decay=False)}
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[C3AConfig], x: Tensor, y: Tensor) -> Tensor:
         w = layer.tiny("lora_w")
         b = w.shape[-1]
         kernel = layer.once("kernel", lambda: torch.fft.rfft(w).conj() / layer.in_features)

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import add_lowrank, shrink
 
 
@@ -39,7 +36,6 @@ class DEFT(Variant):
     config = DEFTConfig
     paper = "2509.22793"
     lr = 1e-3
-    cost = "r(d_in + 2 d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DEFTConfig) -> dict[str, ParamSpec]:
@@ -52,14 +48,14 @@ class DEFT(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[DEFTConfig], x: Tensor, y: Tensor) -> Tensor:
         Q, less = layer.once("parts", lambda: parts(layer))
         own = y if layer.bias is None else y - layer.bias
         z = layer.cfg.scale * shrink(layer.dropout(x), layer.lora_R) + shrink(own, less.to(y.dtype).mT)
         return add_lowrank(y, z, Q.to(y.dtype))
 
 
-def parts(layer):
+def parts(layer: Layer[DEFTConfig]) -> tuple[Tensor, Tensor]:
     """Q and T0 − T, each (d_out, r)."""
     P0 = layer.tiny("lora_P0")
     P = P0 + layer.tiny("lora_P")

@@ -6,12 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ._sparse import position_spec, positions
 
 
@@ -49,8 +46,8 @@ class FourierFT(Variant):
     name = "fourierft"
     config = FourierFTConfig
     paper = "2405.03003"
+    ignores = ("r", "alpha")
     lr = 3e-2
-    cost = "d_in d_out, and d_in d_out log(d_in d_out) once per call (while decoding: once)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: FourierFTConfig) -> dict[str, ParamSpec]:
@@ -58,12 +55,12 @@ class FourierFT(Variant):
         return {"lora_values": ParamSpec((n,), decay=False), "lora_at": position_spec(d_out, d_in, n)}
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[FourierFTConfig], x: Tensor, y: Tensor) -> Tensor:
         change = layer.once("change", lambda: transformed(layer).to(y.dtype))
         return y + layer.dropout(x) @ change.mT
 
 
-def transformed(layer):
+def transformed(layer: Layer[FourierFTConfig]) -> Tensor:
     """s Re F⁻¹(C), (d_out, d_in)."""
     c, (i, j) = layer.tiny("lora_values"), positions(layer)
     d_out, d_in = layer.out_features, layer.in_features

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 
 
@@ -47,7 +44,6 @@ class GraLoRA(Variant):
     config = GraLoRAConfig
     paper = "2505.20355"
     lr = 2e-3
-    cost = "(r + general)(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: GraLoRAConfig) -> dict[str, ParamSpec]:
@@ -66,7 +62,7 @@ class GraLoRA(Variant):
         return specs | general
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[GraLoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         A, B, s, x = layer.lora_A, layer.lora_B, layer.cfg.scale, layer.dropout(x)
         k, r, _ = A.shape
         z = x.reshape(-1, k, A.shape[-1]).transpose(0, 1) @ A.mT  # (k, tokens, r)
@@ -75,7 +71,7 @@ class GraLoRA(Variant):
         return lowrank_update(y, x, layer.lora_A_general, layer.lora_B_general, s) if layer.cfg.general else y
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[GraLoRAConfig]) -> tuple[Tensor, Tensor]:
         A, B = layer.lora_A, layer.lora_B
         k, r, _ = A.shape
         wide = torch.block_diag(*A)

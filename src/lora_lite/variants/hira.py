@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, Layer, ParamSpec, Variant, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +28,8 @@ class HiRA(Variant):
     config = HiRAConfig
     paper = "openreview.net/forum?id=TwJrTz9cRS"
     needs_weight = True
+    ignores = ("alpha",)
     lr = 4.5e-3
-    cost = "d_in d_out, and r d_in d_out once per call (while decoding: once)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: HiRAConfig) -> dict[str, ParamSpec]:
@@ -40,6 +39,6 @@ class HiRA(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[HiRAConfig], x: Tensor, y: Tensor) -> Tensor:
         change = layer.once("change", lambda: layer.weight * (layer.lora_B @ layer.lora_A))
         return y + layer.dropout(x) @ change.mT

@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ..ops.svd import balanced_factors, bottom_svd
 from ._lowrank import ScaledConfig
@@ -45,10 +43,8 @@ class KaSA(Variant):
     config = KaSAConfig
     paper = "2412.06071"
     needs_weight = True
-    exact_identity = False
     identity_bound = math.inf
     lr = 5e-4
-    cost = "2r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: KaSAConfig) -> dict[str, ParamSpec]:
@@ -63,23 +59,23 @@ class KaSA(Variant):
         }
 
     @staticmethod
-    def init(layer, cfg):
+    def init(layer: Layer[KaSAConfig], cfg: KaSAConfig) -> None:
         W = layer.weight
         triplets = bottom_svd(W.to(torch.promote_types(torch.float32, W.dtype)), cfg.r)
         layer.lora_A0, layer.lora_B0 = balanced_factors(*triplets, 1.0)
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[KaSAConfig], x: Tensor, y: Tensor) -> Tensor:
         y = lowrank_update(y, x, layer.lora_A0, layer.lora_B0, -1.0)
         return lowrank_update(y, layer.dropout(x), layer.lora_A, layer.lora_B * layer.lora_values, layer.cfg.scale)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[KaSAConfig]) -> tuple[Tensor, Tensor]:
         new = layer.cfg.scale * layer.lora_B * layer.lora_values
         return torch.cat((layer.lora_A, layer.lora_A0)), torch.cat((new, -layer.lora_B0), -1)
 
     @staticmethod
-    def penalty(layer):
+    def penalty(layer: Layer[KaSAConfig]) -> Tensor:
         A, B, values = layer.tiny("lora_A"), layer.tiny("lora_B"), layer.tiny("lora_values")
         eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
         apart = torch.linalg.matrix_norm(B.mT @ B - eye) + torch.linalg.matrix_norm(A @ A.mT - eye)

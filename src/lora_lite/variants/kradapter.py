@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, Layer, ParamSpec, Variant, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,8 @@ class KRAdapter(Variant):
     name = "kradapter"
     config = KRAdapterConfig
     paper = "2508.00230"
+    ignores = ("r", "alpha")
     lr = 1e-3
-    cost = "d_in d_out, and d_in d_out once per call (while decoding: once)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: KRAdapterConfig) -> dict[str, ParamSpec]:
@@ -52,12 +51,12 @@ class KRAdapter(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[KRAdapterConfig], x: Tensor, y: Tensor) -> Tensor:
         change = layer.once("change", lambda: khatri_rao(layer))
         return y + layer.dropout(x) @ change
 
 
-def khatri_rao(layer):
+def khatri_rao(layer: Layer[KRAdapterConfig]) -> Tensor:
     """s Δᵀ (d_in, d_out)."""
     d, D = sorted((layer.in_features, layer.out_features))
     rows = ((layer.cfg.scale * layer.lora_V)[..., None] * layer.lora_U[:, None]).flatten(1)[:, :D]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
-from ..core.registry import register
-from ..core.spec import ParamSpec
+from ..core import AdapterConfig, ParamSpec, register
 from ._hadamard import Hadamard
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import add_lowrank
 
 
@@ -46,7 +44,6 @@ class LoKr(Variant):
     config = LoKrConfig
     paper = "2309.14859"
     lr = 1e-3
-    cost = "r(d_in + pm + d_out); without factors p(d_in + n k)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoKrConfig) -> dict[str, ParamSpec]:
@@ -58,7 +55,7 @@ class LoKr(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[LoKrConfig], x: Tensor, y: Tensor) -> Tensor:
         specs = LoKr.param_specs(layer.in_features, layer.out_features, layer.cfg)
         W1 = layer.lora_W1 if "lora_W1" in specs else layer.once("W1", lambda: layer.lora_W1_a @ layer.lora_W1_b)
         z = layer.dropout(x).unflatten(-1, (W1.shape[1], -1))

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ..ops.svd import bottom_svd
 from ._lowrank import ScaledConfig
@@ -36,7 +34,6 @@ class MiCA(Variant):
     paper = "2604.01694"
     needs_weight = True
     lr = 2e-3
-    cost = "r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MiCAConfig) -> dict[str, ParamSpec]:
@@ -48,14 +45,14 @@ class MiCA(Variant):
         }
 
     @staticmethod
-    def init(layer, cfg):
+    def init(layer: Layer[MiCAConfig], cfg: MiCAConfig) -> None:
         W = layer.weight
         layer.lora_B = bottom_svd(W.to(torch.promote_types(torch.float32, W.dtype)), cfg.r)[0]
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[MiCAConfig], x: Tensor, y: Tensor) -> Tensor:
         return lowrank_update(y, layer.dropout(x), layer.lora_A, layer.lora_B, layer.cfg.scale)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[MiCAConfig]) -> tuple[Tensor, Tensor]:
         return layer.lora_A, layer.cfg.scale * layer.lora_B

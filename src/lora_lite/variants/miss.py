@@ -6,12 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import add_lowrank
 
 
@@ -41,8 +38,8 @@ class MiSS(Variant):
     name = "miss"
     config = MiSSConfig
     paper = "2409.15371"
+    ignores = ("alpha",)
     lr = 2e-4
-    cost = "d_in + r d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MiSSConfig) -> dict[str, ParamSpec]:
@@ -53,20 +50,20 @@ class MiSS(Variant):
         return {"lora_D": ParamSpec((cfg.r, cfg.mini or d_out))}
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[MiSSConfig], x: Tensor, y: Tensor) -> Tensor:
         r, x = layer.cfg.r, layer.dropout(x)
         missing = -x.shape[-1] % r
         x = F.pad(x, (0, missing)) if missing else x
         return add_lowrank(y, x.unflatten(-1, (-1, r)).sum(-2), spread(layer).mT)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[MiSSConfig]) -> tuple[Tensor, Tensor]:
         d, r = layer.in_features, layer.cfg.r
         D = spread(layer)
         return torch.eye(r, dtype=D.dtype, device=D.device).repeat(1, -(-d // r))[:, :d], D.mT
 
 
-def spread(layer):
+def spread(layer: Layer[MiSSConfig]) -> Tensor:
     """D (r, d_out)."""
     D = layer.lora_D
     return D.repeat(1, layer.out_features // D.shape[1]) if layer.cfg.mini else D

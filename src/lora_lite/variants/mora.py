@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import AdapterConfig, Layer, ParamSpec, Variant, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +35,8 @@ class MoRA(Variant):
     name = "mora"
     config = MoRAConfig
     paper = "2405.12130"
+    ignores = ("alpha",)
     lr = 3e-4
-    cost = "q min(d_in, d_out), q = √(r(d_in + d_out)); summed q²"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MoRAConfig) -> dict[str, ParamSpec]:
@@ -47,7 +45,7 @@ class MoRA(Variant):
         return {"lora_M": ParamSpec((q, q))}
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[MoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         M, x = layer.lora_M, layer.dropout(x)
         q, d_in, d_out = len(M), x.shape[-1], y.shape[-1]
         n = -(-d_in // q)
@@ -61,13 +59,13 @@ class MoRA(Variant):
         return y + z.repeat(*(1 for _ in x.shape[1:]), -(-d_out // z.shape[-1]))[..., :d_out]
 
 
-def filled(x, size):
+def filled(x: Tensor, size: int) -> Tensor:
     """The first `size` inputs, or all and the first ones again."""
     d = x.shape[-1]
     return x[..., :size] if size <= d else torch.cat((x, x[..., : size - d]), -1)
 
 
-def rotated(M, n):
+def rotated(M: Tensor, n: int) -> Tensor:
     """M R_i for the places i < n, (n, q, q); R_i turns input j with input j + q/2 by the angle i 10000^(−2j/q)."""
     q = len(M)
     angles = torch.arange(n).to(M)[:, None] * 10000 ** (-torch.arange(0, q, 2).to(M) / q)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ._lowrank import ScaledConfig
 
@@ -30,7 +30,6 @@ class MoSLoRA(Variant):
     config = MoSLoRAConfig
     paper = "2406.11909"
     lr = 1e-3
-    cost = "r(d_in + d_out), and r² d_out once per call"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MoSLoRAConfig) -> dict[str, ParamSpec]:
@@ -41,10 +40,10 @@ class MoSLoRA(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[MoSLoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         B = layer.once("B", lambda: layer.lora_B @ layer.lora_M)
         return lowrank_update(y, layer.dropout(x), layer.lora_A, B, layer.cfg.scale)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[MoSLoRAConfig]) -> tuple[Tensor, Tensor]:
         return layer.lora_A, layer.cfg.scale * layer.lora_B @ layer.lora_M

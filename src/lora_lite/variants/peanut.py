@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ._lowrank import ScaledConfig
 
@@ -46,7 +44,6 @@ class PEANuT(Variant):
     paper = "2410.01870"
     needs_weight = True
     lr = 1e-3
-    cost = "r(d_in + d_out), and r d_in d_out once per call (while decoding: once)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: PEANuTConfig) -> dict[str, ParamSpec]:
@@ -55,16 +52,16 @@ class PEANuT(Variant):
         return {"lora_A": ParamSpec((cfg.r, d_out), init="kaiming"), **inner, "lora_B": ParamSpec((d_out, cfg.r))}
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[PEANuTConfig], x: Tensor, y: Tensor) -> Tensor:
         A = layer.once("A", lambda: read(layer))
         return lowrank_update(y, layer.dropout(x), A, layer.lora_B, layer.cfg.scale)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[PEANuTConfig]) -> tuple[Tensor, Tensor]:
         return read(layer), layer.cfg.scale * layer.lora_B
 
 
-def read(layer):
+def read(layer: Layer[PEANuTConfig]) -> Tensor:
     """The network's last hidden layer for every column of the weight, (r, d_in)."""
     f, n = ACTIVATIONS[layer.cfg.activation], layer.cfg.depth
     W = layer.weight

@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from ..core import ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ..ops.stiefel import fill_orthonormal_rows
 from ._lowrank import ScaledConfig
@@ -43,7 +41,6 @@ class PoLAR(Variant):
     config = PoLARConfig
     paper = "2506.03133"
     lr = 4e-3
-    cost = "r(d_in + d_out), and r² d_out once per call"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: PoLARConfig) -> dict[str, ParamSpec]:
@@ -56,16 +53,16 @@ class PoLAR(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[PoLARConfig], x: Tensor, y: Tensor) -> Tensor:
         B = layer.once("B", lambda: layer.lora_X @ layer.lora_T)
         return lowrank_update(y, layer.dropout(x), layer.lora_Y, B, layer.cfg.scale)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[PoLARConfig]) -> tuple[Tensor, Tensor]:
         return layer.lora_Y, layer.cfg.scale * layer.lora_X @ layer.lora_T
 
     @staticmethod
-    def penalty(layer):
+    def penalty(layer: Layer[PoLARConfig]) -> Tensor:
         X, Y = layer.tiny("lora_X"), layer.tiny("lora_Y")
         eye = torch.eye(len(Y), dtype=Y.dtype, device=Y.device)
         return layer.cfg.orthogonality / 4 * ((X.mT @ X - eye).square().sum() + (Y @ Y.mT - eye).square().sum())

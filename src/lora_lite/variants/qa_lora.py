@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ._lowrank import ScaledConfig
 
@@ -41,7 +40,6 @@ class QALoRA(Variant):
     config = QALoRAConfig
     paper = "2309.14717"
     lr = 1e-3
-    cost = "d_in + r(d_in/G + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: QALoRAConfig) -> dict[str, ParamSpec]:
@@ -51,12 +49,12 @@ class QALoRA(Variant):
         return {"lora_A": ParamSpec((cfg.r, d_in // G), init="kaiming"), "lora_B": ParamSpec((d_out, cfg.r))}
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[QALoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         A = layer.lora_A
         sums = layer.dropout(x).unflatten(-1, (A.shape[1], -1)).sum(-1)
         return lowrank_update(y, sums, A, layer.lora_B, layer.cfg.scale)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[QALoRAConfig]) -> tuple[Tensor, Tensor]:
         A = layer.lora_A
         return A.repeat_interleave(layer.in_features // A.shape[1], 1), layer.cfg.scale * layer.lora_B

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, Layer, ParamSpec, Variant, register
 from ._sparse import position_spec, positions
 
 
@@ -31,8 +30,8 @@ class SHiRA(Variant):
     name = "shira"
     config = SHiRAConfig
     paper = "2406.13175"
+    ignores = ("alpha",)
     lr = 1e-3
-    cost = "d_in d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: SHiRAConfig) -> dict[str, ParamSpec]:
@@ -40,12 +39,12 @@ class SHiRA(Variant):
         return {"lora_values": ParamSpec((n,)), "lora_at": position_spec(d_out, d_in, n)}
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[SHiRAConfig], x: Tensor, y: Tensor) -> Tensor:
         change = layer.once("change", lambda: written_out(layer))
         return y + layer.dropout(x) @ change.mT
 
 
-def written_out(layer):
+def written_out(layer: Layer[SHiRAConfig]) -> Tensor:
     """S (d_out, d_in)."""
     values = layer.lora_values
     return values.new_zeros(layer.out_features, layer.in_features).index_put(positions(layer), values)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import Layer, ParamSpec, Variant, register
 from ..ops.lowrank import deviation_factors, deviation_update
 from ._lowrank import ScaledConfig
 
@@ -31,7 +31,6 @@ class SingLoRA(Variant):
     config = SingLoRAConfig
     paper = "2507.05566"
     lr = 1e-3
-    cost = "2r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: SingLoRAConfig) -> dict[str, ParamSpec]:
@@ -42,16 +41,16 @@ class SingLoRA(Variant):
         }
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[SingLoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         return deviation_update(y, layer.dropout(x), *sides(layer), layer.cfg.scale)
 
     @staticmethod
-    def factors(layer):
+    def factors(layer: Layer[SingLoRAConfig]) -> tuple[Tensor, Tensor]:
         A, B = deviation_factors(*sides(layer))
         return A, layer.cfg.scale * B
 
 
-def sides(layer):
+def sides(layer: Layer[SingLoRAConfig]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ΔA_inᵀ, ΔA_out, A0_inᵀ, A0_out."""
     A, A0, d_in, d_out = layer.lora_A, layer.lora_A0, layer.in_features, layer.out_features
     return A[:, :d_in], A[:, :d_out].mT, A0[:, :d_in], A0[:, :d_out].mT

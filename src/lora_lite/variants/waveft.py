@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
-from ..core.registry import register
-from ..core.spec import ParamSpec
-from ..core.variant import Variant
+from torch import Tensor
+
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ._sparse import position_spec, positions
 
 
@@ -47,8 +45,8 @@ class WaveFT(Variant):
     name = "waveft"
     config = WaveFTConfig
     paper = "2505.12532"
+    ignores = ("r", "alpha")
     lr = 3e-4
-    cost = "d_in d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: WaveFTConfig) -> dict[str, ParamSpec]:
@@ -56,12 +54,12 @@ class WaveFT(Variant):
         return {"lora_values": ParamSpec((n,), decay=False), "lora_at": position_spec(d_out, d_in, n)}
 
     @staticmethod
-    def forward(layer, x, y):
+    def forward(layer: Layer[WaveFTConfig], x: Tensor, y: Tensor) -> Tensor:
         change = layer.once("change", lambda: transformed(layer))
         return y + layer.dropout(x) @ change.mT
 
 
-def transformed(layer):
+def transformed(layer: Layer[WaveFTConfig]) -> Tensor:
     """s H_outᵀ C H_in, (d_out, d_in)."""
     c, (i, j) = layer.lora_values * (layer.cfg.scale / 2), positions(layer)
     d_out, d_in = layer.out_features, layer.in_features
