@@ -12,7 +12,7 @@ from ..ops.lowrank import lowrank_update
 
 class Hadamard(Variant):
     """y' = y + s ((B1 A1) ∘ (B2 A2)) x: of rank r² at most, with the factors A[(i, k)] = A1_i ∘ A2_k and B[:, (i, k)] =
-    B1_i ∘ B2_k."""
+    B1_i ∘ B2_k. min(r²(d_in + d_out), d_in d_out) multiply-adds per token."""
 
     @staticmethod
     def forward(layer: Layer[Any], x: Tensor, y: Tensor) -> Tensor:

@@ -41,9 +41,9 @@ class BDLoRA(Variant):
     y' = y + s (x Aᵀ) Bᵀ, A (r, d_in) or B (d_out, r) block-diagonal with n blocks, stored without its zeros: A (r,
     d_in/n) ~ U(±1/√(d_in/n)), or B (d_out, r/n) = 0. An exact zero is added at the start. s = alpha/r, or alpha/√r with
     `use_rslora`. r(d_in/n + d_out) or r(d_in + d_out/n) parameters. Here the small factor is written out and multiplied
-    whole; the gain is a server's. PEFT finds the sides by names and draws a block-diagonal A √6 times as large. Wang
-    et al. 2025, Block-Diagonal LoRA for Eliminating Communication Overhead in Tensor Parallel LoRA Serving, arXiv
-    2510.23346.
+    whole; the gain is a server's. PEFT finds the sides by names and draws a block-diagonal A √6 times as large. r(d_in
+    + d_out) multiply-adds per token. Wang et al. 2025, Block-Diagonal LoRA for Eliminating Communication Overhead in
+    Tensor Parallel LoRA Serving, arXiv 2510.23346.
     """
 
     name = "bd_lora"

@@ -31,8 +31,9 @@ class C3A(Variant):
     the Fourier domain. Kernels w (d_out/b, d_in/b, b) = 0 trained, so an exact zero is added at the start; d_in d_out/b
     parameters, rank up to full; r and alpha are not used. Transforms run in fp32 at least. PEFT demands that its block
     (256) divides both widths, and starts at random unless told otherwise; its input gradient convolves with the kernel
-    the wrong way around, so that layers below a C3A layer are trained along another direction. Chen et al. 2024,
-    Parameter-Efficient Fine-Tuning via Circular Convolution, arXiv 2407.19342.
+    the wrong way around, so that layers below a C3A layer are trained along another direction. About 2 d_in d_out/b +
+    (d_in + d_out) log b multiply-adds per token. Chen et al. 2024, Parameter-Efficient Fine-Tuning via Circular
+    Convolution, arXiv 2407.19342.
     """
 
     name = "c3a"

@@ -27,9 +27,8 @@ class DEFT(Variant):
     saved; R (r, d_in) = T0ᵀ W/s + ΔR, T0 that of P0, is the start at which W' = W. So y' = y + (s x ΔRᵀ + (y − b)(T0 −
     T)) Qᵀ with ΔP = ΔR = 0: an exact zero is added at the start, and the weight is never read. r(d_in + d_out)
     parameters. PEFT trains P and R themselves, and fresh it departs by rounding. Its `para` mode (no injection) is no
-    identity and is left out. Kumar et al. 2025, DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models,
-    arXiv
-    2509.22793.
+    identity and is left out. r(d_in + 2 d_out) multiply-adds per token. Kumar et al. 2025, DEFT: Decompositional
+    Efficient Fine-Tuning for Text-to-Image Models, arXiv 2509.22793.
     """
 
     name = "deft"

@@ -54,12 +54,10 @@ class GraLoRA(Variant):
             "lora_A": ParamSpec((k, cfg.r, d_in // k), init="kaiming"),
             "lora_B": ParamSpec((k, d_out // k, cfg.r)),
         }
-        general = (
-            {"lora_A_general": ParamSpec((g, d_in), init="kaiming"), "lora_B_general": ParamSpec((d_out, g))}
-            if g
-            else {}
-        )
-        return specs | general
+        if g:
+            specs["lora_A_general"] = ParamSpec((g, d_in), init="kaiming")
+            specs["lora_B_general"] = ParamSpec((d_out, g))
+        return specs
 
     @staticmethod
     def forward(layer: Layer[GraLoRAConfig], x: Tensor, y: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class KaSA(Variant):
     saved as lora_A0, lora_B0; A (r, d_in) ~ U(±1/√d_in), λ (r) ~ N(0, 1), B (d_out, r) = 0, s = alpha/r. A fresh
     adapter is the truncated base, not the base. r(d_in + d_out + 1) parameters. The penalty (`ll.penalty`) is β‖λ‖² +
     γ(‖BᵀB − I‖ + ‖AAᵀ − I‖), Frobenius norms, summed over the layers. PEFT and the authors overwrite the base weight.
-    Wang et al. 2024, KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models, arXiv 2412.06071.
+    2r(d_in + d_out) multiply-adds per token. Wang et al. 2024, KaSA: Knowledge-Aware Singular-Value Adaptation of Large
+    Language Models, arXiv 2412.06071.
     """
 
     name = "kasa"

@@ -29,8 +29,8 @@ class KRAdapter(Variant):
     Let d be the smaller width of the layer and D the larger. Row i of a (d, D) matrix is v_i ⊗ u_i cut to D entries, U
     (d, q) = 0, V (d, p) ~ U(±√(6/26p)), q = ⌊√d⌋, p = ⌈D/q⌉ but at least q; y' = y + s Δ x with Δ that matrix or its
     transpose, s = 2. An exact zero is added at the start. d(p + q) parameters, no rank to choose. The product has full
-    rank as a rule, so it is built in every call. Albert et al. 2025, Towards Higher Effective Rank in
-    Parameter-efficient Fine-tuning using Khatri-Rao Product, arXiv 2508.00230.
+    rank as a rule, so it is built in every call. d_in d_out multiply-adds per token. Albert et al. 2025, Towards Higher
+    Effective Rank in Parameter-efficient Fine-tuning using Khatri-Rao Product, arXiv 2508.00230.
     """
 
     name = "kradapter"

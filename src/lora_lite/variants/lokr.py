@@ -35,9 +35,9 @@ class LoKr(Variant):
     as (m, n) gives s W1 x W2ᵀ as (p, k), and the product is never built. W1 = 0, the others U(±1/√last dim): an exact
     zero is added at the start. pm + r(k + n) parameters. LyCORIS puts the smaller of two numbers first always (PEFT and
     this page: `factor` where it divides), starts from W2_b = 0 and takes s = 1 without factors. PEFT drops rows of the
-    matrix instead of inputs. Yeh et al. 2023, Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model
-    Evaluation, arXiv 2309.14859; Edalati et al. 2022, KronA: Parameter Efficient Tuning with Kronecker Adapter, arXiv
-    2212.10650.
+    matrix instead of inputs. r(d_in + pm + d_out) multiply-adds per token, without factors p(d_in + n k). Yeh et al.
+    2023, Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, arXiv 2309.14859;
+    Edalati et al. 2022, KronA: Parameter Efficient Tuning with Kronecker Adapter, arXiv 2212.10650.
     """
 
     name = "lokr"

@@ -25,8 +25,8 @@ class MiCA(Variant):
     y' = y + s (x Aᵀ) Bᵀ, B (d_out, r) the left singular vectors of the r smallest singular values of W, frozen and
     saved; A (r, d_in) = 0 trained, so an exact zero is added at the start; s = alpha/r, or alpha/√r with `use_rslora`.
     r d_in parameters; the authors advise half of LoRA's rank and twice its rate. Needs the whole decomposition: no
-    randomised one finds the small end. Rüdiger and Raschka 2026, MiCA Learns More Knowledge Than LoRA and Full
-    Fine-Tuning, arXiv 2604.01694.
+    randomised one finds the small end. r(d_in + d_out) multiply-adds per token. Rüdiger and Raschka 2026, MiCA Learns
+    More Knowledge Than LoRA and Full Fine-Tuning, arXiv 2604.01694.
     """
 
     name = "mica"

@@ -31,8 +31,8 @@ class MiSS(Variant):
     y' = y + (Σ_g x_g) D, x_g the pieces of r inputs (the last one filled up with zeros), D (r, d_out) = 0 trained, so
     an exact zero is added at the start. r d_out parameters, half of LoRA's at the same r; alpha is not used. It is LoRA
     with A = [I I … I] frozen and never built. `mini`: D (r, mini), repeated along the outputs. PEFT's default is r =
-    64. Kang and Yin 2024, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure, arXiv
-    2409.15371.
+    64. d_in + r d_out multiply-adds per token. Kang and Yin 2024, MiSS: Revisiting the Trade-off in LoRA with an
+    Efficient Shard-Sharing Structure, arXiv 2409.15371.
     """
 
     name = "miss"

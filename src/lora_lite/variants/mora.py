@@ -28,8 +28,9 @@ class MoRA(Variant):
     filled up with the first inputs; y' = y + (M R_0 x_0, M R_1 x_1, …), R_i the rotary embedding of position i, cut or
     repeated to d_out; or y' = y + (z, z, …) with z = M Σ x_i. M (q, q) = 0 trained, an exact zero at the start: about
     LoRA's number of parameters and rank q. alpha is not used. The rotations are put into M, q d_in numbers. Chunks that
-    d_out cuts off do not count, as in the authors' code, so a layer that narrows ignores its last inputs. Jiang et al.
-    2024, MoRA: High-Rank Updating for Parameter-Efficient Fine-Tuning, arXiv 2405.12130.
+    d_out cuts off do not count, as in the authors' code, so a layer that narrows ignores its last inputs. q min(d_in,
+    d_out) multiply-adds per token, summed q². Jiang et al. 2024, MoRA: High-Rank Updating for Parameter-Efficient
+    Fine-Tuning, arXiv 2405.12130.
     """
 
     name = "mora"

@@ -35,8 +35,9 @@ class PEANuT(Variant):
     ΔW = s B f(A W), A (r, d_out) ~ U(±1/√d_out), B (d_out, r) = 0, f elementwise: LoRA whose first factor is f(A W), so
     affine in x. An exact zero is added at the start. s = alpha/r, or alpha/√r with `use_rslora` (PEFT: 1 at any r, and
     r = 32). With depth n, h = f(A W) goes through encoders h_(i+1) = f(E_i h_i) and decoders back, g = f(D_i g) + h_i.
-    2r d_out + 2n r² parameters. The weight is read in every call. Zhong et al. 2024, PEANuT: Parameter-Efficient
-    Adaptation with Weight-aware Neural Tweakers, arXiv 2410.01870.
+    2r d_out + 2n r² parameters. The weight is read in every call. r(d_in + d_out) multiply-adds per token, and r d_in
+    d_out once per call. Zhong et al. 2024, PEANuT: Parameter-Efficient Adaptation with Weight-aware Neural Tweakers,
+    arXiv 2410.01870.
     """
 
     name = "peanut"

@@ -32,8 +32,8 @@ class QALoRA(Variant):
     0: an exact zero is added at the start; s = alpha/r, or alpha/√r with `use_rslora`. r(d_in/G + d_out) parameters.
     Every group of a row changes by one number, so the update could go into the zero points of a group-wise quantised
     weight; `ll.merge` writes it into dense weights. PEFT multiplies the means by d_in/G instead of G, so that its A is
-    another one (A G²/d_in). Xu et al. 2023, QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models,
-    arXiv 2309.14717.
+    another one (A G²/d_in). d_in + r(d_in/G + d_out) multiply-adds per token. Xu et al. 2023, QA-LoRA:
+    Quantization-Aware Low-Rank Adaptation of Large Language Models, arXiv 2309.14717.
     """
 
     name = "qa_lora"

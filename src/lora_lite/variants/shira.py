@@ -23,8 +23,8 @@ class SHiRA(Variant):
     more): lora_values = 0 trained, so an exact zero is added at the start, at the positions lora_at (2, n), drawn once
     per layer and saved. alpha is not used. Rank up to full; two such adapters hardly overlap, so that they can be
     added. S is written into a dense matrix in every call. The authors also choose positions by magnitude or gradient;
-    PEFT draws the same positions for layers of the same shape where a seed is given. Bhardwaj et al. 2024, Sparse High
-    Rank Adapters, arXiv 2406.13175.
+    PEFT draws the same positions for layers of the same shape where a seed is given. d_in d_out multiply-adds per
+    token. Bhardwaj et al. 2024, Sparse High Rank Adapters, arXiv 2406.13175.
     """
 
     name = "shira"

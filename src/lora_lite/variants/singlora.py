@@ -23,8 +23,8 @@ class SingLoRA(Variant):
     A (max(d_in, d_out), r) = A0 + ΔA; y' = y + s (A_out A_inᵀ − A0_out A0_inᵀ) x, A_out and A_in the first d_out and
     d_in rows, s = alpha/r, or alpha/√r with `use_rslora`. A0 ~ U(±1/√d) frozen and saved, ΔA = 0 trained: an exact zero
     is added at the start. r max(d_in, d_out) parameters. The paper has no subtraction: it multiplies A Aᵀ by u(t) = min
-    (t/T, 1), so that its first step has no gradient and the drawn A0 A0ᵀ stays in the weight. Bensaïd et al. 2025,
-    SingLoRA: Low Rank Adaptation Using a Single Matrix, arXiv 2507.05566.
+    (t/T, 1), so that its first step has no gradient and the drawn A0 A0ᵀ stays in the weight. 2r(d_in + d_out)
+    multiply-adds per token. Bensaïd et al. 2025, SingLoRA: Low Rank Adaptation Using a Single Matrix, arXiv 2507.05566.
     """
 
     name = "singlora"

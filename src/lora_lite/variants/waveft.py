@@ -38,8 +38,8 @@ class WaveFT(Variant):
     differences), C zero but for lora_values (n) = 0 trained, so an exact zero is added at the start, at the positions
     lora_at (2, n), drawn once per layer and saved. Coefficient (i, j) adds ± s/2 to the block (i mod h, j mod w), h and
     w half of the widths: the 4n entries are written at once. An odd width is filled up and cut. Other wavelets, which
-    PEFT also has, are left out; in PEFT's matrix the two mixed quadrants are exchanged. Bilican et al. 2025, Exploring
-    Sparsity for Parameter Efficient Fine Tuning Using Wavelets, arXiv 2505.12532.
+    PEFT also has, are left out; in PEFT's matrix the two mixed quadrants are exchanged. d_in d_out multiply-adds per
+    token. Bilican et al. 2025, Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets, arXiv 2505.12532.
     """
 
     name = "waveft"
