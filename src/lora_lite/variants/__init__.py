@@ -44,7 +44,6 @@ from .noreft import NoReFTConfig as NoReFTConfig
 from .oft import OFTConfig as OFTConfig
 from .olora import OLoRAConfig as OLoRAConfig
 from .pca_steering import PCASteeringConfig as PCASteeringConfig
-from .peanut import PEANuTConfig as PEANuTConfig
 from .pissa import PiSSAConfig as PiSSAConfig
 from .polar import PoLARConfig as PoLARConfig
 from .psoft import PSOFTConfig as PSOFTConfig

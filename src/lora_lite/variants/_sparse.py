@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..core import Layer, ParamSpec
+from ..ops.transforms import ascending
 
 
 def position_spec(rows: int, columns: int, n: int) -> ParamSpec:
@@ -27,7 +28,7 @@ def distinct(total: int, n: int, generator: Generator) -> Tensor:
         return torch.randperm(total, generator=generator)[:n].sort().values
     found = torch.randint(total, (0,))
     while len(found) < n:
-        found = torch.cat((found, torch.randint(total, (2 * n,), generator=generator))).unique()
+        found = ascending(torch.cat((found, torch.randint(total, (2 * n,), generator=generator))))
     return found[torch.randperm(len(found), generator=generator)[:n]].sort().values
 
 

@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..core import ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
+from ..ops.transforms import block_diag
 from ._lowrank import ScaledConfig
 
 
@@ -76,5 +76,5 @@ def written_out(layer: Layer[BDLoRAConfig]) -> tuple[Tensor, Tensor]:
     """A (r, d_in) and B (d_out, r), zeros included."""
     A, B, n = layer.lora_A, layer.lora_B, layer.cfg.blocks
     if layer.cfg.side == "A":
-        return torch.block_diag(*A.chunk(n)), B
-    return A, torch.block_diag(*B.chunk(n))
+        return block_diag(A.chunk(n)), B
+    return A, block_diag(B.chunk(n))

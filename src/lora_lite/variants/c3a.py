@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
+from ..ops.transforms import irfft, rfft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class C3A(Variant):
     def forward(layer: Layer[C3AConfig], x: Tensor, y: Tensor) -> Tensor:
         w = layer.tiny("lora_w")
         b = w.shape[-1]
-        kernel = layer.once("kernel", lambda: torch.fft.rfft(w).conj() / layer.in_features)
-        waves = torch.fft.rfft(layer.dropout(x).to(w.dtype).unflatten(-1, (-1, b)))
-        change = torch.fft.irfft(torch.einsum("...nf,mnf->...mf", waves, kernel), b)
+        kernel = layer.once("kernel", lambda: rfft(w).conj() / layer.in_features)
+        pieces: Tensor = layer.dropout(x).to(w.dtype).unflatten(-1, (-1, b))
+        change = irfft(torch.einsum("...nf,mnf->...mf", rfft(pieces), kernel), b)
         return y + change.flatten(-2).to(y.dtype)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import add_lowrank, shrink
+from ..ops.transforms import orthonormal_basis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,5 +60,5 @@ def parts(layer: Layer[DEFTConfig]) -> tuple[Tensor, Tensor]:
     P = P0 + layer.tiny("lora_P")
     if layer.cfg.projection == "relu":
         return P, P0.relu() - P.relu()
-    Q, Q0 = torch.linalg.qr(P).Q, torch.linalg.qr(P0).Q
+    Q, Q0 = orthonormal_basis(P), orthonormal_basis(P0)
     return Q, Q0 - Q

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
+from ..ops.transforms import irfft2
 from ._sparse import position_spec, positions
 
 
@@ -70,4 +71,4 @@ def transformed(layer: Layer[FourierFTConfig]) -> Tensor:
     columns = torch.cat((j, -j % d_in))
     shares = torch.cat((c, c)) * (columns <= half) * (layer.cfg.scale / 2)
     C = c.new_zeros(d_out, half + 1).index_put((rows, columns.clamp_max(half)), shares, accumulate=True)
-    return torch.fft.irfft2(torch.complex(C, torch.zeros_like(C)), s=(d_out, d_in))
+    return irfft2(torch.complex(C, torch.zeros_like(C)), d_out, d_in)

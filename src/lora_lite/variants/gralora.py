@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
+from ..ops.transforms import block_diag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ class GraLoRA(Variant):
         A, B, s, x = layer.lora_A, layer.lora_B, layer.cfg.scale, layer.dropout(x)
         k, r, _ = A.shape
         z = x.reshape(-1, k, A.shape[-1]).transpose(0, 1) @ A.mT  # (k, tokens, r)
-        z = z.unflatten(-1, (k, r // k)).permute(2, 1, 0, 3).flatten(-2)
+        groups: Tensor = z.unflatten(-1, (k, r // k))
+        z = groups.permute(2, 1, 0, 3).flatten(-2)
         y = y + s * (z @ B.mT).transpose(0, 1).reshape(y.shape)
         return lowrank_update(y, x, layer.lora_A_general, layer.lora_B_general, s) if layer.cfg.general else y
 
@@ -72,8 +74,9 @@ class GraLoRA(Variant):
     def factors(layer: Layer[GraLoRAConfig]) -> tuple[Tensor, Tensor]:
         A, B = layer.lora_A, layer.lora_B
         k, r, _ = A.shape
-        wide = torch.block_diag(*A)
-        blocks = [torch.block_diag(*part) for part in B.unflatten(-1, (k, r // k)).unbind(-2)]
+        wide = block_diag(A.unbind())
+        groups: Tensor = B.unflatten(-1, (k, r // k))
+        blocks = [block_diag(part.unbind()) for part in groups.unbind(-2)]
         tall = torch.cat(blocks, -1)
         if layer.cfg.general:
             wide, tall = torch.cat((wide, layer.lora_A_general)), torch.cat((tall, layer.lora_B_general), -1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core import ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
 from ..ops.svd import balanced_factors, bottom_svd
+from ..ops.transforms import frobenius
 from ._lowrank import ScaledConfig
 
 
@@ -79,5 +80,5 @@ class KaSA(Variant):
     def penalty(layer: Layer[KaSAConfig]) -> Tensor:
         A, B, values = layer.tiny("lora_A"), layer.tiny("lora_B"), layer.tiny("lora_values")
         eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        apart = torch.linalg.matrix_norm(B.mT @ B - eye) + torch.linalg.matrix_norm(A @ A.mT - eye)
+        apart = frobenius(B.mT @ B - eye) + frobenius(A @ A.mT - eye)
         return layer.cfg.beta * values.square().sum() + layer.cfg.gamma * apart

@@ -58,6 +58,6 @@ class KRAdapter(Variant):
 
 def khatri_rao(layer: Layer[KRAdapterConfig]) -> Tensor:
     """s Δᵀ (d_in, d_out)."""
-    d, D = sorted((layer.in_features, layer.out_features))
+    D = max(layer.in_features, layer.out_features)
     rows = ((layer.cfg.scale * layer.lora_V)[..., None] * layer.lora_U[:, None]).flatten(1)[:, :D]
     return rows if layer.in_features < layer.out_features else rows.mT

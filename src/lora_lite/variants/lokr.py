@@ -58,12 +58,13 @@ class LoKr(Variant):
     def forward(layer: Layer[LoKrConfig], x: Tensor, y: Tensor) -> Tensor:
         specs = LoKr.param_specs(layer.in_features, layer.out_features, layer.cfg)
         W1 = layer.lora_W1 if "lora_W1" in specs else layer.once("W1", lambda: layer.lora_W1_a @ layer.lora_W1_b)
-        z = layer.dropout(x).unflatten(-1, (W1.shape[1], -1))
+        z: Tensor = layer.dropout(x).unflatten(-1, (W1.shape[1], -1))
         if "lora_W2" in specs:
-            W2 = layer.lora_W2
+            right = layer.lora_W2
         else:
-            z, W2 = z @ layer.lora_W2_b.mT, layer.lora_W2_a
-        return add_lowrank(y.unflatten(-1, (W1.shape[0], -1)), W1 @ z, W2, layer.cfg.scale).flatten(-2)
+            z, right = z @ layer.lora_W2_b.mT, layer.lora_W2_a
+        rows: Tensor = y.unflatten(-1, (W1.shape[0], -1))
+        return add_lowrank(rows, W1 @ z, right, layer.cfg.scale).flatten(-2)
 
 
 def matrix(name: str, rows: int, columns: int, r: int, factored: bool, start: str) -> dict[str, ParamSpec]:

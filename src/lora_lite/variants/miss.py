@@ -54,7 +54,8 @@ class MiSS(Variant):
         r, x = layer.cfg.r, layer.dropout(x)
         missing = -x.shape[-1] % r
         x = F.pad(x, (0, missing)) if missing else x
-        return add_lowrank(y, x.unflatten(-1, (-1, r)).sum(-2), spread(layer).mT)
+        pieces: Tensor = x.unflatten(-1, (-1, r))
+        return add_lowrank(y, pieces.sum(-2), spread(layer).mT)
 
     @staticmethod
     def factors(layer: Layer[MiSSConfig]) -> tuple[Tensor, Tensor]:

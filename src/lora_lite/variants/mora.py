@@ -51,7 +51,8 @@ class MoRA(Variant):
         q, d_in, d_out = len(M), x.shape[-1], y.shape[-1]
         n = -(-d_in // q)
         if layer.cfg.chunks == "summed":
-            z = filled(x, n * q).unflatten(-1, (n, q)).sum(-2) @ M.mT
+            pieces: Tensor = filled(x, n * q).unflatten(-1, (n, q))
+            z = pieces.sum(-2) @ M.mT
         else:
             n = min(n, -(-d_out // q))
             turned = layer.once("turned", lambda: rotated(layer.tiny("lora_M"), n).to(y.dtype))

@@ -51,8 +51,8 @@ class QALoRA(Variant):
     @staticmethod
     def forward(layer: Layer[QALoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         A = layer.lora_A
-        sums = layer.dropout(x).unflatten(-1, (A.shape[1], -1)).sum(-1)
-        return lowrank_update(y, sums, A, layer.lora_B, layer.cfg.scale)
+        groups: Tensor = layer.dropout(x).unflatten(-1, (A.shape[1], -1))
+        return lowrank_update(y, groups.sum(-1), A, layer.lora_B, layer.cfg.scale)
 
     @staticmethod
     def factors(layer: Layer[QALoRAConfig]) -> tuple[Tensor, Tensor]:
