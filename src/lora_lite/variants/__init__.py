@@ -1,12 +1,16 @@
 """One file per method; importing one registers it. A new method adds its line here, and nothing else anywhere."""
 
+from .abba import ABBAConfig as ABBAConfig
 from .ablation import AblationConfig as AblationConfig
 from .adalora import AdaLoRAConfig as AdaLoRAConfig
 from .antipasto import AntiPaSTOConfig as AntiPaSTOConfig
+from .bd_lora import BDLoRAConfig as BDLoRAConfig
 from .bitfit import BitFitConfig as BitFitConfig
 from .boft import BOFTConfig as BOFTConfig
+from .c3a import C3AConfig as C3AConfig
 from .caa import CAAConfig as CAAConfig
 from .corda import CorDAConfig as CorDAConfig
+from .deft import DEFTConfig as DEFTConfig
 from .delora import DeLoRAConfig as DeLoRAConfig
 from .direft import DiReFTConfig as DiReFTConfig
 from .dora import DoRAConfig as DoRAConfig
@@ -14,28 +18,44 @@ from .dylora import DyLoRAConfig as DyLoRAConfig
 from .ether import ETHERConfig as ETHERConfig
 from .ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from .eva import EVAConfig as EVAConfig
+from .fourierft import FourierFTConfig as FourierFTConfig
 from .goft import GOFTConfig as GOFTConfig
+from .gralora import GraLoRAConfig as GraLoRAConfig
+from .hira import HiRAConfig as HiRAConfig
 from .hra import HRAConfig as HRAConfig
 from .ia3 import IA3Config as IA3Config
 from .ia3_ff import IA3FFConfig as IA3FFConfig
+from .kasa import KaSAConfig as KaSAConfig
+from .kradapter import KRAdapterConfig as KRAdapterConfig
+from .loha import LoHaConfig as LoHaConfig
+from .lokr import LoKrConfig as LoKrConfig
 from .lora import LoRAConfig as LoRAConfig
 from .lora_fa import LoRAFAConfig as LoRAFAConfig
 from .lora_ga import LoRAGAConfig as LoRAGAConfig
 from .lora_one import LoRAOneConfig as LoRAOneConfig
 from .lora_xs import LoRAXSConfig as LoRAXSConfig
 from .loreft import LoReFTConfig as LoReFTConfig
+from .mica import MiCAConfig as MiCAConfig
 from .milora import MiLoRAConfig as MiLoRAConfig
+from .miss import MiSSConfig as MiSSConfig
+from .mora import MoRAConfig as MoRAConfig
+from .moslora import MoSLoRAConfig as MoSLoRAConfig
 from .noreft import NoReFTConfig as NoReFTConfig
 from .oft import OFTConfig as OFTConfig
 from .olora import OLoRAConfig as OLoRAConfig
 from .pca_steering import PCASteeringConfig as PCASteeringConfig
 from .pissa import PiSSAConfig as PiSSAConfig
+from .polar import PoLARConfig as PoLARConfig
 from .psoft import PSOFTConfig as PSOFTConfig
+from .qa_lora import QALoRAConfig as QALoRAConfig
 from .road import RoadConfig as RoadConfig
 from .s_steer import SSteerConfig as SSteerConfig
+from .shira import SHiRAConfig as SHiRAConfig
+from .singlora import SingLoRAConfig as SingLoRAConfig
 from .ssvd import SSVDConfig as SSVDConfig
 from .svft import SVFTConfig as SVFTConfig
 from .token_rows import TokenRowsConfig as TokenRowsConfig
+from .waveft import WaveFTConfig as WaveFTConfig
 from .whole import WholeConfig as WholeConfig
 
 __all__ = [name for name in dir() if name.endswith("Config")]  # pyright: ignore[reportUnsupportedDunderAll]

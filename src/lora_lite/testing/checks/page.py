@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ...core.errors import ConfigError
 from ...core.spec import ParamSpec
-from ..case import Case, run
+from ..case import SIZES, Case, run
 from ..toy import HIDDEN, WIDTH
 from .suite import check
 
@@ -19,10 +20,22 @@ PAGES = ("forward", "forward_input")
 @check("0_page")
 def specs_are_a_dict_of_specs(case: Case) -> None:
     """`param_specs` gives {"lora_NAME": ParamSpec(...)}."""
-    specs: Any = case.variant.param_specs(WIDTH, HIDDEN if case.linear else WIDTH, case.sized())
+    specs = _first_specs(case)
     case.expect(isinstance(specs, dict), f"param_specs returns {_kind(specs)}, not a dict of ParamSpec.")
     for name, spec in specs.items():
         case.expect(isinstance(spec, ParamSpec), f"param_specs: {name!r} is {_kind(spec)}, not a ParamSpec.")
+
+
+def _first_specs(case: Case) -> Any:
+    """What `param_specs` returns at the first size that the method takes."""
+    refusal: ConfigError | None = None
+    for r, alpha in SIZES:
+        try:
+            cfg = case.sized(**{"r": r, "alpha": alpha, **case.options})
+            return case.variant.param_specs(WIDTH, HIDDEN if case.linear else WIDTH, cfg)
+        except ConfigError as e:
+            refusal = e
+    raise AssertionError(f"{case.variant.name}: takes none of the sizes (r, alpha) {SIZES}: {refusal}")
 
 
 @check("0_page")
