@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.config import AdapterConfig
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, TargetError
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
@@ -53,7 +53,10 @@ class GraLoRA(Variant):
     def param_specs(d_in: int, d_out: int, cfg: GraLoRAConfig) -> dict[str, ParamSpec]:
         k, g = cfg.k, cfg.general
         if d_in % k or d_out % k:
-            raise ConfigError(f"k={k} does not divide the widths of a {d_in}->{d_out} layer; choose a common divisor.")
+            raise TargetError(
+                f"k={k} does not divide both widths of a {d_in}->{d_out} layer; choose a common divisor, or leave "
+                "the layer out by target_kinds or exclude_names."
+            )
         specs = {
             "lora_A": ParamSpec((k, cfg.r, d_in // k), init="kaiming"),
             "lora_B": ParamSpec((k, d_out // k, cfg.r)),

@@ -8,6 +8,7 @@ from ..core.config import AdapterConfig
 from ..core.registry import register
 from ..core.spec import ParamSpec
 from ..core.variant import Variant
+from ..ops.sparse import sparse_product
 from ._sparse import position_spec, positions
 
 
@@ -23,7 +24,7 @@ class SHiRA(Variant):
     W' = W + S, S zero but for r(d_in + d_out) entries, LoRA's number of parameters (all entries where a layer has no
     more): lora_values = 0 trained, so an exact zero is added at the start, at the positions lora_at (2, n), drawn once
     per layer and saved. alpha is not used. Rank up to full; two such adapters hardly overlap, so that they can be
-    added. S is written into a dense matrix in every call. The authors also choose positions by magnitude or gradient;
+    added. S is never written out. The authors also choose positions by magnitude or gradient;
     PEFT draws the same positions for layers of the same shape where a seed is given. Bhardwaj et al. 2024, Sparse High
     Rank Adapters, arXiv 2406.13175.
     """
@@ -32,7 +33,7 @@ class SHiRA(Variant):
     config = SHiRAConfig
     paper = "2406.13175"
     lr = 1e-3
-    cost = "d_in d_out"
+    cost = "r(d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: SHiRAConfig) -> dict[str, ParamSpec]:
@@ -41,11 +42,4 @@ class SHiRA(Variant):
 
     @staticmethod
     def forward(layer, x, y):
-        change = layer.once("change", lambda: written_out(layer))
-        return y + layer.dropout(x) @ change.mT
-
-
-def written_out(layer):
-    """S (d_out, d_in)."""
-    values = layer.lora_values
-    return values.new_zeros(layer.out_features, layer.in_features).index_put(positions(layer), values)
+        return y + sparse_product(layer.dropout(x), layer.lora_values, *positions(layer), layer.out_features)
