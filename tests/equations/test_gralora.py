@@ -34,7 +34,7 @@ def test_forward_and_factors(k, r, general):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ll.ConfigError, match="k=3 does not divide"):
+    with pytest.raises(ll.TargetError, match="k=3 does not divide"):
         adapted(ll.GraLoRAConfig(r=6, k=3))
     with pytest.raises(ll.ConfigError, match="divides r"):
         ll.GraLoRAConfig(r=5, k=2)

@@ -1,4 +1,4 @@
-"""LoRA's relatives and the methods that read the weight, against PEFT: the same tensors, outputs and gradients."""
+"""LoRA's relatives and DEFT against PEFT: the same tensors, outputs and gradients."""
 
 from __future__ import annotations
 
@@ -72,11 +72,6 @@ def test_qa_lora():
     other = torch.autograd.grad((z**2).sum(), (x, A.weight, B.weight))
     for a, b in zip(mine, (other[0], other[1] * 4**2 / 20, other[2]), strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
-
-
-def test_hira():
-    mine, theirs = pair(ll.HiRAConfig(r=4, dtype="float64"), peft.HiraConfig(r=4))
-    compare(mine, theirs, lambda layer: {"hira_A.default": layer.lora_A, "hira_B.default": layer.lora_B})
 
 
 @pytest.mark.parametrize("projection", ["relu", "qr"])

@@ -21,7 +21,6 @@ from .eva import EVAConfig as EVAConfig
 from .fourierft import FourierFTConfig as FourierFTConfig
 from .goft import GOFTConfig as GOFTConfig
 from .gralora import GraLoRAConfig as GraLoRAConfig
-from .hira import HiRAConfig as HiRAConfig
 from .hra import HRAConfig as HRAConfig
 from .ia3 import IA3Config as IA3Config
 from .ia3_ff import IA3FFConfig as IA3FFConfig

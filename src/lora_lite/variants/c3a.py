@@ -1,5 +1,8 @@
 """C3A: an update made of circulant blocks, applied by fast Fourier transforms."""
 
+# torch leaves what these methods of a tensor return undeclared
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,8 @@
 """GraLoRA: a grid of small LoRAs."""
 
+# torch leaves what these methods of a tensor return undeclared
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
+from ..core.errors import TargetError
 from ..ops.lowrank import lowrank_update
 from ..ops.transforms import block_diag
 
@@ -50,7 +54,10 @@ class GraLoRA(Variant):
     def param_specs(d_in: int, d_out: int, cfg: GraLoRAConfig) -> dict[str, ParamSpec]:
         k, g = cfg.k, cfg.general
         if d_in % k or d_out % k:
-            raise ConfigError(f"k={k} does not divide the widths of a {d_in}->{d_out} layer; choose a common divisor.")
+            raise TargetError(
+                f"k={k} does not divide both widths of a {d_in}->{d_out} layer; choose a common divisor, or leave "
+                "the layer out by target_kinds or exclude_names."
+            )
         specs = {
             "lora_A": ParamSpec((k, cfg.r, d_in // k), init="kaiming"),
             "lora_B": ParamSpec((k, d_out // k, cfg.r)),

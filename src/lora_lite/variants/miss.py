@@ -1,5 +1,8 @@
 """MiSS: one trained block that every piece of the input shares."""
 
+# torch leaves what these methods of a tensor return undeclared
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

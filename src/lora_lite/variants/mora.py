@@ -1,5 +1,8 @@
 """MoRA: one square matrix on chunks of the input."""
 
+# torch leaves what these methods of a tensor return undeclared
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,8 @@
 """QA-LoRA: LoRA on sums of groups of inputs."""
 
+# torch leaves what these methods of a tensor return undeclared
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core import AdapterConfig, Layer, ParamSpec, Variant, register
+from ..ops.sparse import sparse_product
 from ._sparse import position_spec, positions
 
 
@@ -22,9 +23,9 @@ class SHiRA(Variant):
     W' = W + S, S zero but for r(d_in + d_out) entries, LoRA's number of parameters (all entries where a layer has no
     more): lora_values = 0 trained, so an exact zero is added at the start, at the positions lora_at (2, n), drawn once
     per layer and saved. alpha is not used. Rank up to full; two such adapters hardly overlap, so that they can be
-    added. S is written into a dense matrix in every call. The authors also choose positions by magnitude or gradient;
-    PEFT draws the same positions for layers of the same shape where a seed is given. d_in d_out multiply-adds per
-    token. Bhardwaj et al. 2024, Sparse High Rank Adapters, arXiv 2406.13175.
+    added. S is never written out. The authors also choose positions by magnitude or gradient;
+    PEFT draws the same positions for layers of the same shape where a seed is given. Bhardwaj et al. 2024, Sparse High
+    Rank Adapters, arXiv 2406.13175.
     """
 
     name = "shira"
@@ -40,11 +41,4 @@ class SHiRA(Variant):
 
     @staticmethod
     def forward(layer: Layer[SHiRAConfig], x: Tensor, y: Tensor) -> Tensor:
-        change = layer.once("change", lambda: written_out(layer))
-        return y + layer.dropout(x) @ change.mT
-
-
-def written_out(layer: Layer[SHiRAConfig]) -> Tensor:
-    """S (d_out, d_in)."""
-    values = layer.lora_values
-    return values.new_zeros(layer.out_features, layer.in_features).index_put(positions(layer), values)
+        return y + sparse_product(layer.dropout(x), layer.lora_values, *positions(layer), layer.out_features)
