@@ -11,6 +11,20 @@ SPECTRUM = "tests/ops/test_spectrum.py"
 
 BUGS = [
     Bug(
+        "the input's gradient in the order of the rows",
+        "ops/sparse.py",
+        "at_x = _bag(g, values[order], columns[order], rows[order], x.shape[-1])",
+        "at_x = _bag(g, values, columns[order], rows[order], x.shape[-1])",
+        "tests/ops/test_sparse.py",
+    ),
+    Bug(
+        "a spectrum of even length for an odd width",
+        "ops/transforms.py",
+        "return torch.fft.irfft(x, n)",
+        "return torch.fft.irfft(x, n - n % 2)",
+        "tests/equations/test_c3a.py",
+    ),
+    Bug(
         "own products under autocast",
         "ops/autograd.py",
         "return t.is_meta or not torch.is_autocast_enabled(t.device.type)",
