@@ -49,5 +49,5 @@ def test_the_side_follows_the_role():
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ll.ConfigError, match="blocks=3 does not divide the 20"):
         adapted(ll.BDLoRAConfig(r=3, blocks=3, side="A"))
-    with pytest.raises(ll.ConfigError, match="blocks must divide r=3"):
+    with pytest.raises(ll.ConfigError, match="must divide the rank: r=3"):
         ll.BDLoRAConfig(r=3)

@@ -26,7 +26,10 @@ class BDLoRAConfig(ScaledConfig):
     def validate(self) -> None:
         super().validate()
         if self.blocks < 1 or self.r % self.blocks:
-            raise ConfigError(f"BDLoRAConfig.blocks must divide r={self.r}, got {self.blocks}.")
+            raise ConfigError(
+                f"BDLoRAConfig.blocks must divide the rank: r={self.r} is no multiple of blocks={self.blocks}; set "
+                "r to one, or blocks=1."
+            )
 
     def for_target(self, path: str, role: str | None = None) -> BDLoRAConfig:
         found = super().for_target(path, role)
