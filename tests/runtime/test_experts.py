@@ -405,3 +405,25 @@ def test_folders_of_peft_that_do_not_fit_are_refused(tmp_path):
         ll.load(build(), written(target_parameters=["experts.nothing"]))
     with pytest.raises(ll.FileError, match="holds no lora_A and lora_B|but its factors|has no module"):
         ll.load(build(), written(target_parameters=config["target_parameters"][1:]))
+
+
+def test_nothing_stays_on_the_experts_after_a_detach():
+    model = adapted()
+    carriers = [m for m in model.modules() if any("lora_" in name for name in m._modules)]
+    assert carriers and all(m._forward_hooks and m._forward_pre_hooks for m in carriers)
+    ll.detach(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in carriers)
+    assert not any("lora_" in name for name in model.state_dict())
+
+
+def test_another_base_is_seen_in_every_expert(tmp_path):
+    model = adapted()
+    path = ll.save(model, tmp_path / "experts")
+    other = build()
+    target = next(iter(ll.adapters(model)["default"].targets))
+    owner, _, name = target.rpartition(".")
+    with torch.no_grad():
+        other.get_submodule(owner)._parameters[name.removeprefix("lora_")][-1].mul_(1.2)
+    with pytest.raises(ll.BaseMismatchError):
+        ll.load(other, path)
+    ll.load(build(), path)
