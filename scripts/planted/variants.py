@@ -62,7 +62,7 @@ BUGS = [
         "variants/dora.py",
         "ParamSpec((d_out,), decay=False, lr_ratio=cfg.lr_ratio_m)",
         "ParamSpec((d_out,), lr_ratio=cfg.lr_ratio_m)",
-        "tests/runtime/test_optimisers.py -k decay",
+        "tests/runtime/test_optimisers.py -k magnitude",
     ),
     Bug(
         "steering acts on one edit at a time",

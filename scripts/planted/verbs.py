@@ -28,7 +28,7 @@ BUGS = [
         "runtime/attach.py",
         "    if the_plan.cfg.dequantize:\n",
         "    if True:\n",
-        C + "test_3_nothing_silent.py -k dora-quantised",
+        C + "test_3_nothing_silent.py -k pissa-quantised",
     ),
     Bug(
         "hooks left behind",
@@ -192,7 +192,7 @@ BUGS = [
         "runtime/schedule.py",
         "[state.records[n] for n, _ in state.active]",
         "[state.records[n] for n, _ in state.active[:1]]",
-        R + "test_schedule.py -k penalty",
+        R + "test_schedule.py -k penalties",
     ),
     Bug(
         "a frozen adapter's schedule goes on",

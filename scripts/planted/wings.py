@@ -51,7 +51,7 @@ BUGS = [
         "runtime/layers/bank.py",
         "return first == d_model\n",
         "return last == d_model\n",
-        R + "test_experts.py -k implementation",
+        R + "test_experts.py -k other_way",
     ),
     Bug(
         "Conv1D read as it lies",
@@ -284,7 +284,7 @@ BUGS = [
         "runtime/targets/tied.py",
         "        if others:\n",
         "        if False:\n",
-        R + "test_targets.py -k tied",
+        R + "test_token_rows.py -k tied",
     ),
     Bug(
         "another embedding than that of the tokens",
@@ -358,11 +358,11 @@ BUGS = [
         S + "test_checkpointing.py -k pending",
     ),
     Bug(
-        "a dead selection is kept",
+        "a selection is kept after its backward pass",
         "runtime/call/recompute.py",
         "                state.pending, state.pending_done = [], False\n",
         "                pass\n",
-        S + "test_checkpointing.py -k dead",
+        S + "test_checkpointing.py -k after_the_block",
     ),
     Bug(
         "the second training forward without schedule passes",
@@ -432,7 +432,7 @@ BUGS = [
         "runtime/call/positions.py",
         "else (rank >= n[:, None])\n",
         "else (rank >= n[:, None] - 1)\n",
-        R + "test_positions.py -k with_a_cache",
+        R + "test_positions.py -k only_these",
     ),
     # ---- start
     Bug(
@@ -699,6 +699,6 @@ BUGS = [
         "runtime/call/positions.py",
         "else (rank >= n[:, None]), 0",
         "else (rank >= n[:, None] - 1), 0",
-        "tests/runtime/test_positions.py",
+        R + "test_positions.py -k without_a_mask",
     ),
 ]

@@ -55,6 +55,14 @@ def test_only_these_tokens_change(positions, side):
             assert positions == "all" or found == columns[row]
 
 
+@pytest.mark.parametrize("positions", WORDS)
+def test_only_these_tokens_change_without_a_mask(positions):
+    model, rows = adapted(positions, layers=(0,)), prompts((7, 7, 7))
+    with ll.prompt(model, (3, 7, 1)):
+        columns = changed(model, {"input_ids": torch.stack(rows)})
+    assert columns == [tokens_of(positions, n, 7) for n in (3, 7, 1)]
+
+
 def test_a_hole_in_the_mask_is_no_token():
     batch = padded(prompts((6,)))
     batch["attention_mask"][0, 2:4] = 0
