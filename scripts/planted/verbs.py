@@ -28,7 +28,7 @@ BUGS = [
         "runtime/attach.py",
         "    if the_plan.cfg.dequantize:\n",
         "    if True:\n",
-        C + "test_3_nothing_silent.py -k pissa-quantised",
+        R + "test_calibrate.py -k before_the_data",
     ),
     Bug(
         "hooks left behind",

@@ -11,6 +11,7 @@ SPECTRA = {
     "flat": lambda n: torch.linspace(2, 1, n),
     "decaying": lambda n: 10 * torch.logspace(0, -2, n),
     "outlier": lambda n: torch.cat((torch.tensor([300.0]), torch.linspace(3, 1, n - 1))),
+    "giant": lambda n: torch.cat((torch.tensor([3000.0]), torch.linspace(3, 1, n - 1))),
     "steep": lambda n: torch.logspace(0, -20, n),
     "deficient": lambda n: torch.cat((torch.linspace(3, 1, 4), torch.zeros(n - 4))),
 }

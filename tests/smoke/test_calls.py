@@ -146,11 +146,11 @@ def test_an_exception_inside_a_forward_leaves_no_state():
     for scope in (lambda: ll.active(model, "a"), lambda: ll.rows(model, ["a", None, "b"])):
         with pytest.raises(Fails), scope():
             model(x())
+        with ll.rows(model, ["a", None, "b", "a"]):  # a layer alone has no batch but its own input's
+            assert model.layers[0].up(x(4)).shape == (4, 20)
     handle.remove()
     assert torch.equal(model(x()), adapted("a", "b")(x()))
     assert torch.equal(model(x(7)), adapted("a", "b")(x(7))), "the batch size of the failed call is remembered"
-    with ll.rows(model, ["a", None, "b", "a"]):  # a layer alone has no batch but its own input's
-        assert model.layers[0].up(x(4)).shape == (4, 20)
 
 
 def test_moving_the_model():
