@@ -8,6 +8,7 @@ import torch
 
 import lora_lite as ll
 import tiny_models
+from neighbours import autocast_on_meta
 
 METHODS = [v.name for v in ll.variants() if not v.needs_data]
 
@@ -37,6 +38,7 @@ def start(variant, scale):
     return ll.adapter_state_dict(model, "default")
 
 
+@autocast_on_meta
 @pytest.mark.parametrize("method", METHODS)
 def test_attach_without_weights(method):
     variant = ll.get_variant(method)

@@ -38,7 +38,7 @@ def block_size(k: int, cfg: AntiPaSTOConfig) -> int:
     """Size of the rotating blocks among k triplets."""
     if cfg.block is not None and k % cfg.block:
         raise ConfigError(f"block={cfg.block} does not divide the {k} triplets; change r or block.")
-    return cfg.block or next((b for b in (4, 3, 2) if k % b == 0), k)
+    return cfg.block or [b for b in (4, 3, 2, k) if k % b == 0][0]
 
 
 @register

@@ -19,6 +19,7 @@ from ...core.positions import parse_positions
 from ..model.call import Call, Columns, Prompt
 from ..model.state import ModelState
 from ..view.cache import cache_of
+from .batch import TOKENS
 
 IGNORED = -100
 CURE = (
@@ -220,7 +221,7 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 def _tokens(named: Mapping[str, Any]) -> Tensor | None:
     """The input with one entry per token."""
-    for value in (named.get("input_ids"), named.get("inputs_embeds"), *named.values()):
+    for value in (*map(named.get, TOKENS), *named.values()):
         if isinstance(value, Tensor) and value.dim() >= 2:
             return value
     return None

@@ -12,7 +12,7 @@ from ...core.errors import LoraLiteWarning, SelectionError, StateError
 from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
 from ..view import kept as memo
-from .batch import values_of
+from .batch import batch_first, values_of
 from .positions import locate
 from .vocabulary import watch_vocabulary
 
@@ -35,11 +35,8 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         state.call = call
     if state.rows is None:  # reading the size would make a compiled model depend on it
         return
-    state.batch = None
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            state.batch = int(value.shape[0])
-            break
+    first = batch_first(model, args, kwargs)
+    state.batch = None if first is None else int(first.shape[0])
 
 
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -108,8 +108,10 @@ class LayerView:
                 "of it are not gathered here. Shard the whole model last, fully_shard(model), and call the model, not "
                 "one of its blocks."
             )
-        own = next((p for p in self._module._parameters.values() if p is not None), None)
-        return tensor.to(device_of(self._module) if own is None else own.device)
+        for own in self._module._parameters.values():  # a compiler of torch 2.6 knows no next(iterator, default)
+            if own is not None:
+                return tensor.to(own.device)
+        return tensor.to(device_of(self._module))
 
     def tiny(self, name: str) -> Tensor:
         """The stored tensor in `promote_types(float32, dtype of the page)`: for Cayley maps, norms and other small
