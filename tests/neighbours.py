@@ -27,6 +27,7 @@ def needs(package: str, at_least: str, what: str) -> pytest.MarkDecorator:
 
 fused_experts = needs("transformers", "5.0", "fused experts")
 fp4_on_cpu = needs("bitsandbytes", "0.48", "fp4 kernels on a CPU")
+strict_export_of_hooks = needs("torch", "2.7", "strict export of a model whose root has hooks")
 autocast_on_meta = pytest.mark.skipif(
     not torch.amp.is_autocast_available("meta") and older("torch", "2.7"),
     reason="transformers' rotary embeddings ask for an autocast on meta, which torch 2.6 does not know",

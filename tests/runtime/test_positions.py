@@ -456,7 +456,7 @@ def test_under_an_sft_trainer(tmp_path, option, monkeypatch):
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
         save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, bf16=False,
         gradient_checkpointing=option == "checkpointing", packing=option == "packing",
-        completion_only_loss=option != "unmasked",
+        completion_only_loss=option != "unmasked", gradient_checkpointing_kwargs={"use_reentrant": False},
     )  # fmt: skip
     trainer = adapter_trainer(trl.SFTTrainer)(
         model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tiny_llm.tokenizer()

@@ -11,16 +11,14 @@ from pathlib import Path
 import pytest
 
 import lora_lite as ll
-from neighbours import older
+from neighbours import needs
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
-FEW = ["lora"] if older("torch", "2.7") else ["lora", "bank"]
-"""torch 2.6 cannot gather the root's own unit on a CPU, where a shared tensor stands."""
 
-
+@needs("torch", "2.7", "FSDP2 on a CPU")
 @pytest.mark.parametrize(
-    "methods", [FEW, pytest.param(["dora", "hra", "pissa", "vera"], marks=pytest.mark.slow)], ids="-".join
+    "methods", [["lora", "bank"], pytest.param(["dora", "hra", "pissa", "vera"], marks=pytest.mark.slow)], ids="-".join
 )
 def test_fsdp2(tmp_path, methods):
     """Attach, shard, train, save, load: as without sharding; what would leave ranks apart raises."""
