@@ -221,7 +221,8 @@ def test_sft_trainer(tmp_path):
     before = ll.adapter_state_dict(model)
     args = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
-        save_steps=2, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, bf16=False, gradient_checkpointing_kwargs={"use_reentrant": False},
+        save_steps=2, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, bf16=False,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
     )  # fmt: skip
     t = adapter_trainer(trl.SFTTrainer)(
         model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tiny_llm.tokenizer()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 from lora_lite.testing import toy
+from neighbours import needs, older
 from tiny_blocks import changed, decoder, outputs, padded, prompts, randomise
 
 LENGTHS = (9, 4, 1)
@@ -388,6 +389,7 @@ def test_two_prompts_that_wait_for_recomputation_raise():
         sum(model(x).square().sum() for _ in range(2)).backward()
 
 
+@needs("torch", "2.7", "compiler that follows the words of `positions`")
 @pytest.mark.parametrize("positions", ["f2+l3", "prompt"])
 def test_compiled_in_one_graph(positions):
     torch.compiler.reset()
@@ -444,6 +446,8 @@ def test_the_oracle():
 def test_under_an_sft_trainer(tmp_path, option, monkeypatch):
     """Prompt/completion rows tell the prompt by their labels, whatever recomputes; packed and unmasked rows raise."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    if option == "packing" and older("trl", "1.0"):
+        pytest.skip("packed batches of this version of trl look like one sequence")
     import tiny_llm
     from lora_lite.interop.trainer import adapter_trainer
     from lora_lite.runtime.call import root
@@ -456,7 +460,8 @@ def test_under_an_sft_trainer(tmp_path, option, monkeypatch):
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
         save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, bf16=False,
         gradient_checkpointing=option == "checkpointing", packing=option == "packing",
-        completion_only_loss=option != "unmasked", gradient_checkpointing_kwargs={"use_reentrant": False},
+        completion_only_loss=option != "unmasked",
+        gradient_checkpointing_kwargs={"use_reentrant": False},
     )  # fmt: skip
     trainer = adapter_trainer(trl.SFTTrainer)(
         model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tiny_llm.tokenizer()
