@@ -49,6 +49,10 @@ def _run(words: list[str]) -> int:
         return 0
     import tyro
 
+    if words[:2] == ["bench", "learn"]:
+        from . import bench_learn
+
+        return bench_learn.main(words[2:])
     verb = words[0] if words and words[0] in VERBS else None
     commands: Any = None
     for name in VERBS:
