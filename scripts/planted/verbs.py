@@ -31,6 +31,13 @@ BUGS = [
         R + "test_calibrate.py -k before_the_data",
     ),
     Bug(
+        "parameters come in the order of the file",
+        "runtime/commit.py",
+        "    staged = _in_model_order(model, staged)\n",
+        "",
+        C + "test_saving.py -k lora-round_trip",
+    ),
+    Bug(
         "hooks left behind",
         "runtime/commit.py",
         "    kind.part(layer, path, _hooks(kind))\n",

@@ -12,7 +12,7 @@ import lora_lite as ll
 
 NEAR = 0.15
 """How far from the wanted number a size may lie."""
-VALUES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 2048)
+VALUES = (*range(1, 33), 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 2048)
 OTHER = ("seed", "layers", "max_rank")
 """Whole numbers of a config that are no size."""
 

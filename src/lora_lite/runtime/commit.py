@@ -92,6 +92,7 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
 def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainable: bool, undo: Undo) -> Adapter:
     """The steps of `commit`."""
     state = state_of(model, create=True)
+    staged = _in_model_order(model, staged)
     record.trainable = trainable
     record.targets = {view.path: view.target for view in staged}
     check_owners(record.targets)
@@ -126,6 +127,18 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     state.row_epoch += 1
     forget_compiled()
     return Adapter(model, record.name)
+
+
+def _in_model_order(model: nn.Module, staged: list[StagedTarget]) -> list[StagedTarget]:
+    """As the layers stand in the model, wherever the adapter comes from: an optimiser's state knows its parameters by
+    their number alone, and must fit an adapter that was loaded as it fitted the one that was attached."""
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+
+    def where(view: StagedTarget) -> int:
+        parent = view.path.rpartition(".")[0]  # a bank of experts is no module of the model yet
+        return order.get(view.path, order.get(parent, len(order)))
+
+    return sorted(staged, key=where)
 
 
 def _finish(view: StagedTarget, record: Record, modules: dict[str, nn.Module]) -> None:
