@@ -100,7 +100,15 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, method):
         assert again[key] == whole[key], key
 
 
-def test_all_methods_see_the_same_rows_and_a_rate_too_high_is_a_row(tmp_path):
+def test_seeds_see_other_rows_and_methods_the_same(tmp_path):
+    """PiSSA's start does not depend on the seed."""
+    pissa = [learn.run(Lines(), setting("pissa", seed=n, lr=1e-9, r=3, alpha=7), tmp_path)["losses"] for n in (1, 2)]
+    assert pissa[0] != pissa[1]
+    lora = learn.run(Lines(), setting("lora", seed=1, lr=1e-9, r=3, alpha=7), tmp_path)["losses"]
+    assert lora == pytest.approx(pissa[0], abs=1e-3)
+
+
+def test_a_rate_too_high_is_a_row(tmp_path):
     found = learn.run(Lines(), setting(lr=1e18, phase="select"), tmp_path)
     assert None in found["losses"] or found["loss"] is None or found["loss"] > 100
     assert found["split"] == "validation" and "file_bytes" not in found

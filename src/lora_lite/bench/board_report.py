@@ -86,8 +86,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "- The same grid of rates for every method, times its recommended rate; the rate is chosen with seed 0 on "
         "validation questions that neither training nor the test has. A rate at the grid's edge is marked: a better "
         "one may lie outside.",
-        "- Then seeds 1, 2, ... at that rate on the test: the mean, and half its 95 % interval by Student's t over "
-        "seeds.",
+        "- Then seeds 1, 2, ... at that rate on the test, each with another start and other rows: the mean, and half "
+        "its 95 % interval by Student's t over seeds.",
         "- Step: processor time over LoRA's, one thread, on a shared machine; peak: memory of the whole process; "
         "forgotten: by how much the loss on text of the base's own training grew.",
     ]

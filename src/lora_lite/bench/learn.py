@@ -28,12 +28,15 @@ WARMUP = 0.05
 """Share of the steps in which the rate rises; it falls as a cosine after that."""
 CALIBRATION = 4
 """Batches for methods that start from data."""
+APART = 1_000_000
+"""Steps between the rows of two seeds: a method whose start is fixed would else run the same run three times."""
 KEPT = 100
 """Losses that a row keeps, each the mean of a stretch of steps."""
 
 
 class Task(Protocol):
-    """What a method learns: a base, rows in an order that no method changes, and questions that training has not."""
+    """What a method learns: a base, rows in an order that seeds change and methods do not, and questions that training
+    has not."""
 
     name: str
     fields: dict[str, Any]
@@ -169,7 +172,7 @@ class _Course:
         shape = min(1.0, rise) * 0.5 * (1 + math.cos(math.pi * step / self.setting.steps))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * shape
-        loss: Tensor = self.model(**self.task.batch(step)).loss
+        loss: Tensor = self.model(**self.task.batch(self.setting.seed * APART + step)).loss
         (loss + ll.penalty(self.model) if self.penalised else loss).backward()
         torch.nn.utils.clip_grad_norm_(list(self.handle.parameters()), 1.0)
         self.optimizer.step()

@@ -27,9 +27,10 @@ GUESS = {"wordmath": 0.25, "glosses": 1.0, "metamath": 2.0}
 class Learn:
     """Train methods on a task under one protocol, and rank them with their uncertainty.
 
-    Every method gets the same steps on the same rows in the same order. Its rate is chosen from the same grid around
-    its recommended one, on validation questions; then seeds 1, 2, ... run at that rate and answer the test. Finished
-    runs are kept in --results and never repeated; an interrupted one goes on from its last checkpoint.
+    Every method gets the same steps on the same rows in the same order, which the seed decides. Its rate is chosen from
+    the same grid around its recommended one, on validation questions; then seeds 1, 2, ... run at that rate and answer
+    the test. Finished runs are kept in --results and never repeated; an interrupted one goes on from its last
+    checkpoint.
     """
 
     task: Literal["wordmath", "glosses", "metamath"] = "wordmath"
