@@ -293,6 +293,13 @@ BUGS = [
         "return places",
         R + "test_token_rows.py -k which_embedding",
     ),
+    Bug(
+        "a fused head goes unnoticed",
+        "runtime/call/vocabulary.py",
+        "        site.awaited = True\n",
+        "        pass\n",
+        R + "test_outside.py -k fused",
+    ),
     # ---- call
     Bug(
         "rows gathered in another order",

@@ -40,6 +40,8 @@ def pre_hook(
 def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """y -> every active `forward`, in attach order, each seeing the rewritten x and the previous y."""
     site: Site = layer.__dict__[SITE]
+    if site.awaited:
+        site.awaited = False
     selection = selection_of(site.state)
     if not selection[0] and selection[1] is None:
         return None
