@@ -360,7 +360,7 @@ BUGS = [
     Bug(
         "a merged model is saved with its adapter",
         "runtime/state_dicts.py",
-        "                state_dict.pop(prefix + key, None)\n",
+        '                state_dict.pop(f"{prefix}{path}.{attribute}" if path else prefix + attribute, None)\n',
         "                pass\n",
         R + "test_outside.py -k merged_model",
     ),

@@ -61,6 +61,12 @@ def check_attachable(model: nn.Module, name: str) -> None:
 
 def _check_not_distributed(model: nn.Module) -> None:
     """Raise on a model whose parameters were dealt out to ranks already."""
+    if getattr(unwrap(model), "_tp_size", None):
+        raise StateError(
+            "the model is tensor-parallel (tp_plan): each rank holds a part of every weight, for which adapters have "
+            "no rule. Load it without tp_plan, attach, and use FSDP2 (fully_shard), DistributedDataParallel or "
+            "DeepSpeed. For serving, merge the adapter first and save the model."
+        )
     wrapper = type(model).__name__
     sharded = next((n for n, p in base_parameters(model) if is_sharded(p)), None)
     wrapped = wrapper in ("DistributedDataParallel", "FullyShardedDataParallel")
