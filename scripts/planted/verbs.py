@@ -10,6 +10,20 @@ R = "tests/runtime/"
 BUGS = [
     # ---- attach, commit, detach
     Bug(
+        "a frozen copy acts",
+        "runtime/twin.py",
+        "        state.active = active\n",
+        "",
+        "tests/runtime/test_twin.py",
+    ),
+    Bug(
+        "PEFT's layers are adapted",
+        "runtime/commit.py",
+        "    if path is None and not wrapped:\n",
+        "    if True:\n",
+        R + "test_outside.py -k pefts",
+    ),
+    Bug(
         "start draws outside of its fork",
         "runtime/attach.py",
         "with torch.no_grad(), torch.random.fork_rng(devices=[]):",
@@ -353,7 +367,7 @@ BUGS = [
     Bug(
         "a merged model is saved with its adapter",
         "runtime/state_dicts.py",
-        "                state_dict.pop(prefix + key, None)\n",
+        '                state_dict.pop(f"{prefix}{path}.{attribute}" if path else prefix + attribute, None)\n',
         "                pass\n",
         R + "test_outside.py -k merged_model",
     ),

@@ -293,6 +293,20 @@ BUGS = [
         "return places",
         R + "test_token_rows.py -k which_embedding",
     ),
+    Bug(
+        "what accelerate brought is left behind",
+        "runtime/layers/offload.py",
+        "        hook.post_forward(module, None)\n",
+        "        pass\n",
+        R + "test_offload.py -k lora-memory",
+    ),
+    Bug(
+        "a fused head goes unnoticed",
+        "runtime/call/vocabulary.py",
+        "        site.awaited = True\n",
+        "        pass\n",
+        R + "test_outside.py -k fused",
+    ),
     # ---- call
     Bug(
         "rows gathered in another order",

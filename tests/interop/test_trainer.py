@@ -131,7 +131,9 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(tmp_path):
     t.train()
     folder = tmp_path / "checkpoint-10"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"adapter-mine.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"}
+    peft = {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == {"adapter-mine.safetensors", "README.md"} | peft | state
     fresh = tiny_llm.model()
     ll.load(fresh, folder / "adapter-mine.safetensors")
     assert all(torch.equal(v, ll.adapter_state_dict(fresh)[k]) for k, v in tensors(t).items())

@@ -163,7 +163,7 @@ def test_attaching_after_offload_raises():
         ll.attach(model, CFG)
 
 
-def test_offloading_after_attach_is_right_or_raises():
+def test_offloading_after_attach_is_right():
     """accelerate puts a layer's own parameters back on meta before forward hooks run: that gave NaN without a word."""
     model, batch = tiny_models.build("llama"), tiny_models.batch("llama")
     ll.attach(model, CFG)
@@ -171,12 +171,7 @@ def test_offloading_after_attach_is_right_or_raises():
     with torch.no_grad():
         want = model(**batch).logits
         model = offloaded(model)
-        try:
-            got = model(**batch).logits
-        except ll.LoraLiteError as e:
-            assert "meta" in str(e) and "offload" in str(e)
-        else:
-            torch.testing.assert_close(got, want)
+        assert torch.equal(model(**batch).logits, want)
 
 
 def test_device_map_of_one_device_is_harmless():

@@ -25,10 +25,11 @@ from ..core.files import opened, read_tensors
 from ..runtime.commit import commit
 from ..runtime.compact import compacted
 from ..runtime.handle import Adapter
+from ..runtime.layers.offload import brought_back, is_away
 from ..runtime.layers.read import fingerprint
 from ..runtime.layers.tensors import is_sharded
 from ..runtime.model.record import Record, Target
-from ..runtime.model.site import owned_tensors
+from ..runtime.model.site import owned_tensors, tensor_on
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from ..runtime.start.staging import filled, modules_of
 from .gather import full_tensor
@@ -133,8 +134,8 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     """
     record = record_of(model, name)
     found: dict[str, Tensor] = {}
-    for target, short, _, tensor in owned_tensors(model, record):
-        whole = full_tensor(tensor).detach()
+    for target, short, module, tensor in owned_tensors(model, record):
+        whole = _at_hand(module, target.path, tensor)
         if tuple(whole.shape) != target.specs[short].shape:
             raise StateError(
                 f"{target.path}.{short} has shape {tuple(whole.shape)} where {target.specs[short].shape} is expected: "
@@ -147,6 +148,17 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
             )
         found[target.key(short)] = whole.to("cpu", copy=True).contiguous()
     return found
+
+
+def _at_hand(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
+    """The whole tensor: gathered from shards, or from where accelerate keeps it."""
+    if not tensor.is_meta or not is_away(module):
+        return full_tensor(tensor).detach()
+    attribute = next(k for k, t in (*module._parameters.items(), *module._buffers.items()) if t is tensor)
+    with torch.no_grad(), brought_back(module, path):
+        found = tensor_on(module, attribute)
+        assert found is not None
+        return found.detach()
 
 
 def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str, Tensor]) -> None:

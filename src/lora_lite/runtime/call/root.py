@@ -14,7 +14,7 @@ from ..model.state import STATE, ModelState
 from ..view import kept as memo
 from .batch import batch_first, values_of
 from .positions import locate
-from .vocabulary import watch_vocabulary
+from .vocabulary import await_head, check_head, watch_vocabulary
 
 
 def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -30,6 +30,8 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if state.call_grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)
+            if state.vocabulary:
+                await_head(model, state)
     call = locate(state, model, args, kwargs)
     if call is not state.call:  # an exporter follows no needless change
         state.call = call
@@ -40,7 +42,8 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Raise when a reentrant checkpoint left the whole training call without a gradient."""
+    """Raise when a training call left something without a gradient: everything, by a reentrant checkpoint, or what
+    stands on a head that it did not call."""
     state: ModelState = model.__dict__[STATE]
     if state.call is not None:
         state.call = None
@@ -49,6 +52,8 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     state.batch = state.memo = None
     state.in_call, had_grad = False, state.call_grad
     state.call_grad = False
+    if had_grad and state.vocabulary and model.training:
+        check_head(model, state)
     if not (had_grad and state.cut_by_checkpoint and model.training and torch.is_grad_enabled()):
         return
     if any(isinstance(v, Tensor) and v.requires_grad for v in values_of(output)):

@@ -80,8 +80,8 @@ def check_readable(w: object, path: str) -> None:
     if w.is_meta:
         raise WeightError(
             f"{path}: the weight is on the meta device (offloaded by accelerate, or not loaded yet), so it cannot be "
-            "read. Load the model without offloading, e.g. from_pretrained(..., device_map=None), attach, then "
-            "dispatch it."
+            "read. Load the model without offloading, from_pretrained(..., device_map=None), and attach; then it may "
+            "be offloaded: accelerate.cpu_offload(model), accelerate.disk_offload(model, folder)."
         )
     if is_sharded(w):
         raise WeightError(f"{path}: the weight is sharded. Attach before fully_shard / deepspeed.initialize.")

@@ -76,6 +76,8 @@ class Site:
         """The layer's parameters before it was adapted, by attribute: what is the base's."""
         self.slots: dict[str, Slot] = {}
         self.has_input = False
+        self.awaited = False
+        """The running call must call this layer, see `call.vocabulary`."""
         self.found: object = None
         """What its kind found out about the layer, see `Kind.inspect`."""
         self.stacks: dict[tuple[object, ...], Stack] = {}

@@ -90,9 +90,8 @@ class LayerView:
             tensor = self._brought(name, tensor)
         if tensor is not None and tensor.is_meta and "_hf_hook" in self._module.__dict__:
             raise WeightError(
-                f"adapter {slot.name!r} on {slot.path}: accelerate offloads this layer, and with it the adapter's "
-                "tensors, which are on the meta device when the adapter acts. Merge before offloading (ll.merge), or "
-                "keep adapted layers on a device."
+                f"adapter {slot.name!r} on {slot.path}: accelerate keeps {name} elsewhere and does not bring it for "
+                "this layer's call. Merge before offloading (ll.merge), or keep adapted layers on a device."
             )
         if tensor is None:
             raise StateError(
