@@ -273,6 +273,20 @@ BUGS = [
     ),
     # ---- merge, combine
     Bug(
+        "merging turns the weight the other way",
+        "runtime/view/folded.py",
+        "return torch.autograd.grad(y, x, rows)[0]",
+        "return f.inputs(rows)",
+        C + "test_5_merge.py -k oft-merge_equals",
+    ),
+    Bug(
+        "only the first block of rows is merged",
+        "runtime/view/folded.py",
+        "for start in range(0, w.shape[0], n):",
+        "for start in range(0, n, n):",
+        R + "test_merge.py -k wide",
+    ),
+    Bug(
         "merge forgets the bias",
         "runtime/layers/cell.py",
         "            old.copy_(b.to(old.dtype))\n",
@@ -281,9 +295,9 @@ BUGS = [
     ),
     Bug(
         "merge in low precision",
-        "runtime/merge.py",
-        'cell.read(torch.float32 if device_of(layer).type == "mps" else torch.float64)',
-        'cell.read(torch.float32 if device_of(layer).type == "mps" else torch.bfloat16)',
+        "runtime/layers/tensors.py",
+        'return torch.float32 if device.type == "mps" else torch.float64',
+        'return torch.float32 if device.type == "mps" else torch.bfloat16',
         C + "test_5_merge.py -k lora-merge_equals",
     ),
     Bug(
@@ -309,9 +323,9 @@ BUGS = [
     ),
     Bug(
         "only the first block of columns is merged",
-        "runtime/layers/cell.py",
-        "for start in range(0, d_in, COLUMNS):",
-        "for start in range(0, min(d_in, COLUMNS), COLUMNS):",
+        "runtime/view/folded.py",
+        "for start in range(0, w.shape[1], n):",
+        "for start in range(0, n, n):",
         R + "test_merge.py -k wide",
     ),
     Bug(
@@ -401,8 +415,8 @@ BUGS = [
     ),
     Bug(
         "a merge reports no rounding",
-        "runtime/layers/cell.py",
-        "return rounding(stored, w)",
+        "runtime/merge.py",
+        "return self.off / max(self.largest, 1e-30)",
         "return 0.0",
         "tests/runtime/test_merge.py -k no_bias",
     ),

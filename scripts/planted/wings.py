@@ -169,15 +169,15 @@ BUGS = [
     Bug(
         "weights of adapters forgotten",
         "runtime/view/composed.py",
-        "return new if weight == 1.0 else old + weight * (new - old)",
+        "return new if weight == 1.0 or new is old else old + weight * (new - old)",
         "return new",
         C + "test_selection.py -k lora-selection_restores",
     ),
     Bug(
         "merging blends a method that blends itself",
         "runtime/view/composed.py",
-        "views.append((slot, 1.0 if slot.own_weight else weight, view))",
-        "views.append((slot, weight, view))",
+        "self.views.append((slot, 1.0 if slot.own_weight else weight, view))",
+        "self.views.append((slot, weight, view))",
         C + "test_5_merge.py -k antipasto-merge_of_several",
     ),
     Bug(
@@ -570,9 +570,9 @@ BUGS = [
     ),
     Bug(
         "merging multiplies a bias into every column",
-        "runtime/layers/cell.py",
-        "(f(eye) - zero).mT",
-        "f(eye).mT",
+        "runtime/view/folded.py",
+        "new = (y - zero if bool(zero.any()) else y).mT",
+        "new = y.mT",
         "tests/contract/test_5_merge.py -k bitfit-merge_equals",
     ),
     Bug(
@@ -599,8 +599,8 @@ BUGS = [
     Bug(
         "a vocabulary is merged in its first rows",
         "runtime/layers/embedding.py",
-        "ids = torch.arange(start, min(COLUMNS + start, size), device=w.device)",
-        "ids = torch.arange(0, min(COLUMNS, size - start), device=w.device)",
+        "torch.arange(start, min(start + n, size), device=w.device)",
+        "torch.arange(0, min(n, size - start), device=w.device)",
         "tests/runtime/test_merge.py -k wide",
     ),
     Bug(
@@ -641,8 +641,8 @@ BUGS = [
     Bug(
         "a merged norm stores its whole gain",
         "runtime/layers/norm.py",
-        "w[:, 0] - norm_of(self.module).offset",
-        "w[:, 0]",
+        "weight[part[0]] = (block[:, 0] - offset).to(weight.dtype)",
+        "weight[part[0]] = block[:, 0].to(weight.dtype)",
         "tests/runtime/test_whole.py -k deviation",
     ),
     Bug(

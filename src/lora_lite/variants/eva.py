@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core import AdapterConfig, ConfigError, ParamSpec, Targets, register
-from ..ops.spectrum import top_eigh
 from ._lowrank import LowRank
 
 
@@ -59,14 +58,14 @@ class EVA(LowRank):
         shares: dict[str, Tensor] = {}
         for gram in targets.each_gram(calibration_data, labelled=cfg.tokens == "labelled"):
             sizes = {v.path: min(v.in_features, int(cfg.rho * v.cfg.r)) for v in gram.views}
-            e, V = top_eigh(gram.C, max(sizes.values()))
+            e, V = gram.leading(max(sizes.values()))
             for view in gram.views:
                 if gram.n < view.cfg.r:
                     raise ConfigError(
                         f"{view.path}: the calibration data has {gram.n} tokens, too few for rank {view.cfg.r}."
                     )
                 directions[view.path] = V.mT[: sizes[view.path]]
-                shares[view.path] = (e / gram.C.trace().clamp_min(1e-30)).cpu()[: sizes[view.path]]
+                shares[view.path] = (e / gram.trace.clamp_min(1e-30)).cpu()[: sizes[view.path]]
         owner = torch.cat([torch.full((len(shares[v.path]),), i) for i, v in enumerate(targets)])
         best = torch.cat([shares[v.path] for v in targets]).argsort(descending=True, stable=True)[:budget]
         ranks = [int(n) for n in torch.bincount(owner[best], minlength=len(targets))]

@@ -69,6 +69,11 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
             yield value
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """fp64, or fp32 where the device has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def check_readable(w: object, path: str) -> None:
     """Raise where a weight has no values here.
 

@@ -39,8 +39,8 @@ class HasModule(Protocol):
 
 
 P = TypeVar("P", bound=HasModule)
-Function = Callable[[Any], Tensor]
-"""A layer with its adapters as a function of its input."""
+Part = tuple[slice, slice]
+"""Rows and columns of a matrix."""
 
 
 class Cell:
@@ -53,14 +53,34 @@ class Cell:
         """W and b."""
         raise NotImplementedError
 
-    def write(self, w: Tensor, b: Tensor) -> float:
-        """Put W and b in the place of the stored ones. Returns the largest rounding to the storage dtype, relative to
-        the largest entry."""
+    def matrix(self, stored: Tensor) -> Tensor:
+        """W out of a copy of the layer's stored weight."""
         raise NotImplementedError
 
-    def read_off(self, f: Function, w: Tensor) -> tuple[Tensor, Tensor]:
-        """(W', b') of the affine f: b' = f(0), W'ᵀ = f(I) − f(0). w: the base's W, for its shape, dtype and device."""
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """b."""
         raise NotImplementedError
+
+    def write(self, part: Part, block: Tensor) -> Tensor:
+        """Put a block in the place of a part of the stored W. Returns what stands there now, rounded to the storage
+        dtype."""
+        raise NotImplementedError
+
+    def write_bias(self, b: Tensor) -> None:
+        """Put b in the place of the stored one, or where there was none and b is not zero."""
+        raise NotImplementedError
+
+    def units(self, start: int, n: int, w: Tensor, room: Tensor | None = None) -> Any:
+        """Up to n rows of the identity (n, d_in) from row `start` on, as an input of the layer: their product with Wᵀ
+        is W's columns as rows. w: the shape, dtype and device of W. room: where they may stand."""
+        n = min(n, w.shape[1] - start)
+        eye = w.new_zeros(n, w.shape[1]) if room is None else room[:n].zero_()
+        eye[torch.arange(n), torch.arange(start, start + n)] = 1
+        return eye
+
+    def zero(self, w: Tensor) -> Any:
+        """One zero, as an input of the layer."""
+        return w.new_zeros(1, w.shape[1])
 
 
 class Kind:

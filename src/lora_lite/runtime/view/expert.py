@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from ...core.errors import StateError
 from ..layers.bank import Bank
 from ..model.call import Chosen
-from ..model.kind import Cell, Function
+from ..model.kind import Cell
 from ..model.record import Record
 from ..model.site import Site, Slot, tensor_on
 from ..model.state import SITE, unwrap
-from .composed import composed
+from .composed import Composed
+from .folded import adapted_matrix
 from .layer import DenseView, LayerView
 
 
@@ -71,13 +72,25 @@ def sliced(tensors: dict[str, Tensor], cell: Cell) -> dict[str, Tensor]:
 
 def with_adapters(
     module: nn.Module, cell: Cell, slots: list[tuple[Slot, float]], w: Tensor, b: Tensor | None
-) -> Function:
+) -> Composed:
     """One matrix with these adapters as a function of x."""
     views = []
     for slot, weight in slots:
-        own = None if cell.index is None else sliced(stored_tensors(module, slot), cell)
+        own = stored_tensors(module, slot) if cell.index is None else sliced(stored_tensors(module, slot), cell)
         views.append((slot, weight, DenseView(module, slot, w, b, own)))
-    return composed(views, w, b)
+    return Composed(views, w, b)
+
+
+def still_with_adapters(
+    module: nn.Module, cell: Cell, slots: list[tuple[Slot, float]], w: Tensor, dtype: torch.dtype
+) -> Composed:
+    """The same in `dtype` and without gradients, W in the dtype in which it is stored."""
+    b, views = cell.bias(dtype), []
+    for slot, weight in slots:
+        own = {k: t.detach() for k, t in stored_tensors(module, slot).items()}
+        own = own if cell.index is None else sliced(own, cell)
+        views.append((slot, weight, DenseView(module, slot, w, b, own, dtype)))
+    return Composed(views, w, b)
 
 
 def adapted(bank: Bank, site: Site, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
@@ -93,8 +106,8 @@ def adapted(bank: Bank, site: Site, chosen: Chosen) -> tuple[Tensor, Tensor | No
     new, shifts = [], []
     for cell in site.kind.cells(bank, site.path):
         own_w, own_b = cell.read(wide)
-        shifted, _ = cell.read_off(with_adapters(bank, cell, slots, own_w, None), own_w)  # or W + b − b would round
-        new.append(shifted.to(w.dtype))
+        f = with_adapters(bank, cell, slots, own_w, None)  # with b, W + b − b would round
+        new.append(adapted_matrix(f, cell).to(w.dtype))
         if b is not None:
             zero = own_w.new_zeros(1, bank.d_in)
             shifts.append(with_adapters(bank, cell, slots, own_w, own_b)(zero)[0].to(b.dtype))

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ...core.config import AdapterConfig
@@ -260,9 +259,10 @@ class StagedView(LayerView):
 
 
 class DenseView(LayerView):
-    """The view that merging and swapped-in weights use: weight and bias given, all in one precision, no dropout.
+    """The view that merging and swapped-in weights use: weight and bias given, all computed in `dtype`, no dropout.
 
-    Of a layer with several matrices it shows one: the adapter's tensors are the slices of that one.
+    Of a layer with several matrices it shows one: the adapter's tensors are the slices of that one. A weight that is
+    stored in another dtype is cast a few rows at a time.
     """
 
     def __init__(
@@ -272,9 +272,11 @@ class DenseView(LayerView):
         weight: Tensor,
         bias: Tensor | None,
         tensors: dict[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(module, slot, weight.dtype)
+        super().__init__(module, slot, dtype or weight.dtype)
         self._weight, self._bias, self._tensors = weight, bias, tensors
+        self._memo: dict[str, Any] = {}
 
     def master(self, name: str) -> Tensor:
         if self._tensors is None:
@@ -284,30 +286,44 @@ class DenseView(LayerView):
         return self._tensors[name]
 
     def once(self, what: str, compute: Callable[[], T]) -> T:
-        return compute()  # the memo of a generation knows a layer, not its experts
+        if what not in self._memo:  # the memo of a generation knows a layer, not its experts
+            self._memo[what] = compute()
+        return self._memo[what]
 
     @property
     def weight(self) -> Tensor:
-        return self._weight
+        return self._weight.to(self._dtype)
 
     @property
     def bias(self) -> Tensor | None:
         return self._bias
 
     def row_norms(self) -> Tensor:
-        return torch.linalg.vector_norm(self._weight, dim=1)
+        return torch.linalg.vector_norm(self._weight, dim=1, dtype=self._dtype)
 
     def column_norms(self) -> Tensor:
-        return torch.linalg.vector_norm(self._weight, dim=0)
+        return torch.linalg.vector_norm(self._weight, dim=0, dtype=self._dtype)
 
     def base(self, v: Tensor) -> Tensor:
-        return F.linear(v.to(self._weight.dtype), self._weight, self._bias)
+        y = self.project(v)
+        return y if self._bias is None else y + self._bias
 
     def project(self, v: Tensor) -> Tensor:
-        return F.linear(v.to(self._weight.dtype), self._weight)
+        return product(v.to(self._dtype), self._weight)
 
     def dropout(self, x: Tensor) -> Tensor:
         return x
+
+
+ROWS = 128
+"""Rows of a weight that are cast at a time."""
+
+
+def product(v: Any, w: Tensor) -> Tensor:
+    """v Wᵀ in v's dtype, without a cast copy of W."""
+    if v.dtype == w.dtype:
+        return v @ w.mT
+    return torch.cat([v @ rows.to(v.dtype).mT for rows in w.split(ROWS)], -1)
 
 
 if TYPE_CHECKING:  # what pages are typed with is what they get
