@@ -52,6 +52,11 @@ class Gram(Protocol[Config]):
         """Σ xᵀx (d_in, d_in), in fp32 or better."""
         ...
 
+    @property
+    def sum(self) -> Tensor:
+        """Σ x (d_in,), in fp32 or better."""
+        ...
+
 
 class Targets(Protocol[Config]):
     """The layers of a `group_init`: a list, with statistics of a pass of the data through the untouched model.

@@ -82,6 +82,9 @@ class Variant:
     """Those of the common fields "r", "alpha" and "dropout" that the page does not use."""
     lr: ClassVar[float] = 1e-3
     """Recommended learning rate for AdamW."""
+    width_growth: ClassVar[float] = 0.0
+    """p where the first step at that rate changes the layer's outputs by a share that grows as width**p: with the start
+    of its authors a method may not be free of the width, and a rate found at one width is then another at a second."""
 
     # ---- what follows from other members
     exact_identity: ClassVar[Derived] = Derived(lambda page: page.identity_bound == 0, "identity_bound")

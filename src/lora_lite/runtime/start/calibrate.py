@@ -46,11 +46,13 @@ class Moments:
 
 @dataclass
 class Gram:
-    """Σ xᵀx (d_in, d_in) over n tokens, in fp32 or better, of the targets that receive one and the same tensor."""
+    """Σ xᵀx (d_in, d_in) and Σ x (d_in,) over n tokens, in fp32 or better, of the targets that receive one and the same
+    tensor."""
 
     views: list[StagedTarget]
     n: int
     C: Tensor
+    sum: Tensor
 
 
 class Targets(list[StagedTarget]):
@@ -239,8 +241,10 @@ def _grams_of_pass(
                 postponed.add(first)
                 return
             used += size
-            grams[first] = Gram([], 0, tokens.new_zeros(tokens.shape[-1], tokens.shape[-1]))
+            d = tokens.shape[-1]
+            grams[first] = Gram([], 0, tokens.new_zeros(d, d), tokens.new_zeros(d))
         grams[first].n += tokens.shape[0]
+        grams[first].sum.add_(tokens.sum(0))
         grams[first].C.addmm_(tokens.mT, tokens)
 
     targets.stream_whole(data, visit, labelled, views)

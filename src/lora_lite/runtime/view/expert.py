@@ -30,6 +30,8 @@ def layer_views(model: nn.Module, record: Record) -> list[LayerView]:
         view = LayerView(layer, slot, None)
         view.still = True
         found.append(view)
+    for view in found:
+        view.peers = len(found)
     return found
 
 
@@ -43,7 +45,7 @@ def matrix_views(view: LayerView) -> Iterator[LayerView]:
     for cell in site.kind.cells(module, site.path):
         w, _ = cell.read(torch.float32)
         one = DenseView(module, slot, w, None, sliced(stored_tensors(module, slot), cell))
-        one._dtype = view._dtype
+        one._dtype, one.peers = view._dtype, view.peers
         yield one
 
 
