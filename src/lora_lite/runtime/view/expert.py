@@ -107,5 +107,5 @@ def _plus_factors(bank: Bank, slot: Slot, weight: float, w: Tensor) -> Tensor:
     """w + weight B A, for all experts at once."""
     factors = slot.factors
     assert factors is not None
-    A, B = torch.vmap(lambda t: factors(DenseView(bank, slot, w, None, t)))(stored_tensors(bank, slot))
+    A, B = torch.vmap(lambda W, t: factors(DenseView(bank, slot, W, None, t)))(w, stored_tensors(bank, slot))
     return torch.baddbmm(w, (weight * B).to(w.dtype), A.to(w.dtype))
