@@ -21,6 +21,7 @@ class PEANuTConfig(ScaledConfig):
     depth: int = 0
     """Pairs of an encoder and a decoder (r, r), each with a residual, between the first and the last layer."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """f, applied to every entry."""
 
     def validate(self) -> None:
         super().validate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def _continued(last: Begun | None, past: Any, cache: Any, B: int) -> Begun | Non
     if last is None or last.columns != past or last.cache is None or last.cache() is not cache or B % len(last.rows):
         return None
     n = B // len(last.rows)
-    return last._replace(rows=last.rows.repeat_interleave(n), tail=last.tail.repeat_interleave(n, 0))
+    return replace(last, rows=last.rows.repeat_interleave(n), tail=last.tail.repeat_interleave(n, 0))
 
 
 def note_cache(begun: dict[str, Begun], output: Any) -> None:
@@ -69,7 +70,7 @@ def note_cache(begun: dict[str, Begun], output: Any) -> None:
         if one.cache is None and (made is None or isinstance(made, (tuple, list))):
             del begun[text]
         elif one.cache is None:
-            begun[text] = one._replace(cache=weakref.ref(made))
+            begun[text] = replace(one, cache=weakref.ref(made))
 
 
 def _last_start(tokens: Tensor, wanted: tuple[int, ...]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +28,8 @@ class Prompt:
         """Column at which the prompts of the present generation are known to be over."""
 
 
-class Begun(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Begun:
     """What a call leaves behind for those that continue its cache, of positions that begin at some tokens."""
 
     cache: weakref.ref[object] | None
