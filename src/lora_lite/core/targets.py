@@ -53,13 +53,18 @@ class Gram(Protocol[Config]):
         ...
 
     @property
+    def sum(self) -> Tensor:
+        """Σ x (d_in,), in fp32 or better."""
+        ...
+
+    @property
     def trace(self) -> Tensor:
         """Σ ‖x‖²."""
         ...
 
-    def leading(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest eigenvalues (k,) of C, descending, and eigenvectors (d_in, k), signs fixed. Few tokens are
-        decomposed themselves, without C."""
+    def leading(self, k: int, centred: bool = False) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues (k,) of C, descending, and eigenvectors (d_in, k), signs fixed; centred: of C
+        without the tokens' mean. Few tokens are decomposed themselves, without C."""
         ...
 
 

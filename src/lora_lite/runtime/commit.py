@@ -141,7 +141,7 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
         site.found = found.get(view.path)
         owners = {short: modules[place(view.target, short, record.name)[0]] for short in view.target.shared}
         site.slots[record.name] = Slot(record, view.target, owners)
-        site.note_input()
+        site.note_pages()
     undo(restoring(state, state.records))
     _adopt(model, state, undo)
     state.base_trainable = list(dict.fromkeys((*state.base_trainable, *(path for path, _ in training))))
@@ -292,7 +292,7 @@ def _take_from(layer: nn.Module, site: Site, record: Record, undo: Undo) -> None
     """One adapter off one layer, and the hooks with the last one."""
     undo(restoring(site, site.slots))
     del site.slots[record.name]
-    site.note_input()
+    site.note_pages()
     if not site.slots:
         carrier = site.kind.hooked(layer)
         undo(restoring(layer, carrier._modules, *hook_tables(carrier)))

@@ -296,8 +296,10 @@ def _mergeable(model: nn.Module, state: ModelState, chosen: Chosen, dequantize: 
 
 def _check_affine(record: Record) -> None:
     stream = kind_named(record.variant.site).stream
-    if stream or not record.variant.affine:
+    some = getattr(record.cfg, "positions", "all") != "all"
+    if stream or some or not record.variant.affine:
         where = " (it edits chosen positions of the residual stream)" if stream else ""
+        where = where or (" (it acts at chosen positions)" if some else "")
         raise StateError(
             f"adapter {record.name!r}: variant {record.variant.name!r} is not an affine function of its layer's "
             f"input{where}, so no weight can stand for it. Keep it attached."

@@ -36,3 +36,9 @@ def positions(layer: Layer[Any]) -> tuple[Tensor, Tensor]:
     """Rows and columns of `lora_at`."""
     rows, columns = layer.lora_at.long().unbind()
     return rows, columns
+
+
+def largest(M: Tensor, n: int, smallest: bool = False) -> Tensor:
+    """Positions (2, n) of the n entries of M with the largest absolute values, in the order of rows."""
+    flat = M.abs().flatten().topk(n, largest=not smallest).indices.sort().values
+    return torch.stack((flat // M.shape[1], flat % M.shape[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..view.layer import LayerView
 from .grouped import grouped
 from .recompute import selection_of
 from .rows import row_groups
+from .stand_in import rest, stand_before, step_aside
 
 ABSENT: Any = object()
 COPIED = (
@@ -35,14 +37,18 @@ def pre_hook(
     if kwargs is None:
         raise StateError(COPIED)
     site: Site = layer.__dict__[SITE]
-    if not site.has_input:
+    if not (site.has_input or site.has_weight):
         return None
+    if site.has_weight:
+        step_aside(layer)  # what an interrupted call has left
     selection = selection_of(site.state)
     if not selection[0] and selection[1] is None:
         return None
     key = None if args else first_name(layer, kwargs)
     x = args[0] if key is None else kwargs[key]
     new = apply_selected(layer, site, x, None, selection)
+    if site.has_weight and selection[1] is None:
+        stand_before(layer, site, selection[0], selection[2])
     if new is x:
         return None
     return ((new, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: new})
@@ -55,6 +61,9 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     site: Site = layer.__dict__[SITE]
     if site.awaited:
         site.awaited = False
+    stood_in = site.has_weight and step_aside(layer)
+    if output is None and sys.exc_info()[0] is not None:  # the layer failed, and its exception is on its way
+        return None
     selection = selection_of(site.state)
     if not selection[0] and selection[1] is None:
         return None
@@ -71,6 +80,8 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
             "before it would train on wrong gradients. Use a weight-only quantisation that is differentiable "
             "(bitsandbytes, torchao int8 weight-only, quanto)."
         )
+    if stood_in:
+        selection = (rest(site, selection[0]), *selection[1:])
     inner_x, inner_y = site.kind.enter(layer, x, y)
     new = apply_selected(layer, site, inner_x, inner_y, selection)
     if new is inner_y:

@@ -13,6 +13,7 @@ from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
 from ..view import kept as memo
 from .batch import batch_first, values_of
+from .invoked import note_cache
 from .positions import locate
 from .vocabulary import await_head, check_head, watch_vocabulary
 
@@ -49,6 +50,8 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         state.call = None
     if torch.compiler.is_compiling():
         return
+    if state.begun:
+        note_cache(state.begun, output)
     state.batch = state.memo = None
     state.in_call, had_grad = False, state.call_grad
     state.call_grad = False

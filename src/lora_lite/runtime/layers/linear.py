@@ -25,6 +25,7 @@ class Linear(Kind):
     groups_rows = True
     inside_blocks = True
     replaceable = True
+    takes_weight = True
 
     def size(self, module: nn.Module) -> tuple[int, int] | None:
         return dims(module)

@@ -99,6 +99,8 @@ class Kind:
     """x and y are ordinary tensors of vectors, so a pair of factors means the same everywhere."""
     groups_rows = False
     """Several adapters of one batch may act on it with one call."""
+    takes_weight = False
+    """While it runs, another weight may stand before the stored one."""
     by_number = False
     """It picks rows of its weight by number, so a layer that multiplies with the same weight is tied to it."""
     inside_blocks = False
@@ -149,7 +151,7 @@ class Kind:
     def join(self, module: nn.Module, path: str, hooks: Hooks) -> None:
         """Put the hooks on."""
         module.register_forward_pre_hook(hooks.before, with_kwargs=True)
-        module.register_forward_hook(hooks.after, with_kwargs=True)
+        module.register_forward_hook(hooks.after, with_kwargs=True, always_call=self.takes_weight)
 
     def part(self, module: nn.Module, path: str, hooks: Hooks) -> None:
         """Take the hooks off."""
@@ -183,7 +185,8 @@ class Kind:
 
     def stored(self, module: nn.Module) -> Tensor:
         """The weight as the layer stores it."""
-        w = module.weight
+        w = module._parameters.get("weight")
+        w = module.weight if w is None else w
         assert isinstance(w, Tensor)
         return w
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import SelectionError, StateError, did_you_mean
-from .call import Call, Chosen, Memo, Prompt, RowGroup, Rows, Selection
+from .call import Begun, Call, Chosen, Memo, Prompt, RowGroup, Rows, Selection
 from .merged import Merged
 from .record import Record
 
@@ -47,6 +47,8 @@ class ModelState:
         """Token positions in the running root call, for the adapters that ask for some."""
         self.previous: Tensor | None = None
         """Tokens of the last call, where the next one may show that they were a prompt growing without a cache."""
+        self.begun: dict[str, Begun] = {}
+        """Wording of positions -> what its last call left for one that continues the same cache."""
         self.memo: Memo | None = None
         """What pages keep from one step of cached decoding to the next, see `view.kept`; None where nothing may be
         kept."""

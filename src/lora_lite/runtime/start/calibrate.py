@@ -48,7 +48,8 @@ class Moments:
 
 
 class Gram:
-    """Σ xᵀx (d_in, d_in) over n tokens, in fp32 or better, of the targets that receive one and the same tensor.
+    """Σ xᵀx (d_in, d_in) and Σ x (d_in,) over n tokens, in fp32 or better, of the targets that receive one and the same
+    tensor.
 
     While the tokens are few beside the inputs they are kept themselves: they are smaller than the sum, and so is the
     decomposition of their products with each other.
@@ -59,11 +60,13 @@ class Gram:
         self.n = 0
         self._tokens: list[Tensor] = []
         self._sum = tokens.new_zeros(0)
+        self.sum = tokens.new_zeros(tokens.shape[-1])
         self._d = tokens.shape[-1]
 
     def add(self, tokens: Tensor) -> None:
         """Count some tokens (n, d_in)."""
         self.n += tokens.shape[0]
+        self.sum.add_(tokens.sum(0))
         self._tokens.append(tokens.clone())
         if len(self._sum) or FEW * self.n > self._d:
             self._fold()
@@ -87,10 +90,16 @@ class Gram:
             return self._sum.trace()
         return torch.stack([tokens.square().sum() for tokens in self._tokens]).sum()
 
-    def leading(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest eigenvalues (k,), descending, and eigenvectors (d_in, k), signs fixed."""
-        found = None if len(self._sum) else top_eigh_of_rows(torch.cat(self._tokens), k)
-        return top_eigh(self.C, k) if found is None else found
+    def leading(self, k: int, centred: bool = False) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues (k,), descending, and eigenvectors (d_in, k), signs fixed; of the tokens without
+        their mean, where that is asked for."""
+        mean = self.sum / self.n
+        if not len(self._sum):
+            tokens = torch.cat(self._tokens)
+            found = top_eigh_of_rows(tokens - mean if centred else tokens, k)
+            if found is not None:
+                return found
+        return top_eigh(self.C - torch.outer(self.sum, mean) if centred else self.C, k)
 
 
 class Targets(list[StagedTarget]):

@@ -31,6 +31,8 @@ def layer_views(model: nn.Module, record: Record) -> list[LayerView]:
         view = LayerView(layer, slot, None)
         view.still = True
         found.append(view)
+    for view in found:
+        view.peers = len(found)
     return found
 
 
@@ -44,7 +46,7 @@ def matrix_views(view: LayerView) -> Iterator[LayerView]:
     for cell in site.kind.cells(module, site.path):
         w, _ = cell.read(torch.float32)
         one = DenseView(module, slot, w, None, sliced(stored_tensors(module, slot), cell))
-        one._dtype = view._dtype
+        one._dtype, one.peers = view._dtype, view.peers
         yield one
 
 
@@ -118,5 +120,5 @@ def _plus_factors(bank: Bank, slot: Slot, weight: float, w: Tensor) -> Tensor:
     """w + weight B A, for all experts at once."""
     factors = slot.factors
     assert factors is not None
-    A, B = torch.vmap(lambda t: factors(DenseView(bank, slot, w, None, t)))(stored_tensors(bank, slot))
+    A, B = torch.vmap(lambda W, t: factors(DenseView(bank, slot, W, None, t)))(w, stored_tensors(bank, slot))
     return torch.baddbmm(w, (weight * B).to(w.dtype), A.to(w.dtype))

@@ -60,6 +60,8 @@ class LayerView:
         """Outside of any forward: dropout and other noise of training do not exist for it."""
         self.strength: float = 1.0
         """The adapter's weight in `ll.activate`, for methods that declare `own_weight`."""
+        self.peers: int = 1
+        """Number of layers that the adapter stands on, where all of them are at hand."""
 
     def __getattr__(self, name: str) -> Tensor:
         # reached only for names that are not the view's own
@@ -145,6 +147,11 @@ class LayerView:
     def training(self) -> bool:
         """Whether the layer trains."""
         return self._module.training and not self.still
+
+    @property
+    def by_number(self) -> bool:
+        """Whether x picks columns of the weight by number, as an embedding's does."""
+        return self._kind.by_number
 
     @property
     def in_features(self) -> int:
