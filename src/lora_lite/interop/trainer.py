@@ -17,7 +17,7 @@ import lora_lite as ll
 
 from ..core.errors import FileError, StateError
 from ..io import native
-from ..io.header import config_from_header
+from ..io.header import check_sums, config_from_header
 from ..runtime.layers.tensors import is_sharded
 from ..runtime.model.state import DEFAULT, state_of, unwrap
 
@@ -156,6 +156,7 @@ def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             )
         native.check_base(model, handle.record, head, "error", str(path))
         native.check_keys(native.expected(handle.record), tensors, str(path))
+        check_sums(head, handle.record, tensors, str(path))
         found.append((handle, head, tensors))
     for handle, head, tensors in found:
         ll.load_adapter_state_dict(model, handle.name, tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from torch import nn
 
@@ -38,6 +37,6 @@ def load(
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
     check_attachable(model, name)
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return load_peft(unwrap(model), path, name, trainable)
     return load_native(unwrap(model), path, name, trainable, base_check)
