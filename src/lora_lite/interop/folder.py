@@ -14,7 +14,7 @@ import lora_lite as ll
 
 from ..core.errors import FileError, StateError
 from ..io import native
-from ..io.header import config_from_header
+from ..io.header import check_sums, config_from_header
 from ..io.load import adapter_file
 from ..runtime.layers.tensors import is_sharded
 from .card import card
@@ -110,6 +110,7 @@ def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             )
         native.check_base(home, handle.record, head, "error", str(path))
         native.check_keys(native.expected(handle.record), tensors, str(path))
+        check_sums(head, handle.record, tensors, str(path))
         found.append((home, handle, head, tensors))
     for home, handle, head, tensors in found:
         ll.load_adapter_state_dict(home, handle.name, tensors)

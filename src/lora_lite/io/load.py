@@ -39,7 +39,7 @@ def load(
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
     check_attachable(model, name)
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         own = _own_file(Path(path), name)
         if own is None:
             return load_peft(unwrap(model), path, name, trainable)

@@ -18,7 +18,7 @@ def position_spec(rows: int, columns: int, n: int) -> ParamSpec:
         flat = distinct(rows * columns, n, generator)
         t.copy_(torch.stack((flat // columns, flat % columns)))
 
-    return ParamSpec((2, n), init=fill, as_buffer=True, dtype=torch.int32)
+    return ParamSpec((2, n), init=fill, as_buffer=True, dtype=torch.int32, below=(rows, columns))
 
 
 def distinct(total: int, n: int, generator: Generator) -> Tensor:
