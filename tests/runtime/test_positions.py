@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
+import tiny_models
 from lora_lite.testing import toy
 from neighbours import needs, older
 from tiny_blocks import changed, decoder, outputs, padded, prompts, randomise
@@ -132,7 +133,7 @@ def test_a_prompt_in_chunks(positions):
                 input_ids=batch["input_ids"][:, a:b],
                 attention_mask=batch["attention_mask"][:, :b],
                 position_ids=batch["position_ids"][:, a:b],
-                past_key_values=cache,
+                **tiny_models.continuing(model, cache),
                 use_cache=True,
             )
             cache = out.past_key_values
@@ -147,7 +148,7 @@ def test_a_decoding_step_edits_nothing():
         cache = model(torch.randint(3, 40, (2, 6)), use_cache=True).past_key_values
         for name in ("default", None):
             with ll.active(model, name):
-                found.append(model(input_ids=step, past_key_values=copy.deepcopy(cache)).logits)
+                found.append(model(input_ids=step, **tiny_models.continuing(model, copy.deepcopy(cache))).logits)
     assert torch.equal(*found)
 
 
@@ -205,7 +206,7 @@ def test_what_cannot_be_told_raises():
     with torch.no_grad():
         cache = model(batch["input_ids"], use_cache=True).past_key_values
     with pytest.raises(ll.SelectionError, match="2 new tokens follow 8 cached ones"):
-        model(input_ids=batch["input_ids"][:, :2], past_key_values=cache)
+        model(input_ids=batch["input_ids"][:, :2], **tiny_models.continuing(model, cache))
     with pytest.raises(ll.SelectionError, match="must be .batch, tokens., cached tokens included"):
         model(input_ids=batch["input_ids"], attention_mask=torch.ones(2, 8, 8))
     with pytest.raises(ll.SelectionError, match="without a cache"):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .folder import write_adapters, write_folder
 
 FOLDER = "adapter"
 """The folder's name, in each checkpoint and at the end in the output folder."""
 
-if TYPE_CHECKING:
+
+@cache
+def _save_adapter() -> type:
     from transformers import TrainerCallback
 
     class SaveAdapter(TrainerCallback):
@@ -21,18 +23,12 @@ if TYPE_CHECKING:
             Trainer(model=model, args=args, train_dataset=data, callbacks=[ll.callbacks.SaveAdapter()])
         """
 
-
-@cache
-def _save_adapter() -> type:
-    from transformers import TrainerCallback
-
-    class SaveAdapter(TrainerCallback):
-        """Writes the adapter alone into a folder `adapter` of every checkpoint, and of the output folder at the end."""
-
         def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            """Into the checkpoint that was written."""
             _write(Path(args.output_dir) / f"checkpoint-{state.global_step}", args, state, model, compact=False)
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            """Into the output folder."""
             _write(Path(args.output_dir), args, state, model, compact=True)
 
     return SaveAdapter

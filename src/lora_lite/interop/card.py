@@ -56,7 +56,9 @@ def card(
     if exported:
         lines += ["PEFT, vLLM and `AutoModel.from_pretrained` read this folder, too."]
     else:
-        lines += [f"Only lora-lite reads it: {', '.join(methods)} is no pair of low-rank factors."]
+        lines += [
+            "Only lora-lite reads it. `ll.export(model, folder)` writes what PEFT reads, where the method allows."
+        ]
     figures = _last(history)
     if figures or steps:
         lines += ["", "## Figures", "", "| what | last value |", "| --- | --- |", f"| steps | {steps} |"]
