@@ -83,9 +83,9 @@ def test_metamath_on_local_files(tmp_path):
     paths = str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")
     task = MetaMath(str(tmp_path / "base"), *paths, dtype="float32", batch_size=2, new_tokens=4)
     assert task.batch(0)["input_ids"].shape[0] == 2
-    held = {e.prompt for e in task.rows[:50]}
-    assert len(held) == 50 and not held & {e.prompt for e in task.rows[50:]}
-    assert [e.completion for e in task.questions["test"]] == ["1,200", "3"]
+    held = {row["prompt"] for row in task.rows[:50]}
+    assert len(held) == 50 and not held & {row["prompt"] for row in task.rows[50:]}
+    assert [number for _, number in task.questions["test"]] == ["1200", "3"]
     accuracy, loss, n = task.examine(task.load(), "test")
     assert n == 2 and accuracy in (0.0, 0.5, 1.0) and loss > 0
     assert last_number("so 3 apples cost $1,250.50 in all") == "1250.5" and last_number("no") is None

@@ -28,6 +28,17 @@ MAX_RANK = 1 << 20
 MAX_INT = 1 << 63
 LITERAL = re.compile(r"(?:[\w-]|\\?\.)*")
 """A plain path: most patterns are, and nothing can be wrong with them."""
+ELSEWHERE = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target_names",
+    "exclude_modules": "exclude_names",
+    "modules_to_save": "train_modules",
+    "layers_to_transform": "layers",
+    "rank": "r",
+    "lora_r": "r",
+}
+"""Fields as other libraries call them -> ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +79,19 @@ class AdapterConfig:
     dequantize: bool = False
     """Allow methods that need the dense weight to read a quantised one."""
 
+    def __new__(cls, *args: object, **values: object) -> AdapterConfig:
+        """Name the field that was meant where other libraries call it otherwise. Raises `ConfigError`."""
+        where = cls.__name__
+        if args:
+            raise ConfigError(f"{where} takes its fields by name: {where}(r={args[0]!r}).")
+        fields = {f.name for f in dataclasses.fields(cls)}
+        for name in values:
+            if name in fields:
+                continue
+            hint = f" Here it is called {ELSEWHERE[name]!r}." if name in ELSEWHERE else did_you_mean(name, fields)
+            raise ConfigError(f"{where} has no field {name!r}.{hint}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
@@ -89,6 +113,11 @@ class AdapterConfig:
             raise ConfigError(f"{where}.dropout must lie in [0, 1), got {self.dropout}.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"{where}.dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
+        if "all-linear" in (self.target_names or ()):
+            raise ConfigError(
+                f"{where}.target_names: 'all-linear' is what None, the default, means: the linear layers of the "
+                "blocks. Leave it out."
+            )
         for pattern, r in self.rank_pattern.items():
             if not 1 <= r <= MAX_RANK:
                 raise ConfigError(f"{where}.rank_pattern[{pattern!r}] must be between 1 and {MAX_RANK}, got {r}.")

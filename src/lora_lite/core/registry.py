@@ -106,9 +106,32 @@ def get_variant(name: str) -> type[Variant]:
     return _TABLE[name]
 
 
+def check_config(cfg: object) -> None:
+    """Refuse what people pass instead of a config.
+
+    Raises:
+        ConfigError: a method's name, a dict, a class, or anything else; the line to type is named.
+    """
+    if isinstance(cfg, AdapterConfig):
+        return
+    got, hint = type(cfg).__name__, "lora_lite.LoRAConfig(r=8)"
+    if isinstance(cfg, str) and cfg in _TABLE:
+        got, hint = f"the name {cfg!r}", f"lora_lite.{get_variant(cfg).config.__name__}()"
+    elif isinstance(cfg, dict):
+        hint = "lora_lite.LoRAConfig(**settings)"
+    elif isinstance(cfg, type) and issubclass(cfg, AdapterConfig):
+        got, hint = f"the class {cfg.__name__}", f"{cfg.__name__}(r=8)"
+    raise ConfigError(f"the second argument is a config such as {hint}, got {got}.")
+
+
 def resolve(cfg: AdapterConfig) -> AdapterConfig:
     """`AdapterConfig(variant="x")` becomes the config class of x with the same fields; others are checked and
-    returned."""
+    returned.
+
+    Raises:
+        ConfigError: it is no config, names no method, or belongs to another one.
+    """
+    check_config(cfg)
     if not cfg.variant:
         raise ConfigError(
             f"{type(cfg).__name__} names no method: pass variant=..., one of {', '.join(sorted(_TABLE))}, or use a "

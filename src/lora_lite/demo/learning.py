@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .data import collate, encode, load_examples, load_model
+from ..data.batches import collate
+from ..data.tokens import Tokens, tokenised
+from .data import load_model, wordmath_rows
 from .evaluate import evaluate, mean_loss
 from .wordmath import generate
 
@@ -33,8 +35,8 @@ class WordMath:
         return load_model()[0]
 
     @cached_property
-    def rows(self) -> list[dict[str, list[int]]]:
-        return [encode(e, self.tokenizer, WIDTH) for e in load_examples("wordmath", "train", TRAIN_ROWS)]
+    def rows(self) -> list[Tokens]:
+        return tokenised(wordmath_rows("train", TRAIN_ROWS), self.tokenizer, WIDTH).rows
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Rows of like length, drawn by the step alone."""
@@ -46,7 +48,7 @@ class WordMath:
     def examine(self, model: nn.Module, split: Literal["validation", "test"]) -> tuple[float, float, int]:
         problems = generate(split, self.questions)
         answers = evaluate(model, self.tokenizer, problems, batch_size=100)
-        rows = [encode(e, self.tokenizer, WIDTH) for e in load_examples("wordmath", split, self.questions)]
+        rows = tokenised(wordmath_rows(split, self.questions), self.tokenizer, WIDTH).rows
         return answers.accuracy, mean_loss(model, rows, 100, self.tokenizer.pad_token_id), len(problems)
 
     def remembered(self, model: nn.Module) -> float | None:

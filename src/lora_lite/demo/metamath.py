@@ -10,7 +10,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..core.errors import FileError
-from .data import Example, collate, encode, load_model
+from ..data.batches import collate
+from ..data.tokens import tokenised
+from .data import load_model
 from .evaluate import complete, mean_loss
 
 BASE, TRAIN, TEST = "meta-llama/Llama-3.2-3B", "meta-math/MetaMathQA", "openai/gsm8k"
@@ -48,31 +50,32 @@ class MetaMath:
         return model.cuda() if torch.cuda.is_available() else model
 
     @cached_property
-    def rows(self) -> list[Example]:
+    def rows(self) -> list[dict[str, str]]:
         """MetaMathQA's rows, the validation questions left out."""
         found = [(r["query"], r["response"]) for r in table(self.sources[0], "train", ("query", "response"))]
         kept = [(q, a) for q, a in found if len(q) + len(a) <= CHARACTERS]
         random.Random("metamath").shuffle(kept)
-        return [Example(TEMPLATE.format(q), f" {a}") for q, a in kept]
+        return [{"prompt": TEMPLATE.format(q), "completion": f" {a}"} for q, a in kept]
 
     @cached_property
-    def questions(self) -> dict[str, list[Example]]:
+    def questions(self) -> dict[str, list[tuple[str, str]]]:
+        """(prompt, right number) of both splits."""
         rows = table(self.sources[1], "test", ("question", "answer"))
-        tested = [Example(TEMPLATE.format(r["question"]), r["answer"].rpartition("####")[2].strip()) for r in rows]
-        held = [Example(e.prompt, last_number(e.completion) or "") for e in self.rows[:VALIDATION]]
+        tested = [(TEMPLATE.format(r["question"]), last_number(r["answer"].rpartition("####")[2]) or "") for r in rows]
+        held = [(row["prompt"], last_number(row["completion"]) or "") for row in self.rows[:VALIDATION]]
         return {"validation": held, "test": tested}
 
     def batch(self, step: int) -> dict[str, Tensor]:
         rows = self.rows[VALIDATION:]
         chosen = random.Random(f"metamath-{step}").sample(rows, min(self.batch_size, len(rows)))
-        encoded = [encode(e, self.tokenizer, WIDTH) for e in chosen]
+        encoded = tokenised(chosen, self.tokenizer, WIDTH).rows
         return {k: v.to(_device()) for k, v in collate(encoded, self.tokenizer.pad_token_id).items()}
 
     def examine(self, model: nn.Module, split: Literal["validation", "test"]) -> tuple[float, float, int]:
         asked = self.questions[split]
-        said = complete(model, self.tokenizer, [e.prompt for e in asked], 16, self.new_tokens)
-        right = sum(last_number(text) == e.completion.replace(",", "") for text, e in zip(said, asked, strict=True))
-        held = [encode(e, self.tokenizer, WIDTH) for e in self.rows[:VALIDATION]]
+        said = complete(model, self.tokenizer, [prompt for prompt, _ in asked], 16, self.new_tokens)
+        right = sum(last_number(text) == number for text, (_, number) in zip(said, asked, strict=True))
+        held = tokenised(self.rows[:VALIDATION], self.tokenizer, WIDTH).rows
         return right / len(asked), mean_loss(model, held, 4, self.tokenizer.pad_token_id), len(asked)
 
     def remembered(self, model: nn.Module) -> float | None:

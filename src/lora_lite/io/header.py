@@ -142,7 +142,7 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
         _share([targets[path] for path in modules if path in targets], cfg, entries)  # in the order of attach
     steps, total = (head.get(k, 0) for k in ("steps", "total_steps"))
     if not (_is_count(steps) and _is_count(total)):
-        raise FileError(f"{where}: steps and total_steps must be counts, got {steps!r} and {total!r}.")
+        raise FileError(f"{where}: steps and total_steps must be counts, got {steps!r:.40} and {total!r:.40}.")
     return Record(name, get_variant(cfg.variant), cfg, targets, steps=steps, total_steps=total)
 
 

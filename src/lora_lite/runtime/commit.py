@@ -21,7 +21,7 @@ from .layers.tensors import is_sharded
 from .model.kind import Hooks, Kind
 from .model.record import Record
 from .model.site import Site, Slot, base_parameters, owned_tensors, place
-from .model.state import SITE, STATE, ModelState, not_merged, outside_scope, record_of, state_of, unwrap
+from .model.state import SITE, STATE, ModelState, check_module, not_merged, outside_scope, record_of, state_of, unwrap
 from .model.undo import Undo, all_or_nothing, restoring
 from .start.staging import StagedTarget
 from .state_dicts import after_state_dict, before_load_state_dict, savers
@@ -42,6 +42,7 @@ def check_attachable(model: nn.Module, name: str) -> None:
     """Raise when an adapter cannot be added to this model under this name."""
     if not name or not all(c.isalnum() or c in "_-" for c in name):
         raise StateError(f"an adapter's name consists of letters, digits, '_' and '-'; got {name!r}.")
+    check_module(model)
     _check_not_distributed(model)
     _check_not_wrapped(model)
     model = unwrap(model)

@@ -145,8 +145,18 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     unadapted += _not_offered(structure, variant, cfg, beside)
     base = {id(p): p for _, p in base_parameters(model)}  # a tied parameter counts once
     rows = [_row(place, variant) for place in chosen]
-    notes = tied_notes(model, chosen) + _kind_notes(chosen) + _weight_notes(variant, targets)
-    return Plan(cfg, targets, hits, unadapted, sum(map(_numel, base.values())), rows, notes)
+    notes = tied_notes(model, chosen) + _kind_notes(chosen) + _weight_notes(variant, targets) + _ignored(variant, cfg)
+    made = Plan(cfg, targets, hits, unadapted, sum(map(_numel, base.values())), rows, notes)
+    if made.trainable > made.base_params:
+        notes.append(f"more is trained than the base has: a rank of {cfg.r} is above the width of its layers")
+    return made
+
+
+def _ignored(variant: type[Variant], cfg: AdapterConfig) -> list[str]:
+    """What was set and has no effect with this method."""
+    plain = variant.config(variant=variant.name)
+    set_ = [name for name in variant.ignores if getattr(cfg, name) != getattr(plain, name)]
+    return [f"{name}={getattr(cfg, name)} has no effect: {variant.name} does not use it" for name in set_]
 
 
 def _tied_targets(structure: Structure, chosen: list[Place], targets: list[Target]) -> tuple[list[Place], list[Target]]:

@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import SelectionError, StateError, did_you_mean
+from ...core.errors import ConfigError, SelectionError, StateError, did_you_mean
 from .call import Begun, Call, Chosen, Memo, Prompt, RowGroup, Rows, Selection
 from .merged import Merged
 from .record import Record
@@ -69,8 +69,22 @@ class ModelState:
         return {**ModelState().__dict__, **{k: self.__dict__[k] for k in kept}}
 
 
+def check_module(model: object) -> None:
+    """Refuse a tokenizer, a config, swapped arguments: every public entry comes through here.
+
+    Raises:
+        ConfigError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the first argument is the model, a torch.nn.Module, got {type(model).__name__}; the order is "
+            "ll.attach(model, cfg), ll.load(model, path)."
+        )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside torch.compile's and DistributedDataParallel's wrappers."""
+    """The user's module inside torch.compile's and DistributedDataParallel's wrappers; what is no module raises."""
+    check_module(model)
     while True:
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
