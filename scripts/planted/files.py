@@ -43,8 +43,8 @@ BUGS = [
     Bug(
         "an edited scale passes",
         "io/header.py",
-        "> 1e-6 * abs(own.scale):",
-        "> 1e6 * abs(own.scale):",
+        "<= 1e-6 * abs(own.scale):",
+        "<= 1e6 * abs(own.scale):",
         NATIVE + " -k hostile",
     ),
     Bug(
@@ -176,8 +176,8 @@ BUGS = [
     Bug(
         "a folder's pattern of alpha is not read",
         "io/peft.py",
-        'alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))',
-        'alpha = float(config["lora_alpha"])',
+        "ranks(path), float(alphas(path)), folder)",
+        "ranks(path), float(alphas.default), folder)",
         PEFT + " -k reads",
     ),
     Bug(

@@ -36,4 +36,4 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def checksum(t: Tensor) -> int:
     """CRC-32 of a tensor's bytes, which no single flipped bit leaves as it was."""
-    return zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
