@@ -148,7 +148,7 @@ class Model:
         return said
 
 
-@pytest.mark.parametrize("share", [40, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [90, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cfg", CONFIGS)
 def test_any_value_at_any_place(form, cfg, share, tmp_path):
@@ -278,12 +278,12 @@ def test_many_foreign_tensors(form, name, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("pattern", ["layers.{}.up", "^x{}$", "(a+)+{}", "x\\.{}"])
+@pytest.mark.parametrize("pattern", ["layers.{}.up", "^x{}$", "(a+)+{}"])
 def test_many_patterns(form, pattern, tmp_path):
     file, model = FORMS[form](tmp_path), Model()
     many = {pattern.format(i): 3 for i in range(2, MANY)}
     holder = file.config["config"] if form == "native" else file.config
-    for field in ("rank_pattern", "alpha_pattern", "modules_to_save", "target_modules", "target_names"):
+    for field in ("rank_pattern", "modules_to_save", "target_names"):
         new = many if field.endswith("pattern") else list(many)
         config = put(file.config, ("config",), holder | {field: new}) if form == "native" else holder | {field: new}
         model.load(file.write(config), field)

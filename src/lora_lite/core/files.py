@@ -30,8 +30,11 @@ def reading(where: str | os.PathLike[str], what: str = "") -> Generator[None, No
     name = os.fspath(where)
     try:
         yield
-    except FileError:
-        raise
+    except FileError as e:
+        said = str(e)
+        if name in said and len(said) <= WORDS:
+            raise
+        raise type(e)(said[:WORDS] if name in said else f"{name}: {said[:WORDS]}") from None
     except LoraLiteError as e:
         raise FileError(f"{name}: {str(e)[:WORDS]}") from None
     except SafetensorError as e:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..core.config import AdapterConfig
-from ..core.errors import FileError, LoraLiteWarning, did_you_mean, listing
+from ..core.errors import FileError, LoraLiteWarning, did_you_mean, listing, shown
 from ..core.files import opened, parsed, reading
 from ..core.registry import get_variant
 from ..runtime.layers.kinds import DEFAULT_KIND, KINDS, kind_named
@@ -102,9 +102,10 @@ def _check_format(head: Any, path: Path) -> None:
         raise FileError(f"{path}: the header names no format number.")
     required = head.get("requires") or []
     if head["format"] > FORMAT or required not in ([], [BESIDE]):
+        version = shown(head.get("version"))
         raise FileError(
-            f"{path} was written by lora_lite {head.get('version')} and needs a newer version than {__version__} "
-            f"(format {head['format']}, requires {required})."
+            f"{path} was written by lora_lite {version} and needs a newer version than {__version__} "
+            f"(format {head['format']}, requires {shown(required)})."
         )
 
 
@@ -142,7 +143,7 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
         _share([targets[path] for path in modules if path in targets], cfg, entries)  # in the order of attach
     steps, total = (head.get(k, 0) for k in ("steps", "total_steps"))
     if not (_is_count(steps) and _is_count(total)):
-        raise FileError(f"{where}: steps and total_steps must be counts, got {steps!r:.40} and {total!r:.40}.")
+        raise FileError(f"{where}: steps and total_steps must be counts, got {shown(steps)} and {shown(total)}.")
     return Record(name, get_variant(cfg.variant), cfg, targets, steps=steps, total_steps=total)
 
 
