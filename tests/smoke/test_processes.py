@@ -70,4 +70,6 @@ def test_a_seed_means_the_same_adapter_in_every_process():
         done = subprocess.run([sys.executable, "-c", START, seed], capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(dict(line.split() for line in done.stdout.splitlines()))
-    assert found[0] == found[1] and set(found[0]) == {v.name for v in ll.variants()}
+    assert found[0] == found[1] and set(found[0]) == {
+        v.name for v in ll.variants() if v.__module__.startswith("lora_lite.")
+    }

@@ -63,6 +63,8 @@ class UniLoRA(Variant):
 
     @staticmethod
     def group_init(model: nn.Module, targets: Targets[UniLoRAConfig], cfg: UniLoRAConfig, _: Any) -> None:
+        if any(view.lora_at_A.is_meta for view in targets):
+            return  # a model without values has nothing to count
         count = torch.zeros(cfg.length, dtype=torch.float64)
         for view in targets:
             for at in (view.lora_at_A, view.lora_at_B):

@@ -37,7 +37,9 @@ class Lookup(VirtualInput):
 
 
 class EmbeddingCell(MatrixCell):
-    """W (d, V) of an embedding that stores Wᵀ."""
+    """W (d, V) of an embedding that stores Wᵀ. Every lookup has one id, so what a page adds to all stands in W."""
+
+    has_bias = False
 
     def write_bias(self, b: Tensor) -> None:
         pass  # an embedding has none

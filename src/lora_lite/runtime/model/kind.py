@@ -48,6 +48,8 @@ class Cell:
 
     index: int | None = None
     """Number of the expert it belongs to; None where the layer has one matrix."""
+    has_bias = True
+    """Whether what the layer gives for a zero has a place of its own, beside W."""
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """W and b."""

@@ -58,7 +58,7 @@ def stored_tensors(module: nn.Module, slot: Slot) -> dict[str, Tensor]:
     """
     found = {}
     for short, attribute in slot.keys.items():
-        t = tensor_on(module, attribute)
+        t = tensor_on(slot.owners.get(short, module), attribute)
         if t is None:
             raise StateError(
                 f"adapter {slot.name!r}: {slot.path}.{attribute} is gone; detach and load the adapter again."

@@ -105,7 +105,9 @@ def _by_columns(f: Composed, cell: Cell, w: Tensor, dtype: torch.dtype) -> Itera
     """The pages of the output on rows of the identity, for which the base gives columns of W."""
     like = _like(w, dtype)
     with _still():
-        zero = f.outputs(cell.zero(like), f.biased(like.new_zeros(1, w.shape[0])))[0]
+        zero = like.new_zeros(w.shape[0])
+        if cell.has_bias:
+            zero = f.outputs(cell.zero(like), f.biased(zero[None]))[0]
     n = min(w.shape[1], max(1, LARGE // max(w.shape)))
     room = like.new_empty(n, w.shape[1])
     for start in range(0, w.shape[1], n):
