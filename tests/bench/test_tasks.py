@@ -13,9 +13,11 @@ import tiny_llm
 transformers = pytest.importorskip("transformers")
 
 
-def test_wordmath():
+def test_wordmath(monkeypatch):
+    from lora_lite.demo import learning
     from lora_lite.demo.learning import WordMath
 
+    monkeypatch.setattr(learning, "TRAIN_ROWS", 200)
     task = WordMath(batch_size=3, questions=4)
     one, again, other = task.batch(5), task.batch(5), task.batch(6)
     assert torch.equal(one["input_ids"], again["input_ids"]) and one["input_ids"].shape[0] == 3

@@ -78,7 +78,11 @@ def rloo(folder, model, cfg=None):
 FIRST = {dpo: ["rewards/margins", "rewards/chosen"], kto: ["kl"], grpo: ["kl"], rloo: ["kl"]}
 
 
-@pytest.mark.parametrize("make", FIRST, ids=lambda f: f.__name__)
+LONG = (kto, rloo)
+EACH = [pytest.param(make, id=make.__name__, marks=[pytest.mark.slow] if make in LONG else []) for make in FIRST]
+
+
+@pytest.mark.parametrize("make", EACH)
 def test_the_first_step_of_a_warm_adapter_measures_from_itself(tmp_path, make):
     model = warm()
     before, base = ll.adapter_state_dict(model), sum(p.numel() * 4 for p in model.parameters() if not p.requires_grad)

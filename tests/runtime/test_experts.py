@@ -284,7 +284,7 @@ def test_checkpointing(reentrant):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["lora", "hra"])
+@pytest.mark.parametrize("variant", ["lora", pytest.param("hra", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 def test_one_graph(implementation, variant):
     torch.compiler.reset()
