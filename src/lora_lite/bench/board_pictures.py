@@ -10,33 +10,42 @@ import lora_lite as ll
 from .board import Row, Standing
 
 COLOURS = 20
+Point = tuple[float, float, float, str]
+"""Cost, share of right answers and half its interval in %, label."""
 
 
 def pareto(standings: Sequence[Standing], key: str, label: str) -> Any:
     """Accuracy against a cost; the methods that no other one beats in both are joined."""
     figure, axes = _figure()
-    points = []
-    for s in standings:
-        cost = s.forgotten if key == "forgotten" else s.average(key)
-        if cost is not None and s.mean is not None:
-            points.append((cost, 100 * s.mean, 100 * (s.half or 0.0), s.entry.label))
-    for cost, mean, half, _ in points:
+    points = [point for s in standings if (point := _point(s, key)) is not None]
+    front = _front(points)
+    axes.step([p[0] for p in front], [p[1] for p in front], where="post", color="tab:orange", lw=1.2, zorder=0)
+    for point in points:
+        cost, mean, half, name = point
         axes.errorbar(cost, mean, yerr=half, fmt="o", ms=4, lw=1, color="tab:blue")
-    front, best = [], -1.0
-    for cost, mean, _, name in sorted(points, key=lambda p: (p[0], -p[1])):
-        if mean > best:
-            front.append((cost, mean, name))
-            best = mean
-    axes.step([f[0] for f in front], [f[1] for f in front], where="post", color="tab:orange", lw=1.2, zorder=0)
-    beaten = {p[3] for p in points} - {f[2] for f in front}
-    for cost, mean, _, name in points:
-        style = {"fontsize": 7, "color": "#888" if name in beaten else "black"}
-        axes.annotate(name, (cost, mean), xytext=(4, 3), textcoords="offset points", **style)
-    if points and min(p[0] for p in points) > 0 and max(p[0] for p in points) > 8 * min(p[0] for p in points):
+        colour = "black" if point in front else "#888"
+        axes.annotate(name, (cost, mean), xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
+    costs = [p[0] for p in points]
+    if costs and 0 < 8 * min(costs) < max(costs):
         axes.set_xscale("log")
     axes.set_xlabel(label)
     axes.set_ylabel("right, %")
     return figure
+
+
+def _point(s: Standing, key: str) -> Point | None:
+    """Where an entry lies, if it has both figures."""
+    cost = s.forgotten if key == "forgotten" else s.average(key)
+    return None if cost is None or s.mean is None else (cost, 100 * s.mean, 100 * (s.half or 0.0), s.entry.label)
+
+
+def _front(points: Sequence[Point]) -> list[Point]:
+    """Those that are better than all cheaper ones, the cheapest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front
 
 
 def sensitivity(standings: Sequence[Standing]) -> Any:

@@ -115,8 +115,9 @@ def check(args: Learn) -> None:
 
 
 def trainable() -> list[str]:
-    """Methods of linear layers and of the residual stream that train, but those of fixed rows or modules."""
-    return [v.name for v in ll.variants() if v.trains and v.holds != "modules" and v.name != "token_rows"]
+    """Methods that train and by default stand on linear layers or the residual stream."""
+    usual = [v for v in ll.variants() if ll.Variant.site in v.config().target_kinds]
+    return [v.name for v in usual if v.trains and v.holds != "modules"]
 
 
 def chosen(args: Learn) -> list[Entry]:

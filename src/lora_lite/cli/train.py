@@ -242,6 +242,17 @@ def check(args: Train) -> None:
     """Values that no later step would catch with a good sentence."""
     check_base(args)
     check_seed(args.seed)
+    check_numbers(args)
+    if args.best or args.patience:
+        check_best(args)
+    if args.resume and args.overwrite:
+        raise ll.ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them.")
+    if args.init_from is not None and not args.init_from.exists():
+        raise ll.FileError(f"--init-from {args.init_from}: there is no such file.")
+
+
+def check_numbers(args: Train) -> None:
+    """Numbers that lie where they may."""
     positive = ("batch_size", "accumulation", "keep")
     for name in positive + tuple(n for n in ("steps", "rows") if getattr(args, n) is not None):
         if getattr(args, name) < 1:
@@ -255,12 +266,6 @@ def check(args: Train) -> None:
             raise ll.ConfigError(f"--{name} must be positive, got {value}.")
     if args.max_length is not None and args.max_length < 2:
         raise ll.ConfigError(f"--max-length must be at least 2, got {args.max_length}.")
-    if args.best or args.patience:
-        check_best(args)
-    if args.resume and args.overwrite:
-        raise ll.ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them.")
-    if args.init_from is not None and not args.init_from.exists():
-        raise ll.FileError(f"--init-from {args.init_from}: there is no such file.")
 
 
 def check_best(args: Train) -> None:

@@ -147,20 +147,17 @@ class AdapterMixin(_Base):
         if self.optimizer is None:
             lr, decay = self.args.learning_rate, self.args.weight_decay
             groups = [group for _, handle in trainable(self.model) for group in handle.param_groups(lr, decay)]
-            mine = {id(p) for group in groups for p in group["params"]}
-            rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in mine]
-            others = [{"params": rest, "weight_decay": decay}]
             given = getattr(self, "optimizer_cls_and_kwargs", None)
             cls, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
             chosen = [options.pop(key) for key in ("params", "model", "optimizer_dict") if key in options]
-            if chosen and _are_plain_groups(chosen[0]):  # sentence-transformers adds those of its losses
-                others = [{**g, "params": [p for p in g["params"] if id(p) not in mine]} for g in chosen[0]]
-            elif chosen or not isinstance(cls, type):
+            if (chosen and not _are_plain_groups(chosen[0])) or not isinstance(cls, type):
                 raise StateError(
                     f"optim={self.args.optim!r} chooses its parameters itself, which would ignore the adapter's "
                     "groups; use 'adamw_torch'."
                 )
-            self.optimizer = cls(groups + [{"lr": lr, **g} for g in others if g["params"]], **options)
+            others = chosen[0] if chosen else [{"params": list(self.model.parameters()), "weight_decay": decay}]
+            mine = {id(p) for group in groups for p in group["params"]}
+            self.optimizer = cls(groups + _without(others, mine, lr), **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -237,6 +234,15 @@ class AdapterMixin(_Base):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         copy_adapters(checkpoint_folder, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _without(groups: list[dict[str, Any]], mine: set[int], lr: float) -> list[dict[str, Any]]:
+    """The groups without these parameters and without frozen ones, at `lr` where they name no rate; no empty group."""
+    found = []
+    for group in groups:
+        rest = [p for p in group["params"] if p.requires_grad and id(p) not in mine]
+        found += [{"lr": lr, **group, "params": rest}] if rest else []
+    return found
 
 
 def _are_plain_groups(found: Any) -> bool:

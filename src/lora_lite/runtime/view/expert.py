@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...core.errors import StateError
 from ..layers.bank import Bank
+from ..layers.tensors import device_of
 from ..model.call import Chosen
 from ..model.kind import Cell
 from ..model.record import Record
@@ -51,7 +52,7 @@ def matrix_views(view: LayerView) -> Iterator[LayerView]:
 
 
 def stored_tensors(module: nn.Module, slot: Slot) -> dict[str, Tensor]:
-    """Short name -> stored tensor of one adapter on its layer.
+    """Short name -> stored tensor of one adapter on its layer; shared ones from their owner, on this layer's device.
 
     Raises:
         StateError: a tensor is gone.
@@ -63,7 +64,7 @@ def stored_tensors(module: nn.Module, slot: Slot) -> dict[str, Tensor]:
             raise StateError(
                 f"adapter {slot.name!r}: {slot.path}.{attribute} is gone; detach and load the adapter again."
             )
-        found[short] = t
+        found[short] = t if short not in slot.owners else t.to(device_of(module))
     return found
 
 
