@@ -622,7 +622,7 @@ BUGS = [
         "runtime/layers/embedding.py",
         "torch.arange(start, min(start + n, size), device=w.device)",
         "torch.arange(0, min(n, size - start), device=w.device)",
-        "tests/runtime/test_merge.py -k wide",
+        "tests/runtime/test_merge.py -k vocabulary",
     ),
     Bug(
         "an embedding that rescales its rows is adapted",

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 import lora_lite as ll
 import tiny_llm
+from lora_lite.interop.card import card
 from lora_lite.interop.trainer import adapter_trainer
 from lora_lite.testing.case import randomise
 
@@ -85,6 +86,13 @@ def test_the_card_says_what_it_is(tmp_path):
     assert "base_model" not in said  # a folder of this machine is no name
     assert "ll.load(model" in text and '"alpha": 7.0' in text and "| loss |" in text and "| steps | 1 |" in text
     assert "PEFT" in text
+
+
+def test_the_card_shows_the_last_of_each_figure():
+    model = tiny_llm.model()
+    ll.attach(model, ll.LoRAConfig(r=3, alpha=7))
+    text = card(model, False, [{"loss": 2.5, "step": 1}, {"eval_loss": 2.25, "step": 1}, {"loss": 1.5, "step": 2}], 2)
+    assert "| loss | 1.5 |" in text and "| eval_loss | 2.25 |" in text and "2.5 |" not in text
 
 
 def test_a_method_that_peft_does_not_know_leaves_our_file_alone(tmp_path):

@@ -38,6 +38,7 @@ def test_offload_after_attach_is_exact(tmp_path, method, where):
     assert all(p.is_meta for p in model.parameters())
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, want)
+        assert all(p.is_meta for p in model.parameters()), "what was brought for the pages stays"
         with ll.active(model, None):
             assert not torch.equal(model(input_ids=IDS).logits, want)
     assert all(p.is_meta for p in model.parameters())

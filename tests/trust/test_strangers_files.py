@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_lite as ll
+from lora_lite.core.files import DIGITS, parsed
 from lora_lite.io.native import read
 from lora_lite.testing.case import randomise
 from lora_lite.testing.toy import Snapshot, toy
@@ -422,3 +423,25 @@ def test_nothing_of_a_refused_file_stays(tmp_path):
         ll.load(model, file.write(put(file.config, ("config", "r"), 10**400)), name="a")
     assert ll.adapters(model) == {}
     assert isinstance(ll.load(model, file.write(), name="a"), ll.Adapter) and isinstance(model, nn.Module)
+
+
+def test_one_number_that_is_not_finite(tmp_path):
+    """No checksum may stand before the question: PEFT's files have none, and neither have our older ones."""
+    model = toy()
+    ll.attach(model, ll.LoRAConfig(r=3, alpha=7))
+    randomise(model)
+    ll.export(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for value in (float("nan"), float("inf")):
+        key = sorted(tensors)[-1]
+        save_file({**tensors, key: tensors[key].index_fill(1, torch.tensor([1]), value)}, path)
+        with pytest.raises(ll.FileError, match=f"not finite: .*{key.split('.')[-2]}"):
+            ll.load(toy(), tmp_path)
+
+
+def test_digits_of_whole_numbers():
+    assert parsed("[" + "9" * DIGITS + "]", "x") == [int("9" * DIGITS)]
+    for text in ("9" * (DIGITS + 1), "-" + "9" * (DIGITS + 1)):
+        with pytest.raises(ll.FileError, match=r"x is not JSON \(a whole number of"):
+            parsed(f"[{text}]", "x")
