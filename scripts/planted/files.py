@@ -71,8 +71,8 @@ BUGS = [
     Bug(
         "loaded adapters always train",
         "io/load.py",
-        "load_native(unwrap(model), path, name, trainable, base_check)",
-        "load_native(unwrap(model), path, name, True, base_check)",
+        "load_native(unwrap(model), own, name, trainable, base_check)",
+        "load_native(unwrap(model), own, name, True, base_check)",
         C + "test_saving.py -k lora-round_trip",
     ),
     Bug(
@@ -113,8 +113,8 @@ BUGS = [
     Bug(
         "buffers are not loaded from a state dict",
         "io/native.py",
-        "        for key, tensor in own.items():\n            tensor.copy_",
-        "        for key, tensor in own.items():\n            isinstance(tensor, nn.Parameter) and tensor.copy_",
+        "    for key, tensor in own.items():\n        tensor.copy_",
+        "    for key, tensor in own.items():\n        isinstance(tensor, nn.Parameter) and tensor.copy_",
         C + "test_saving.py -k hra-round_trip",
     ),
     Bug(

@@ -133,8 +133,8 @@ BUGS = [
     Bug(
         "partners swapped in the gradient",
         "ops/orthogonal.py",
-        "_join([((g1 * y2).sum(dims), (g2 * y1).sum(dims))",
-        "_join([((g2 * y1).sum(dims), (g1 * y2).sum(dims))",
+        "_join([(_sum(g1 * y2, n), _sum(g2 * y1, n))",
+        "_join([(_sum(g2 * y1, n), _sum(g1 * y2, n))",
         ORTHOGONAL,
     ),
     Bug(

@@ -26,8 +26,8 @@ BUGS = [
     Bug(
         "start draws outside of its fork",
         "runtime/attach.py",
-        "with torch.no_grad(), torch.random.fork_rng(devices=[]):",
-        "with torch.no_grad():",
+        "with own_surroundings(), torch.random.fork_rng(devices=[]):",
+        "with own_surroundings():",
         C + "test_4_all_or_nothing.py -k lora-failed_attach",
     ),
     Bug(

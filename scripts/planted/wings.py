@@ -8,7 +8,65 @@ C = "tests/contract/"
 R = "tests/runtime/"
 S = "tests/smoke/"
 
+NUMBERS = "tests/trust/test_numbers.py"
+
 BUGS = [
+    Bug(
+        "an adapter's tensors are made where the caller's are",
+        "runtime/model/surroundings.py",
+        "with torch.inference_mode(False), torch.no_grad(), torch",
+        "with torch.no_grad(), torch",
+        NUMBERS + " -k 'attaching and lora-all'",
+    ),
+    Bug(
+        "the caller's device is the adapter's",
+        "runtime/model/surroundings.py",
+        "if elsewhere else nullcontext()",
+        "if not elsewhere else nullcontext()",
+        NUMBERS + " -k 'attaching and lora-all'",
+    ),
+    Bug(
+        "NaN in a weight reaches LAPACK",
+        "runtime/layers/sound.py",
+        "    if largest <= LARGEST:\n",
+        "    if not largest > LARGEST:\n",
+        NUMBERS + " -k 'bad_number and pissa'",
+    ),
+    Bug(
+        "a large number in a weight reaches LAPACK",
+        "runtime/layers/sound.py",
+        "LARGEST = 1e15",
+        "LARGEST = 1e38",
+        NUMBERS + " -k 'large_weights_all_over and svft'",
+    ),
+    Bug(
+        "a convolution's output has its channels last in memory",
+        "runtime/layers/tensors.py",
+        "    if new.stride() == old.stride() or",
+        "    if new.dim() > 3 or new.stride() == old.stride() or",
+        NUMBERS + " -k keeps_its_strides",
+    ),
+    Bug(
+        "blocks are as wide as the model",
+        "runtime/targets/structure.py",
+        "return d_model if d_model in ends and ends[0] != ends[1] else ends[0]",
+        "return d_model",
+        NUMBERS + " -k 'stages_of_other_widths and Towers'",
+    ),
+    Bug(
+        "a stage counts as a block",
+        "runtime/targets/structure.py",
+        "for name, m in block.named_children() if _is_inner_stack(name, m)]",
+        "for name, m in block.named_children() if False]",
+        NUMBERS + " -k 'stages_of_other_widths and swin and loreft'",
+    ),
+    Bug(
+        "the error of spoilt data names no weight",
+        "runtime/start/calibrate.py",
+        "        if why := first_fault(model):\n",
+        '        if why := "":\n',
+        NUMBERS + " -k data_that_a_bad",
+    ),
     Bug(
         "an adapter acts from the first invocation on",
         "runtime/call/invoked.py",
@@ -112,7 +170,7 @@ BUGS = [
     Bug(
         "probing without setting the bias aside",
         "runtime/layers/linear.py",
-        '    owner["bias"] = None\n',
+        '    owner["bias"] = torch.zeros_like(b)\n',
         "    pass\n",
         S + "test_foreign_layers.py -k exactly",
     ),

@@ -74,7 +74,7 @@ class ParamSpec:
         """Whether values from elsewhere lie in the declared range."""
         if self.below is None or not t.numel():
             return True
-        bound = torch.tensor(self.below)[..., None]
+        bound = torch.tensor(self.below, device=t.device)[..., None]
         return bool(((t >= 0) & (t < bound)).all())
 
     def fill(self, t: Tensor, generator: Generator) -> None:

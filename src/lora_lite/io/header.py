@@ -21,7 +21,7 @@ from ..runtime.layers.kinds import DEFAULT_KIND, KINDS, kind_named
 from ..runtime.model.kind import Kind
 from ..runtime.model.record import Record, Target
 from ..runtime.targets.choose import add_shared, make_target
-from ..runtime.targets.structure import describe
+from ..runtime.targets.structure import block_width, describe
 from .tensors import checksum
 
 FORMAT = 1
@@ -166,8 +166,8 @@ def _widths(model: nn.Module, cfg: AdapterConfig) -> dict[str, Size]:
     if not kind_named(get_variant(cfg.variant).site).stream:
         return {}
     structure = describe(model)
-    d = structure.d_model or 0
-    return {path: (d, d) for path, _, _ in structure.blocks}
+    widths = {path: block_width(block, structure.d_model or 0) for path, _, block in structure.blocks}
+    return {path: (d, d) for path, d in widths.items()}
 
 
 def _target(path: str, entry: dict[str, Any], module: nn.Module, cfg: AdapterConfig, widths: dict[str, Size]) -> Target:

@@ -11,6 +11,7 @@ from ..core.errors import FileError
 from ..runtime.commit import check_attachable
 from ..runtime.handle import Adapter
 from ..runtime.model.state import DEFAULT, unwrap
+from ..runtime.model.surroundings import own_surroundings
 from .native import BaseCheck, load_native
 from .peft import load_peft
 
@@ -39,12 +40,11 @@ def load(
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
     check_attachable(model, name)
-    if os.path.isdir(path):
-        own = _own_file(Path(path), name)
+    own = _own_file(Path(path), name) if os.path.isdir(path) else path
+    with own_surroundings():
         if own is None:
             return load_peft(unwrap(model), path, name, trainable)
-        path = own
-    return load_native(unwrap(model), path, name, trainable, base_check)
+        return load_native(unwrap(model), own, name, trainable, base_check)
 
 
 def adapter_file(name: str) -> str:

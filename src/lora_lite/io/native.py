@@ -32,6 +32,7 @@ from ..runtime.layers.tensors import is_sharded
 from ..runtime.model.record import Record, Target
 from ..runtime.model.site import owned_tensors, tensor_on
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
+from ..runtime.model.surroundings import own_surroundings
 from ..runtime.start.staging import filled, modules_of
 from .gather import full_tensor
 from .header import check_sums, header, read_header, record_from_header
@@ -134,6 +135,7 @@ def load_native(
     return commit(model, record, filled(model, record, tensors), trainable)
 
 
+@own_surroundings()
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """Full `state_dict` path (without the adapter's name) -> CPU copy of everything the adapter owns, gathered from
     shards.
@@ -169,6 +171,7 @@ def _at_hand(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
         return found.detach()
 
 
+@own_surroundings()
 def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str, Tensor]) -> None:
     """Copy tensors of `adapter_state_dict` into an attached adapter, in place; compiled code stays valid.
 
@@ -180,9 +183,8 @@ def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str,
     check_keys(expected(record), state, "the state dict")
     if any(is_sharded(t) for t in own.values()):
         raise StateError("the model is sharded; load the adapter before sharding, or use torch's set_model_state_dict.")
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(state[key])
+    for key, tensor in own.items():
+        tensor.copy_(state[key])
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

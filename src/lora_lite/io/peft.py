@@ -27,6 +27,7 @@ from ..runtime.layers.kinds import kind_named
 from ..runtime.layers.linear import dims
 from ..runtime.model.record import Record, Target
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
+from ..runtime.model.surroundings import own_surroundings
 from ..runtime.start.staging import filled
 from ..runtime.targets.choose import make_target
 from ..runtime.view.expert import layer_views
@@ -52,6 +53,7 @@ REFUSED = {
 }
 
 
+@own_surroundings()
 def export(
     model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, format: Literal["peft"] = "peft"
 ) -> Path:
@@ -136,7 +138,8 @@ def _padded(model: nn.Module, factors: dict[str, Pair], r: int) -> dict[str, Ten
         size = dims(module)
         if size is None or path.rsplit(".", 1)[-1] not in kinds:
             continue
-        A, B = factors.get(path, (torch.zeros(0, size[0]), torch.zeros(size[1], 0)))
+        none = torch.zeros(0, size[0], dtype=torch.float32), torch.zeros(size[1], 0, dtype=torch.float32)
+        A, B = factors.get(path, none)
         pad = r - A.shape[0]
         tensors[f"{path}.lora_A.weight"] = torch.cat((A, A.new_zeros(pad, size[0]))).contiguous()
         tensors[f"{path}.lora_B.weight"] = torch.cat((B, B.new_zeros(size[1], pad)), 1).contiguous()

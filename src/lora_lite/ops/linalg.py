@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DecompositionError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+"""What torch raises where a decomposition fails."""
+
 
 def precise(t: Tensor) -> Tensor:
     """t in fp32, or as it is where that is better."""

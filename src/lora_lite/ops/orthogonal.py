@@ -190,10 +190,15 @@ class _MixPairs(torch.autograd.Function):
         gy = _mix(g, c, _join([(s2, s1) for s1, s2 in _halves(s, group)], s, group), group)
         if not ctx.needs_input_grad[1]:
             return gy, None, None, None
-        dims = tuple(range(y.dim() - 1))
         pairs = zip(_halves(g, group), _halves(y, group), strict=True)
-        gs = _join([((g1 * y2).sum(dims), (g2 * y1).sum(dims)) for (g1, g2), (y1, y2) in pairs], s, group)
-        return gy, (g * y).sum(dims), gs, None
+        n = y.dim() - 1
+        gs = _join([(_sum(g1 * y2, n), _sum(g2 * y1, n)) for (g1, g2), (y1, y2) in pairs], s, group)
+        return gy, _sum(g * y, n), gs, None
+
+
+def _sum(t: Tensor, n: int) -> Tensor:
+    """Over the first n dimensions; t itself for none, where torch would sum over all."""
+    return t.sum(tuple(range(n))) if n else t
 
 
 def mix_pairs(y: Tensor, c: Tensor, s: Tensor, group: int) -> Tensor:

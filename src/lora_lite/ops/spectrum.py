@@ -85,7 +85,7 @@ def _lanczos(
     width = k + OVERSAMPLE
     if worth * BLOCKS * width > d:  # flat spectra do not converge, and then the time is lost
         return None
-    start = torch.randn(d, width, generator=Generator().manual_seed(0)).to(like.device, like.dtype)
+    start = torch.randn(d, width, generator=Generator().manual_seed(0), dtype=torch.float32).to(like.device, like.dtype)
     Q = torch.linalg.qr(start).Q
     V = Q
     for _ in range(BLOCKS - 1):

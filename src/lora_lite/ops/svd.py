@@ -19,7 +19,8 @@ def randomised_svd(W: Tensor, k: int, niter: int, generator: Generator) -> tuple
     algorithm 4.4).
     """
     width = min(k + OVERSAMPLE, *W.shape)
-    Q = torch.linalg.qr(W @ torch.randn(W.shape[1], width, generator=generator).to(W)).Q
+    start = torch.randn(W.shape[1], width, generator=generator, dtype=torch.float32)
+    Q = torch.linalg.qr(W @ start.to(W)).Q
     for _ in range(niter):
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
     U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)

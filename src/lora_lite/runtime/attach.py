@@ -18,9 +18,10 @@ from .layers.kinds import kind_named
 from .layers.read import is_quantised
 from .model.record import Record
 from .model.state import DEFAULT, unwrap
+from .model.surroundings import own_surroundings
 from .plan import Plan, plan
 from .progress import track
-from .start.calibrate import Targets
+from .start.calibrate import Targets, start_together
 from .start.reference import check_reference, start_from_reference
 from .start.staging import StagedTarget, stage, start
 
@@ -49,8 +50,9 @@ def attach(
 
     Raises:
         StateError: the name is taken, the model is merged, or it is already sharded or wrapped for data-parallel
-            training.
-        TargetError, ConfigError, WeightError: see `plan`; the model is untouched.
+            training, or its weights were made in `inference_mode`.
+        TargetError, ConfigError: see `plan`. WeightError: a weight that the method's start reads holds NaN, infinity
+            or a number too large to be squared. In each case the model is untouched.
     """
     check_attachable(model, name)
     model = unwrap(model)
@@ -62,7 +64,7 @@ def attach(
     if variant.needs_weight:
         check_readable(model, the_plan)
     record = Record(name, variant, cfg, {t.path: t for t in the_plan.targets})
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with own_surroundings(), torch.random.fork_rng(devices=[]):
         staged = stage(model, record)
         for view in track(staged, f"{variant.name} init"):
             start(view)
@@ -72,7 +74,7 @@ def attach(
         if reference_weights is not None:
             own = [view for view in staged if view.cfg.variant == cfg.variant]
             the_plan.notes.append(str(start_from_reference(model, own, reference_weights)))
-    handle = commit(model, record, staged, trainable=True)
+        handle = commit(model, record, staged, trainable=True)
     handle._plan = the_plan
     return handle
 
@@ -93,7 +95,7 @@ def _start_from_data(
     """The method's start of all its targets together; those that it keeps, and the modules trained whole beside it."""
     beside = [view for view in staged if view.cfg.variant != cfg.variant]
     targets = Targets(model, [view for view in staged if view not in beside])
-    variant.group_init(model, targets, cfg, data)  # type: ignore[misc]
+    start_together(model, targets, cfg, data)
     if not targets:
         raise TargetError(f"variant {variant.name!r} kept no target after calibration.")
     return [*targets, *beside]

@@ -16,6 +16,7 @@ from .commit import check_attachable, commit
 from .handle import Adapter
 from .model.record import Record
 from .model.state import not_merged, record_of, state_of, unwrap
+from .model.surroundings import own_surroundings
 from .progress import track
 from .start.staging import stage
 from .targets.choose import make_target
@@ -61,12 +62,17 @@ def combine(
     records = [record_of(model, n) for n in weights]
     for record in records:
         _check_summable(record, weights)
-    with torch.no_grad():
+    with own_surroundings():
         pairs: dict[str, list[Pair]] = {}
         shapes: dict[str, tuple[int, int]] = {}
         for record in records:
             for view in layer_views(model, record):
                 A, B = (t.detach().double() for t in record.variant.factors(view))  # type: ignore[misc]
+                if not bool(A.isfinite().all() and B.isfinite().all()):
+                    raise StateError(
+                        f"adapter {record.name!r} has values that are not finite at {view.path}; training diverged, so "
+                        "there is nothing to combine."
+                    )
                 pairs.setdefault(view.path, []).append((A, weights[record.name] * B))
                 shapes[view.path] = (view.in_features, view.out_features)
         factors = {
@@ -77,7 +83,7 @@ def combine(
         staged = stage(model, record, fill=False)
         for view in staged:
             record.variant.from_factors(view, *factors[view.path])  # type: ignore[misc]
-    return commit(model, record, staged, trainable=False)
+        return commit(model, record, staged, trainable=False)
 
 
 def _check_options(weights: Mapping[str, float], method: str, rank: int | None, density: float) -> None:
@@ -166,7 +172,7 @@ def _top(delta: Tensor, density: float) -> Tensor:
 
 
 def _drop(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    kept = torch.rand(delta.shape, generator=generator).to(delta.device) < density
+    kept = torch.rand(delta.shape, generator=generator, dtype=torch.float32).to(delta.device) < density
     return torch.where(kept, delta / density, 0)
 
 

@@ -14,7 +14,7 @@ from .call.experts import experts_post_hook, experts_pre_hook
 from .call.hooks import post_hook, pre_hook
 from .call.root import root_post_hook, root_pre_hook
 from .call.vocabulary import vocabulary_of
-from .handle import Adapter
+from .handle import Adapter, check_differentiable
 from .layers.kinds import kind_named
 from .layers.read import fingerprint
 from .layers.tensors import is_sharded
@@ -121,6 +121,8 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     record.trainable = trainable
     record.targets = {view.path: view.target for view in staged}
     check_owners(record.targets)
+    if trainable:
+        check_differentiable(model, record)
     modules = {view.path: view.module for view in staged}
     for view in staged:
         _finish(view, record, {**modules, "": model})

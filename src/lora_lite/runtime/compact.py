@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor, nn
 
 from ..core.errors import StateError
@@ -13,6 +12,7 @@ from .handle import Adapter
 from .model.record import Record, Target
 from .model.site import Slot, owned_tensors
 from .model.state import record_of, state_of, unwrap
+from .model.surroundings import own_surroundings
 from .model.undo import all_or_nothing
 from .start.staging import filled
 from .targets.choose import check_owners, make_target
@@ -37,7 +37,7 @@ def compacted(
         seen = {short: tensors[target.key(short)] for short in target.specs}
         seen |= {short: tensors[record.targets[owner].key(short)] for short, owner in target.shared.items()}
         view = StagedView(unwrap(model).get_submodule(path), Slot(record, target, {}), seen)
-        with torch.no_grad():
+        with own_surroundings():
             result = record.variant.compact(view, rank)
         if result is None:
             continue
@@ -59,6 +59,7 @@ def compacted(
     return dataclasses.replace(record, targets=targets, scheduled=False, train_calls=0), small
 
 
+@own_surroundings()
 def compact(model: nn.Module, name: str | None = None, rank: int | None = None) -> Adapter:
     """Replace an adapter by a smaller one: the live triplets of a finished rank schedule, or the first `rank` ranks of
     a nested method.

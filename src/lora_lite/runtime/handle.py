@@ -10,8 +10,22 @@ from torch import nn
 from ..core.config import AdapterConfig
 from ..core.errors import StateError
 from .model.record import Record
-from .model.site import owned_tensors
+from .model.site import base_parameters, owned_tensors
 from .model.state import record_of, state_of
+from .model.surroundings import own_surroundings
+
+
+def check_differentiable(model: nn.Module, record: Record) -> None:
+    """Raise where an adapter that trains would stand on weights that no backward pass can go through."""
+    if not any(spec.is_trained for target in record.targets.values() for spec in target.specs.values()):
+        return
+    made = next((path for path, p in base_parameters(model) if p.is_inference()), None)
+    if made is not None:
+        raise StateError(
+            f"{made} was made inside torch.inference_mode, and no backward pass can go through it, so adapter "
+            f"{record.name!r} could not train. Build or load the model outside of inference_mode and attach then; to "
+            "run an adapter without training it, ll.load(model, path)."
+        )
 
 
 class Adapter:
@@ -57,11 +71,14 @@ class Adapter:
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
+        if value:
+            check_differentiable(self._model, self.record)
         self.record.trainable = bool(value)
         for target, short, _, tensor in owned_tensors(self._model, self.record):
             if target.specs[short].is_trained:
                 tensor.requires_grad_(bool(value))
 
+    @own_surroundings()
     def restore_dtype(self) -> None:
         """Cast its tensors back to the config's dtype after a `model.to(dtype)`; the parameters stay the same
         objects."""

@@ -24,6 +24,7 @@ from .model.merged import Merged, Original
 from .model.record import Record
 from .model.site import Site, Slot, owned_tensors
 from .model.state import SITE, ModelState, outside_scope, record_of, state_of, unwrap
+from .model.surroundings import own_surroundings
 from .progress import track
 from .select import active as active_scope
 from .view.expert import still_with_adapters
@@ -69,6 +70,7 @@ class MergeReport:
     __repr__ = __str__
 
 
+@own_surroundings()
 def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, check: Any = None) -> MergeReport:
     """Fold adapters into the weights: W' and b' are read off the pages themselves, in fp64, a block at a time.
 
@@ -114,6 +116,7 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
     return report
 
 
+@own_surroundings()
 def unmerge(model: nn.Module) -> None:
     """Put the original bits back and make the merged adapters active again. Does nothing on a model that is not
     merged."""

@@ -11,10 +11,12 @@ from .handle import Adapter
 from .model.record import Record
 from .model.site import owned_tensors
 from .model.state import not_merged, record_of, state_of, unwrap
+from .model.surroundings import own_surroundings
 from .model.undo import all_or_nothing
 from .start.staging import filled
 
 
+@own_surroundings()
 def frozen_copy(model: nn.Module, name: str, new: str) -> Adapter:
     """Attach a copy of an adapter as it is now, frozen, inactive, and directly behind it in the order.
 

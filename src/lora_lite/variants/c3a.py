@@ -55,6 +55,8 @@ class C3A(Variant):
 
     @staticmethod
     def forward(layer: Layer[C3AConfig], x: Tensor, y: Tensor) -> Tensor:
+        if not y.numel():  # of which no transform can be taken
+            return y
         w = layer.tiny("lora_w")
         b = w.shape[-1]
         kernel = layer.once("kernel", lambda: rfft(w).conj() / layer.in_features)

@@ -71,9 +71,13 @@ class DeLoRA(Variant):
     def factors(layer: Layer[DeLoRAConfig]) -> tuple[Tensor, Tensor]:
         A0, dA = unit_pair(layer.tiny("lora_A0"), layer.tiny("lora_A"))
         B0, dB = unit_pair(layer.tiny("lora_B0").mT, layer.tiny("lora_B").mT)
-        A = torch.cat((dA, A0)) * layer.tiny("lora_w")
+        w, dtype = layer.tiny("lora_w"), layer.lora_A.dtype
+        A = torch.cat((dA, A0)) * w
         B = torch.cat((B0 + dB, dB)).mT * (layer.tiny("lora_lambda") / layer.cfg.r)
-        return A.to(layer.lora_A.dtype), B.to(layer.lora_B.dtype)
+        if dtype == torch.float16:  # column norms may leave it where no entry of the weight does
+            share = torch.exp2(w.amax().clamp_min(1).log2().div(2).round())
+            return (A / share).to(dtype), (B * share).to(dtype)
+        return A.to(dtype), B.to(dtype)
 
     @staticmethod
     def forward(layer: Layer[DeLoRAConfig], x: Tensor, y: Tensor) -> Tensor:

@@ -64,4 +64,5 @@ class DoRA(Variant):
 def shortening(layer: Layer[DoRAConfig], A: Tensor, B: Tensor, s: float) -> Tensor:
     """ρ − 1, ρ = ‖W‖/‖V‖ (d_out,)."""
     change = row_norm_square_change(layer.project(A).mT, A, B, s)
-    return inverse_root_minus_one(change / layer.tiny("lora_norm").square().clamp_min(1e-20))
+    norm = layer.tiny("lora_norm").clamp_min(1e-10)
+    return inverse_root_minus_one(change / norm / norm)  # whose square may leave fp32

@@ -47,8 +47,8 @@ class LoRA(LowRank):
     @staticmethod
     def init(layer: Layer[LoRAConfig], cfg: LoRAConfig) -> None:
         if layer.by_number and cfg.init_A == "kaiming":
-            layer.lora_B = torch.randn(layer.lora_B.shape, generator=layer.generator("lora_B"))
-            layer.lora_A = torch.zeros(layer.lora_A.shape)
+            drawn = torch.randn(layer.lora_B.shape, generator=layer.generator("lora_B"), dtype=torch.float32)
+            layer.lora_A, layer.lora_B = torch.zeros_like(layer.lora_A), drawn
 
     @staticmethod
     def from_factors(layer: Layer[LoRAConfig], A: Tensor, B: Tensor) -> None:

@@ -22,7 +22,8 @@ class LoRAFAConfig(ScaledConfig):
 
 def orthogonal_rows(A: Tensor, generator: Generator) -> None:
     """Fill A (r, d_in) with random orthogonal rows of length 1/√3."""
-    A.copy_(orthonormal_rows(torch.randn(A.shape[1], A.shape[0], generator=generator).mT) / 3**0.5)
+    drawn = torch.randn(A.shape[1], A.shape[0], generator=generator, dtype=torch.float32)
+    A.copy_(orthonormal_rows(drawn.mT) / 3**0.5)
 
 
 @register

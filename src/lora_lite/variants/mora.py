@@ -74,7 +74,8 @@ def filled(x: Tensor, size: int) -> Tensor:
 def rotated(M: Tensor, n: int) -> Tensor:
     """M R_i for the places i < n, (n, q, q); R_i turns input j with input j + q/2 by the angle i 10000^(−2j/q)."""
     q = len(M)
-    angles = torch.arange(n).to(M)[:, None] * 10000 ** (-torch.arange(0, q, 2).to(M) / q)
+    places, pairs = torch.arange(n, device=M.device), torch.arange(0, q, 2, device=M.device)
+    angles = places.to(M)[:, None] * 10000 ** (-pairs.to(M) / q)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     left, right = M.chunk(2, 1)
     return torch.cat((left * cos + right * sin, right * cos - left * sin), -1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...core.errors import SelectionError, StateError, WeightError
 from ..layers.offload import brought_back, is_away
+from ..layers.tensors import laid_out_as
 from ..model.call import Call, Selection
 from ..model.site import Site, Slot
 from ..model.state import SITE
@@ -80,14 +81,28 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
             "before it would train on wrong gradients. Use a weight-only quantisation that is differentiable "
             "(bitsandbytes, torchao int8 weight-only, quanto)."
         )
+    if site.kind.stream:
+        _check_width(site, y)
     if stood_in:
         selection = (rest(site, selection[0]), *selection[1:])
     inner_x, inner_y = site.kind.enter(layer, x, y)
     new = apply_selected(layer, site, inner_x, inner_y, selection)
     if new is inner_y:
         return None
-    new = site.kind.leave(new)
+    new = laid_out_as(site.kind.leave(new), y)
     return (new, *output[1:]) if isinstance(output, tuple) else new
+
+
+def _check_width(site: Site, y: Tensor) -> None:
+    """Raise where a block's stream has another width than its linear layers let expect."""
+    for slot in site.slots.values():
+        if y.shape[-1] == slot.d_out:
+            return
+        raise SelectionError(
+            f"{site.path} gives hidden states of shape {tuple(y.shape)}, and adapter {slot.name!r} was made for a "
+            f"stream {slot.d_out} wide, read off the block's linear layers. Leave the block out: "
+            f"exclude_names=({site.path!r},)."
+        )
 
 
 def apply_selected(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, selection: Selection) -> Tensor:

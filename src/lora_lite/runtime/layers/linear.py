@@ -169,14 +169,15 @@ def probe_dtype(module: nn.Module) -> torch.dtype:
 
 @contextmanager
 def without_bias(module: nn.Module) -> Iterator[None]:
-    """Set the bias aside, so that probing a 16-bit layer does not round the weight to the bias's step."""
+    """A zero in the bias's place, so that probing a 16-bit layer does not round the weight to the bias's step. Layers
+    that add `self.bias` without looking find a tensor there."""
     b = bias_of(module)
     if b is None:
         yield
         return
     tables = (module._parameters, module._buffers, module.__dict__)
     owner: dict[str, object] = next(t for t in tables if "bias" in t)  # pyright: ignore[reportAssignmentType]
-    owner["bias"] = None
+    owner["bias"] = torch.zeros_like(b)
     try:
         yield
     finally:

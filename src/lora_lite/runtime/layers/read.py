@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._torch import is_fake
 from ..model.kind import Kind
 from .kinds import DEFAULT_KIND, kind_named, kind_of
 from .linear import column_blocks, dims
-from .tensors import FLOATS, check_readable, is_sharded
+from .tensors import FLOATS, check_readable, exact_dtype, is_sharded
 
 
 def known_kind(module: nn.Module) -> Kind:
@@ -53,7 +54,12 @@ def weight_norms(module: nn.Module, path: str, dim: int) -> Tensor:
     w, size = getattr(module, "weight", None), dims(module)
     if size is None or is_plain(module) or not isinstance(w, Tensor) or w.is_meta or is_sharded(w):
         dense = read_weight(module, path)
-        return torch.linalg.vector_norm(dense, dim=dim, dtype=torch.promote_types(torch.float32, dense.dtype))
+        dtype = torch.promote_types(torch.float32, dense.dtype)
+        norms = torch.linalg.vector_norm(dense, dim=dim, dtype=dtype)
+        if norms.is_meta or is_fake(norms) or torch.compiler.is_compiling() or bool(norms.isfinite().all()):
+            return norms
+        # squares of numbers above 1e19 leave fp32
+        return torch.linalg.vector_norm(dense, dim=dim, dtype=exact_dtype(dense.device)).to(dtype)
     blocks = (columns for _, columns in column_blocks(module, size[0], torch.float32))
     if dim == 0:
         return torch.cat([torch.linalg.vector_norm(columns, dim=1) for columns in blocks])

@@ -74,6 +74,14 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
             yield value
 
 
+def laid_out_as(new: Tensor, old: Tensor) -> Tensor:
+    """`new` with the strides of `old`, which code behind a layer may rely on: a `view`, and kernels that are chosen by
+    the memory format."""
+    if new.stride() == old.stride() or new.shape != old.shape or 0 in old.stride():  # of which several share memory
+        return new
+    return torch.empty_strided(old.shape, old.stride(), dtype=new.dtype, device=new.device).copy_(new)
+
+
 def exact_dtype(device: torch.device) -> torch.dtype:
     """fp64, or fp32 where the device has no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from ...core.config import AdapterConfig
-from ...core.errors import ConfigError, StateError
+from ...core.errors import ConfigError, StateError, WeightError
+from ...core.registry import get_variant
 from ...core.targets import Targets as Promised
+from ...ops.linalg import DecompositionError
 from ...ops.spectrum import top_eigh, top_eigh_of_rows
 from ..call.batch import call_batch, evaluating
 from ..call.hooks import first_name
 from ..call.scope import nobody_acts
 from ..layers.linear import dims
 from ..layers.read import is_quantised
+from ..layers.sound import first_fault
 from ..model.state import STATE
 from ..progress import track
-from .staging import StagedTarget
+from .staging import StagedTarget, check_started, exactly
 
 Visit = Callable[[StagedTarget, Tensor, Tensor], None]
 VisitWhole = Callable[[StagedTarget, Tensor, Tensor, "Tensor | None"], None]
@@ -113,6 +116,9 @@ class Targets(list[StagedTarget]):
     def __init__(self, model: nn.Module, views: Iterable[StagedTarget]) -> None:
         super().__init__(views)
         self.model = model
+        self.device = next((p.device.type for p in model.parameters()), "cpu")
+        self.autocast = nullcontext() if self.device == "meta" else _autocast_of(self.device)
+        """What the caller runs the model in; sums and decompositions are not rounded by it."""
 
     def stream(self, data: Any, visit: Visit, labelled: bool = False) -> None:
         """Run the batches in eval mode and call `visit(target, x, y)` with x (n, d_in) and y (n, d_out): the tokens
@@ -237,7 +243,8 @@ class Targets(list[StagedTarget]):
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
                 x = args[0] if args else kwargs[first_name(module, kwargs)]
                 y = output[0] if isinstance(output, tuple) else output
-                new = visit(view, x, y)
+                with exactly(self.device):
+                    new = visit(view, x, y)
                 return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
             return hook
@@ -245,7 +252,8 @@ class Targets(list[StagedTarget]):
         try:
             for view in views:
                 handles.append(view.module.register_forward_hook(hook_for(view), with_kwargs=True))
-            return call_batch(self.model, batch)
+            with self.autocast:
+                return call_batch(self.model, batch)
         finally:
             for h in handles:
                 h.remove()
@@ -256,6 +264,34 @@ class Targets(list[StagedTarget]):
         if missing:
             more = f" and {len(missing) - 1} more targets" if len(missing) > 1 else ""
             raise StateError(f"the calibration data never reached {missing[0]!r}{more}; add them to exclude_names.")
+
+
+def start_together(model: nn.Module, targets: Targets, cfg: AdapterConfig, data: Any) -> None:
+    """The `group_init` of a config's method.
+
+    Raises:
+        WeightError: it failed, or made tensors that are not finite, on a model that holds a weight which is not sound:
+            named by that weight.
+    """
+    try:
+        with exactly(targets.device):
+            get_variant(cfg.variant).group_init(model, targets, cfg, data)  # type: ignore[misc]
+        for view in targets:
+            check_started(view)
+    except Exception as e:
+        if why := first_fault(model):
+            raise WeightError(
+                f"variant {cfg.variant!r} cannot start from what the model does with the calibration data: {why}. Look "
+                "at the checkpoint."
+            ) from e
+        if isinstance(e, DecompositionError):
+            raise StateError(f"variant {cfg.variant!r} could not decompose what the calibration data gave: {e}") from e
+        raise
+
+
+def _autocast_of(device: str) -> AbstractContextManager[Any]:
+    """The autocast that is on, to be entered again."""
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
 
 def _grams_of_pass(
@@ -338,9 +374,9 @@ def _batches(model: nn.Module, data: Any, labelled: bool = False) -> Iterator[tu
             mask = _mask(moved, labelled)
             yield ({"use_cache": False} if cache else {}) | moved, mask
         elif isinstance(batch, (tuple, list)):
-            yield [v.to(device) if isinstance(v, Tensor) else v for v in batch], None
+            yield [_there(v, device) for v in batch], None
         elif isinstance(batch, Tensor):
-            yield batch.to(device), None
+            yield _there(batch, device), None
         else:
             raise ConfigError(f"a calibration batch is a dict, a tuple or a tensor; got {type(batch).__name__}.")
     if batch is None:
@@ -354,7 +390,14 @@ def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
             f"a calibration batch holds no tensor (keys {sorted(batch)}): tokenize with return_tensors='pt', or pass a "
             "DataLoader."
         )
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return {k: _there(v, device) for k, v in batch.items()}
+
+
+def _there(value: Any, device: torch.device) -> Any:
+    """A tensor on the device, and one that a backward pass may keep."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value.clone() if value.is_inference() else value).to(device)
 
 
 def _mask(batch: dict[str, Any], labelled: bool) -> Tensor | None:

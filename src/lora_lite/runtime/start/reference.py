@@ -18,6 +18,7 @@ from ...ops.spectrum import top_svd
 from ...ops.svd import balanced_factors
 from ..layers.kinds import kind_named
 from ..layers.read import read_weight
+from ..layers.sound import check_sound
 from ..progress import track
 from .staging import StagedTarget
 
@@ -138,8 +139,10 @@ def start_from_reference(model: nn.Module, staged: list[StagedTarget], where: st
     keys = {view.path: checkpoint.key(view.path, prefix) for view in staged}
     result = Recovered({}, {})
     for view in track(staged, "reference weights"):
-        W = read_weight(view.module, view.path, torch.float32)
-        reference = _aligned(checkpoint.read(keys[view.path]).to(W), W, view, checkpoint)
+        variant, key = view.cfg.variant, keys[view.path]
+        W = check_sound(read_weight(view.module, view.path, torch.float32), view.path, variant)
+        reference = check_sound(checkpoint.read(key), f"{view.path} in the reference", variant).to(W)
+        reference = _aligned(reference, W, view, checkpoint)
         size = reference.norm().clamp_min(1e-30)
         residual = reference.sub_(W)
         del W
@@ -149,11 +152,11 @@ def start_from_reference(model: nn.Module, staged: list[StagedTarget], where: st
         A, B = balanced_factors(U[:, :k], S[:k], V[:, :k], view.cfg.scale)
         result.before[view.path] = float(residual.norm() / size)
         result.after[view.path] = float((residual - view.cfg.scale * B @ A).norm() / size)
-        variant = view.target.variant
-        full_A = variant.factors(view)[0].to(residual).clone()  # type: ignore[misc]  # rows without a part of the residual train as drawn
+        page = view.target.variant
+        full_A = page.factors(view)[0].to(residual).clone()  # type: ignore[misc]  # rows without a part of the residual train as drawn
         full_B = residual.new_zeros(B.shape[0], r)
         full_A[:k], full_B[:, :k] = A, view.cfg.scale * B
-        variant.from_factors(view, full_A, full_B)  # type: ignore[misc]
+        page.from_factors(view, full_A, full_B)  # type: ignore[misc]
     return result
 
 

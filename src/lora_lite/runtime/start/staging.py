@@ -4,19 +4,24 @@ nothing."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..._torch import is_fake
 from ...core.config import AdapterConfig
 from ...core.errors import StateError, TargetError, WeightError
+from ...ops.linalg import DecompositionError
 from ..layers.kinds import kind_named
+from ..layers.sound import fault
 from ..layers.tensors import device_of, stored_dtype
 from ..model.kind import Kind
 from ..model.record import Record, Target
 from ..model.site import Slot
+from ..model.surroundings import own_surroundings
 from ..targets.choose import make_target
 from ..targets.structure import describe
 from ..view.composed import Composed
@@ -122,7 +127,7 @@ def stage(model: nn.Module, record: Record, fill: bool = True) -> list[StagedTar
     return staged
 
 
-@torch.no_grad()
+@own_surroundings()
 def filled(model: nn.Module, record: Record, values: Mapping[str, Tensor]) -> list[StagedTarget]:
     """Staged targets with these values, which are found by `Target.key`.
 
@@ -146,13 +151,49 @@ def start(view: StagedTarget) -> None:
     """
     kind, init = kind_named(view.target.kind), view.target.variant.init
     if init is not None:
-        for one in view.each():
-            init(one, one.cfg)
+        with exactly(view.device.type):
+            _by_page(view, init)
     if view.device.type == "meta":
         return
     if kind.swaps_weight:
         _try_without_bias(view, kind)
     _try_page(view, kind)
+
+
+def _by_page(view: StagedTarget, init: Callable[..., None]) -> None:
+    try:
+        for one in view.each():
+            init(one, one.cfg)
+    except DecompositionError as e:
+        raise WeightError(f"{view.path}: variant {view.cfg.variant!r} could not decompose its weight: {e}") from e
+    check_started(view)
+
+
+def check_started(view: StagedTarget) -> None:
+    """Raise where a start left something that is not finite.
+
+    Raises:
+        WeightError: names the layer, and what is wrong with its weight.
+    """
+    bad = next((short for short, t in view.tensors.items() if not t.is_meta and not _is_finite(t)), None)
+    if bad is None:
+        return
+    w = getattr(view.module, "weight", None)
+    why = fault(w) if isinstance(w, Tensor) else ""
+    raise WeightError(
+        f"{view.path}: variant {view.cfg.variant!r} starts with {bad} that is not finite, since "
+        f"{'the weight ' + why if why else 'the numbers it starts from are not'}. Look at the checkpoint; or leave the "
+        f"layer out: exclude_names=({view.path!r},)."
+    )
+
+
+def _is_finite(t: Tensor) -> bool:
+    return not t.is_floating_point() or is_fake(t) or bool(t.isfinite().all())
+
+
+def exactly(device: str) -> AbstractContextManager[Any]:
+    """Without autocast: what training begins from is not rounded to 16 bits."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _try_page(view: StagedTarget, kind: Kind) -> None:

@@ -15,7 +15,7 @@ from ...core.variant import Variant
 from ..layers.kinds import DEFAULT_KIND, kind_named
 from ..layers.tensors import bias_of
 from ..model.record import Target
-from .structure import Place, Structure
+from .structure import Place, Structure, block_width
 
 
 def count_hits(cfg: AdapterConfig, fields: tuple[str, ...] | None, places: list[Place], what: str) -> dict[str, int]:
@@ -54,8 +54,11 @@ def places_of(structure: Structure, variant: type[Variant], cfg: AdapterConfig) 
             "this variant hooks the residual stream after blocks, and the model has no list of blocks such as "
             "model.layers."
         )
-    d = structure.d_model
-    return [Place(path, block, d, d, i, variant.site, kind=variant.site) for path, i, block in structure.blocks]
+    widths = [block_width(block, structure.d_model) for _, _, block in structure.blocks]
+    return [
+        Place(path, block, d, d, i, variant.site, kind=variant.site)
+        for (path, i, block), d in zip(structure.blocks, widths, strict=True)
+    ]
 
 
 def select(places: list[Place], structure: Structure, cfg: AdapterConfig) -> tuple[list[Place], list[tuple[str, str]]]:

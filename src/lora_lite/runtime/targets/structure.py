@@ -26,6 +26,7 @@ READS = re.compile(
 WRITES = re.compile(
     r"(^|[._])(o|o_proj|out_proj|c_proj|fc2|wo|down|down_proj|to_out\.0|out_lin|lin2|w2|output\.dense|dense_4h_to_h|attention\.dense|self_attention\.dense|proj|linear2|fc_out)$"
 )
+BLOCKS = re.compile(r"(^|\.)(layers|layer|h|block|blocks)$")
 HEADS = re.compile(
     r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|lm_head\.decoder|head|cls\.predictions\.decoder|output_projection)$"
 )
@@ -68,7 +69,7 @@ class Structure:
 def describe(model: nn.Module) -> Structure:
     """Read a model's structure from its modules; reads shapes only, so it works on the meta device."""
     stacks = _block_stacks(model)
-    blocks = [(f"{path}.{i}" if path else str(i), i, block) for path, stack in stacks for i, block in enumerate(stack)]
+    blocks = _blocks(stacks)
     linear = [(path, size) for path, m in kind_named(DEFAULT_KIND).find(model, None) if (size := dims(m)) is not None]
     d_model = _width(model, [(size, _block_index(path, stacks)) for path, size in linear])
     places = _places(model, stacks, d_model, _stack_widths(stacks, linear, d_model))
@@ -139,9 +140,38 @@ def _block_stacks(model: nn.Module) -> Stacks:
     return stacks
 
 
+def _blocks(stacks: Stacks) -> list[tuple[str, int, nn.Module]]:
+    """(path, index, module) of every block. A stage, as hierarchical vision models have them, stands for the blocks
+    inside it: only within a stage does the stream keep its width."""
+    found: list[tuple[str, int, nn.Module]] = []
+    for path, stack in stacks:
+        for i, block in enumerate(stack):
+            at = f"{path}.{i}" if path else str(i)
+            inner = [(name, m) for name, m in block.named_children() if _is_inner_stack(name, m)]
+            found += [(f"{at}.{name}.{k}", i, one) for name, m in inner for k, one in enumerate(m.children())]
+            if not inner:
+                found.append((at, i, block))
+    return found
+
+
+def _is_inner_stack(name: str, module: nn.Module) -> bool:
+    """Whether a child of a block is itself a list of like blocks; T5's `layer`, a block's parts, is not."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not _is_stack(name, module):
+        return False
+    return BLOCKS.search(name) is not None and len({type(child) for child in module}) == 1
+
+
+def block_width(block: nn.Module, d_model: int) -> int:
+    """Width of the stream after a block: what its first linear layer takes and its last one gives, the model's where
+    they disagree and one of them has it."""
+    sizes = [size for m in block.modules() if (size := dims(m)) is not None]
+    ends = (sizes[0][0], sizes[-1][1]) if sizes else (d_model, d_model)
+    return d_model if d_model in ends and ends[0] != ends[1] else ends[0]
+
+
 def _is_stack(path: str, module: nn.ModuleList | nn.Sequential) -> bool:
     """Composite children, of one class or called layers, with a linear layer in one of them."""
-    named = re.search(r"(^|\.)(layers|layer|h|block|blocks)$", path) is not None
+    named = BLOCKS.search(path) is not None
     composite = len(module) > 0 and all(any(True for _ in child.children()) for child in module)
     if not composite or not any(dims(m) for child in module for m in child.modules()):
         return False

@@ -15,6 +15,7 @@ from ...core.layer import Layer
 from ...ops.dropout import dropout
 from ..layers.linear import run_bare
 from ..layers.read import known_kind, read_weight, weight_norms
+from ..layers.sound import check_sound
 from ..layers.tensors import bias_of, device_of, is_sharded
 from ..model.call import Call
 from ..model.kind import Kind
@@ -250,6 +251,10 @@ class StagedView(LayerView):
         if name not in self._staged:
             raise AttributeError(f"{self.path}: param_specs declares no {name!r}; it declares {sorted(self._staged)}")
         return self._staged[name]
+
+    @property
+    def weight(self) -> Tensor:
+        return check_sound(super().weight, self.path, self.cfg.variant)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`layer.lora_A = t` copies t into the declared tensor; the shape must agree."""
