@@ -57,6 +57,10 @@ class Gram(Protocol[Config]):
         """Σ x (d_in,), in fp32 or better."""
         ...
 
+    def times(self, v: Tensor) -> Tensor:
+        """C v for v (d_in, b), without C while the tokens are few."""
+        ...
+
     @property
     def trace(self) -> Tensor:
         """Σ ‖x‖²."""

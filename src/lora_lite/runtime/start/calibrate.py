@@ -83,6 +83,15 @@ class Gram:
         self._fold()
         return self._sum
 
+    def times(self, v: Tensor) -> Tensor:
+        """C v for v (d_in, b), without C while the tokens are few."""
+        if len(self._sum):
+            return (self._sum @ v.to(self._sum)).to(v)
+        result = self.sum.new_zeros(v.shape)
+        for tokens in self._tokens:
+            result.addmm_(tokens.mT, tokens @ v.to(tokens))
+        return result.to(v)
+
     @property
     def trace(self) -> Tensor:
         """Σ ‖x‖²."""
