@@ -109,6 +109,16 @@ class Targets(Protocol[Config]):
         """The same, one layer after the other, in as many passes as the memory needs."""
         ...
 
+    def each_gradient_svd(
+        self,
+        data: Any,
+        rank: Callable[[StagedLayer[Config]], int],
+        loss: Callable[[Any], Tensor] | None = None,
+    ) -> Iterator[tuple[StagedLayer[Config], Tensor, Tensor, Tensor]]:
+        """(layer, U, S, V): its gradient's rank(layer) largest singular triplets, U (d_out, k), S (k,), V (d_in, k),
+        signs fixed. Few tokens are decomposed themselves, without a matrix of the weight's size."""
+        ...
+
     def stream(
         self, data: Any, visit: Callable[[StagedLayer[Config], Tensor, Tensor], None], labelled: bool = False
     ) -> None:

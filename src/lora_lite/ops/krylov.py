@@ -27,7 +27,7 @@ def krylov_svd(
     would need more than `most` columns. Musco and Musco 2015, arXiv 1504.05477.
     """
     width = k + OVERSAMPLE
-    if LEAST * EVERY * width > most:
+    if not krylov_fits(k, most):
         return None
     tolerance = 3e-6 if like.dtype == torch.float32 else 1e-9
     start = torch.randn(n, width, generator=Generator().manual_seed(0)).to(like.device, like.dtype)
@@ -51,6 +51,11 @@ def krylov_svd(
                 return None
         Q = _beside(rest, V)
         V = torch.cat((V, Q), 1)
+
+
+def krylov_fits(k: int, most: int) -> bool:
+    """Whether a space for k triplets has room to converge within `most` columns."""
+    return LEAST * EVERY * (k + OVERSAMPLE) <= most
 
 
 def dense(product: Product, transposed: Product, m: int, n: int, like: Tensor) -> Tensor:

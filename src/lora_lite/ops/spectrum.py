@@ -46,9 +46,7 @@ def top_eigh_of_rows(X: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     return e.to(X.dtype), (V * fix_signs(V)).to(X.dtype)
 
 
-def top_svd(
-    M: Tensor, k: int, decays: bool = False, near: float | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def top_svd(M: Tensor, k: int, decays: bool = False, near: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest singular triplets of M (m, n): U (m, k), S (k,) descending, V (n, k), signs fixed by V.
 
     `decays`: the spectrum is known to fall off, as a gradient's does, so a Krylov space is worth a longer try. `near`:
@@ -69,6 +67,15 @@ def top_left(product: Product, transposed: Product, m: int, n: int, k: int, like
     found = krylov_svd(product, transposed, n, k, like, min(m, n) // 2)
     U, S, _ = _dense(dense(product, transposed, m, n, like), k) if found is None else found
     return U * fix_signs(U), S
+
+
+def product_svd(L: Tensor, R: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`top_svd` of L Rᵀ for tall L (m, n) and R (d, n), k ≤ n, from the product of their triangles, (n, n)."""
+    (QL, TL), (QR, TR) = torch.linalg.qr(L), torch.linalg.qr(R)
+    U, S, Vh = torch.linalg.svd(TL @ TR.mT)
+    V = QR @ Vh[:k].mT
+    sign = fix_signs(V)
+    return QL @ U[:, :k] * sign, S[:k], V * sign
 
 
 def _dense(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

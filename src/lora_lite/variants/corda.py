@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..core import AdapterConfig, ConfigError, Gram, StagedLayer, Targets, register
-from ..ops.linalg import cholesky, norm, precise, thin_svd
 from ..ops.krylov import Product, dense
+from ..ops.linalg import cholesky, norm, precise, thin_svd
 from ..ops.spectrum import fix_signs, top_left
 from ._deviation import Deviation
 
@@ -61,23 +61,32 @@ class CorDA(Deviation):
     def group_init(model: nn.Module, targets: Targets[CorDAConfig], cfg: CorDAConfig, calibration_data: Any) -> None:
         if cfg.whiten == "none":
             for view in targets:
-                start(view, lambda v: v, lambda v: v)
+                start(view, same, same)
         elif cfg.whiten == "asvd":
             moments = targets.moments(calibration_data)
             for view in targets:
                 d = (moments[view.path].abs / moments[view.path].n) ** cfg.exponent
-                P = diagonal(d.clamp_min(1e-6 * d.max()))
-                start(view, P, P)
+                scaled = diagonal(d.clamp_min(1e-6 * d.max()))
+                start(view, scaled, scaled)
         else:
             for gram in targets.each_gram(calibration_data):
-                P = half(gram, cfg.damping) if cfg.whiten == "cov_half" else whole(gram, cfg.damping)
+                pair = half(gram, cfg.damping) if cfg.whiten == "cov_half" else whole(gram, cfg.damping)
                 for view in gram.views:
-                    start(view, *P)
+                    start(view, *pair)
+
+
+def same(v: Tensor) -> Tensor:
+    """v."""
+    return v
 
 
 def diagonal(d: Tensor) -> Product:
     """diag(d) v."""
-    return lambda v: d[:, None].to(v) * v
+
+    def times(v: Tensor) -> Tensor:
+        return d[:, None].to(v) * v
+
+    return times
 
 
 def whole(gram: Gram[CorDAConfig], damping: float) -> tuple[Product, Product]:
@@ -95,17 +104,31 @@ def half(gram: Gram[CorDAConfig], damping: float) -> tuple[Product, Product]:
     C = gram.C / gram.n
     C.diagonal().add_(damping * C.diagonal().mean().clamp_min(1e-30))
     L = cholesky(C)
-    return lambda v: L.to(v) @ v, lambda v: L.mT.to(v) @ v
+
+    def times(v: Tensor) -> Tensor:
+        return L.to(v) @ v
+
+    def transposed(v: Tensor) -> Tensor:
+        return L.mT.to(v) @ v
+
+    return times, transposed
 
 
 def start(view: StagedLayer[CorDAConfig], times: Product, transposed: Product) -> None:
     """A0, B0 of one target from P v and Pᵀ v: U_k S_k V_kᵀ P⁻¹ = U_k U_kᵀ W, so nothing is ever inverted."""
     cfg, W = view.cfg, precise(view.weight)
-    product, back = (lambda v: W @ times(v)), (lambda u: transposed(W.mT @ u))
+
+    def product(v: Tensor) -> Tensor:
+        return W @ times(v)
+
+    def back(u: Tensor) -> Tensor:
+        return transposed(W.mT @ u)
+
+    d_out, d_in = W.shape
     U, S = (
-        top_left(product, back, *W.shape, cfg.r, W)
+        top_left(product, back, d_out, d_in, cfg.r, W)
         if cfg.mode == "ipm"
-        else smallest(dense(product, back, *W.shape, W), cfg.r)
+        else smallest(dense(product, back, d_out, d_in, W), cfg.r)
     )
     root = S.clamp_min(1e-12 * S.max().clamp_min(1e-30)).sqrt()
     A, B = (U / root).mT @ W, U * root
