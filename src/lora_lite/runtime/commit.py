@@ -119,6 +119,8 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
 def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainable: bool, undo: Undo) -> Adapter:
     """The steps of `commit`."""
     state = state_of(model, create=True)
+    if STATE not in model.__dict__:
+        state.own = tuple(model._parameters)
     staged = _in_model_order(model, staged)
     record.trainable = trainable
     record.targets = {view.path: view.target for view in staged}
@@ -126,15 +128,18 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     if trainable:
         check_differentiable(model, record)
     modules = {view.path: view.module for view in staged}
+    places = {**modules, "": model}
+    previous = next(reversed(state.records.values()), None)
     for view in staged:
-        _finish(view, record, {**modules, "": model})
+        _finish(view, record, places)
+        if previous is not None and view.path in previous.targets:
+            view.target.share(previous.targets[view.path])
     found = {
         view.path: kind_named(view.target.kind).inspect(view.module, view.path)
         for view in staged
         if view.device.type != "meta"
     }
     vocabulary = vocabulary_of(model, modules)
-    modules[""] = model
     training = [(path, p) for path, p in base_parameters(model) if p.requires_grad]
 
     for _, p in training:
@@ -142,12 +147,13 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
         p.requires_grad_(False)
     for view in staged:
         site = _site_of(view, state, undo)
-        _register(view, record, modules, undo)
+        _register(view, record, places, undo)
         site.found = found.get(view.path)
-        owners = {short: modules[place(view.target, short, record.name)[0]] for short in view.target.shared}
-        site.slots[record.name] = Slot(record, view.target, owners)
-        site.note_pages()
-    undo(restoring(state, state.records))
+        owners = {short: places[place(view.target, short, record.name)[0]] for short in view.target.shared}
+        undo(lambda site=site: site.remove(record.name))
+        site.add(Slot(record, view.target, owners))
+    undo(restoring(state))
+    undo(lambda: state.records.pop(record.name, None))
     _adopt(model, state, undo)
     state.base_trainable = list(dict.fromkeys((*state.base_trainable, *(path for path, _ in training))))
     state.vocabulary = {**state.vocabulary, **vocabulary}
@@ -189,7 +195,7 @@ def _site_of(view: StagedTarget, state: ModelState, undo: Undo) -> Site:
     layer, path, kind = view.module, view.path, kind_named(view.target.kind)
     site: Site | None = layer.__dict__.get(SITE)
     if site is not None:
-        undo(restoring(site, site.slots))
+        undo(restoring(site))
         return site
     site = Site(path, kind, state, tuple(layer._parameters))
     undo(lambda: _take_off(layer, path, kind))
@@ -298,8 +304,7 @@ def take_off(model: nn.Module, names: list[str], undo: Undo) -> None:
 def _take_from(layer: nn.Module, site: Site, record: Record, undo: Undo) -> None:
     """One adapter off one layer, and the hooks with the last one."""
     undo(restoring(site, site.slots))
-    del site.slots[record.name]
-    site.note_pages()
+    site.remove(record.name)
     if not site.slots:
         carrier = site.kind.hooked(layer)
         undo(restoring(layer, carrier._modules, *hook_tables(carrier)))

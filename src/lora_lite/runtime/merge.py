@@ -22,7 +22,7 @@ from .model.call import Chosen
 from .model.kind import Cell, Part
 from .model.merged import Merged, Original
 from .model.record import Record
-from .model.site import Site, Slot, owned_tensors
+from .model.site import Site, Slot, base_parameters, owned_tensors
 from .model.state import SITE, ModelState, outside_scope, record_of, state_of, unwrap
 from .model.surroundings import own_surroundings
 from .progress import track
@@ -98,12 +98,14 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
         raise StateError("no adapter is active; activate one, or name it: ll.merge(model, name=...).")
     targets = mergeable(model, state, chosen, dequantize)
     before = None if check is None else (_outputs(model, check, dict(chosen)), _outputs(model, check, None))
-    merged = Merged(chosen)
+    merged, modes = Merged(chosen), [(layer, layer.training) for _, layer, _ in targets]
     report = MergeReport([n for n, _ in chosen], len(targets), {}, {}, [])
     try:
         for path, layer, site in track(targets, "merge"):
             _merge_layer(model, path, layer, site, merged, report)
     except BaseException:
+        for layer, mode in modes:
+            layer.training = mode
         _restore(model, merged)
         raise
     state.merged, state.active = merged, ()
@@ -282,7 +284,7 @@ def mergeable(model: nn.Module, state: ModelState, chosen: Chosen, dequantize: b
     for record in records:
         _check_affine(record)
         list(owned_tensors(model, record))  # raises where a layer was replaced
-    sharded = next((n for n, p in model.named_parameters() if is_sharded(p)), None)
+    sharded = next((n for n, p in base_parameters(model) if is_sharded(p)), None)
     if sharded is not None:
         raise WeightError(
             f"the model is sharded ({sharded}). Save the adapter, load it into an unsharded model and merge there."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import nn
@@ -235,5 +236,6 @@ def _itemsize(spec: ParamSpec, cfg: AdapterConfig) -> int:
 
 
 def _dtype_name(module: nn.Module) -> str:
-    w = next((p for p in (getattr(module, "weight", None), *module.parameters()) if isinstance(p, torch.Tensor)), None)
+    tensors = chain((getattr(module, "weight", None),), module.parameters())
+    w = next((p for p in tensors if isinstance(p, torch.Tensor)), None)
     return "?" if w is None else str(w.dtype).removeprefix("torch.")

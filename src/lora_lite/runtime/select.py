@@ -82,6 +82,8 @@ def _resolve(state: ModelState, choice: Choice) -> tuple[tuple[str, float], ...]
         if not math.isfinite(w):
             raise SelectionError(f"the weight of adapter {name!r} must be finite, got {w}.")
     not_merged(state, "choosing adapters")
+    if len(weights) < 2:
+        return tuple(weights.items())
     return tuple((name, weights[name]) for name in state.records if name in weights)
 
 

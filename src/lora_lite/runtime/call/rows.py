@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from ..model.state import ModelState
 
 
 def row_groups(
-    state: ModelState, path: str, names: Iterable[str], rows: tuple[str | None, ...], x: Tensor
+    state: ModelState, path: str, names: Container[str], rows: tuple[str | None, ...], x: Tensor
 ) -> list[RowGroup]:
-    """The rows of each of these adapters on the layer at `path`, in their order.
+    """The rows of each of these adapters on the layer at `path`, in the order in which the batch names them.
 
     A batch k times as long as `rows` repeats each row k times (beam search); a 2-D x with a multiple of the batch is
     the flattened (batch * time, d) that some models use.
@@ -32,7 +32,7 @@ def row_groups(
             "batch-first layers only."
         )
     all_groups = _groups(state, rows, n // len(rows), x.device)
-    return [all_groups[name] for name in names if name in all_groups]
+    return [group for name, group in all_groups.items() if name in names]
 
 
 def _groups(state: ModelState, rows: tuple[str | None, ...], each: int, device: torch.device) -> dict[str, RowGroup]:

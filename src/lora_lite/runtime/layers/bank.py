@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..model.site import base_attributes
+
 PREFIX = "lora_"
 """`experts.gate_up_proj` is adapted by the child `experts.lora_gate_up_proj`."""
 READS = re.compile(r"(gate_up|gate|up|w1|w3|wi)(_proj)?(_weight)?$")
@@ -64,7 +66,8 @@ def banks(model: nn.Module, d_model: int | None = None) -> dict[str, Bank]:
     for path, module in model.named_modules():
         if isinstance(module, Bank):
             continue
-        for name, p in module._parameters.items():
+        for name in base_attributes(module):
+            p = module._parameters.get(name)
             if p is None or p.dim() != 3 or not p.is_floating_point() or type(p.data) is not Tensor:
                 continue
             if name.startswith(PREFIX) or not _holds_experts(module, p.shape[0]):

@@ -11,7 +11,7 @@ from ...core.spec import ParamSpec
 from ...core.variant import Variant
 
 
-@dataclass
+@dataclass(slots=True)
 class Target:
     """One adapter on one layer: its path, shape, config and tensors."""
 
@@ -29,6 +29,17 @@ class Target:
     """Fingerprint of the base weight."""
     tied: str = ""
     """Path of the target whose weight this layer shares and whose tensors act here too."""
+
+    def share(self, other: Target) -> None:
+        """Take what is equal from another adapter's target on the same layer: a thousand adapters of one kind need it
+        once."""
+        self.path = other.path
+        if self.cfg == other.cfg:
+            self.cfg = other.cfg
+        if self.specs == other.specs:
+            self.specs = other.specs
+        if self.base == other.base:
+            self.base = other.base
 
     @property
     def variant(self) -> type[Variant]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,12 +49,13 @@ class Slot:
         self.name, self.path, self.cfg = record.name, target.path, target.cfg
         self.d_in, self.d_out = target.d_in, target.d_out
         self.own_weight = target.variant.own_weight
-        own = {f.name: getattr(self.cfg, f.name) for f in dataclasses.fields(self.cfg)}
-        common = {f.name for f in dataclasses.fields(AdapterConfig)} - {"variant"}
-        self.kin = repr({k: v for k, v in own.items() if k not in common})
+        self.kin = sys.intern(repr([getattr(self.cfg, name) for name in _own_fields(type(self.cfg))]))
         """What slots must have in common to act with one call."""
         self._pages(target.variant)
-        self.keys = {short: place(target, short, record.name)[1] for short in (*target.specs, *target.shared)}
+        self.keys: Mapping[str, str] = _keys(tuple(target.specs), record.name)
+        """Short name -> the attribute under which the tensor stands; all layers of an adapter share the table."""
+        if target.shared:
+            self.keys = {short: place(target, short, record.name)[1] for short in (*target.specs, *target.shared)}
         self.owners = owners
         """Short name -> the module on which it stands, for shared tensors only."""
 
@@ -69,6 +72,18 @@ class Slot:
         self._pages(get_variant(data["cfg"].variant))
 
 
+@lru_cache(maxsize=1024)
+def _own_fields(cfg: type[AdapterConfig]) -> tuple[str, ...]:
+    """The fields that a method's config has beside the common ones, and which method it is."""
+    common = {f.name for f in dataclasses.fields(AdapterConfig)} - {"variant"}
+    return tuple(f.name for f in dataclasses.fields(cfg) if f.name not in common)
+
+
+@lru_cache(maxsize=8)
+def _keys(shorts: tuple[str, ...], adapter: str) -> dict[str, str]:
+    return {short: stored_name(short, adapter) for short in shorts}
+
+
 class Site:
     """All adapters of one layer, in the order in which they were attached. Lives on the layer, outside its
     submodules."""
@@ -78,7 +93,10 @@ class Site:
         self.own = own
         """The layer's parameters before it was adapted, by attribute: what is the base's."""
         self.slots: dict[str, Slot] = {}
+        self.inputs = self.weights = 0
+        """How many of them rewrite the input, and how many say what becomes of the weight;"""
         self.has_input = self.has_weight = False
+        """whether any does."""
         self.awaited = False
         """The running call must call this layer, see `call.vocabulary`."""
         self.found: object = None
@@ -86,15 +104,26 @@ class Site:
         self.stacks: dict[tuple[object, ...], Stack] = {}
         """Factors of several adapters side by side, see `grouped`."""
 
-    def note_pages(self) -> None:
-        """Whether any adapter rewrites the input, or says what becomes of the weight, after the slots have changed."""
-        self.has_input = any(slot.forward_input is not None for slot in self.slots.values())
-        self.has_weight = any(slot.weight is not None for slot in self.slots.values())
+    def add(self, slot: Slot) -> None:
+        """One more adapter, the last."""
+        self.slots[slot.name] = slot
+        self._count(slot, 1)
+
+    def remove(self, name: str) -> None:
+        """One adapter less; nothing where it is not there."""
+        slot = self.slots.pop(name, None)
+        if slot is not None:
+            self._count(slot, -1)
+
+    def _count(self, slot: Slot, n: int) -> None:
+        self.inputs += n * (slot.forward_input is not None)
+        self.weights += n * (slot.weight is not None)
+        self.has_input, self.has_weight = self.inputs > 0, self.weights > 0
 
 
 def stored_name(short: str, adapter: str) -> str:
     """Attribute under which a layer stores an adapter's tensor: `lora_A`, or `lora_A@name` for any but `default`."""
-    return short if adapter == DEFAULT else f"{short}@{adapter}"
+    return short if adapter == DEFAULT else sys.intern(f"{short}@{adapter}")
 
 
 def place(target: Target, short: str, adapter: str) -> tuple[str, str]:
@@ -126,14 +155,19 @@ def tensors_of(slot: Slot, module: nn.Module) -> list[Tensor]:
     return [t for t in found if t is not None]
 
 
+def base_attributes(module: nn.Module) -> Iterable[str]:
+    """The attributes of a module that hold parameters of the base, whatever the number of adapters on it."""
+    state: ModelState | None = module.__dict__.get(STATE)
+    if state is not None:  # on which tensors stand that layers share
+        return state.own
+    site: Site | None = module.__dict__.get(SITE)
+    return module._parameters if site is None else site.own
+
+
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(path, parameter) of everything that belongs to no adapter, in a time that does not depend on their number."""
     for path, module in model.named_modules():
-        site: Site | None = module.__dict__.get(SITE)
-        own = module._parameters if site is None else site.own
-        if STATE in module.__dict__ and any(":" in attribute for attribute in own):  # tensors that layers share
-            own = [attribute for attribute in own if attribute not in adapter_attributes(module)]
-        for attribute in own:
+        for attribute in base_attributes(module):
             p = module._parameters.get(attribute)
             if p is not None:
                 yield (f"{path}.{attribute}" if path else attribute), p

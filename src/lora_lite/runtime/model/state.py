@@ -22,6 +22,8 @@ class ModelState:
 
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
+        self.own: tuple[str, ...] = ()
+        """The model's own parameters before it was adapted, by attribute; not those of modules inside."""
         self.active: Chosen = ()
         self.rows: Rows | None = None
         self.row_cache: dict[tuple[Rows, int, torch.device], dict[str, RowGroup]] = {}
@@ -67,7 +69,7 @@ class ModelState:
 
     def __getstate__(self) -> dict[str, object]:
         # a copy is in no call and no scope of the original
-        kept = ("records", "active", "row_epoch", "base_trainable", "merged", "vocabulary")
+        kept = ("records", "own", "active", "row_epoch", "base_trainable", "merged", "vocabulary")
         return {**ModelState().__dict__, **{k: self.__dict__[k] for k in kept}}
 
 

@@ -28,6 +28,7 @@ from ..call.scope import nobody_acts
 from ..layers.linear import dims
 from ..layers.read import is_quantised
 from ..layers.sound import first_fault
+from ..model.site import base_parameters
 from ..model.state import STATE
 from ..progress import track
 from .gradients import Gradient
@@ -400,7 +401,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter collects a gradient inside; the flags come back afterwards."""
-    flagged = [p for p in model.parameters() if p.requires_grad]
+    flagged = [p for _, p in base_parameters(model) if p.requires_grad]  # adapters do not act here
     for p in flagged:
         p.requires_grad_(False)
     try:

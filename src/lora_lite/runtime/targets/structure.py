@@ -12,6 +12,7 @@ from torch import nn
 from ..layers.kinds import DEFAULT_KIND, KINDS, kind_named
 from ..layers.linear import dims
 from ..layers.tensors import bias_of
+from ..model.site import base_parameters
 
 Stacks = list[tuple[str, nn.ModuleList | nn.Sequential]]
 """(path, list of blocks)."""
@@ -74,9 +75,9 @@ def describe(model: nn.Module) -> Structure:
     d_model = _width(model, [(size, _block_index(path, stacks)) for path, size in linear])
     places = _places(model, stacks, d_model, _stack_widths(stacks, linear, d_model))
     layers = [s.module for s in places if not kind_named(s.kind).apart]
-    owned = {id(p) for m in layers for p in m.parameters()}
+    owned = {id(p) for m in layers for _, p in base_parameters(m)}
     owned |= {id(t) for m in layers for t in (getattr(m, "weight", None), bias_of(m))}
-    raw = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in owned]
+    raw = [(name, tuple(p.shape)) for name, p in base_parameters(model) if p.dim() >= 2 and id(p) not in owned]
     n_layers = max((len(stack) for _, stack in stacks), default=0)
     return Structure(places, d_model, n_layers, blocks, raw, _aliases(model))
 
