@@ -13,6 +13,20 @@ COST = "tests/runtime/test_cost.py"
 
 BUGS = [
     Bug(
+        "a store forgets that an adapter was used",
+        "io/store.py",
+        "            self._resident[name] = self._resident.pop(name)\n",
+        "",
+        "tests/io/test_store.py -k most_recent",
+    ),
+    Bug(
+        "a store loads into another selection",
+        "io/store.py",
+        "            state_of(self.model).active = active\n",
+        "",
+        "tests/io/test_store.py -k selection_is_as_before",
+    ),
+    Bug(
         "a shard is taken for the whole",
         "io/gather.py",
         'return t.full_tensor() if hasattr(t, "full_tensor") else t',
@@ -71,8 +85,8 @@ BUGS = [
     Bug(
         "loaded adapters always train",
         "io/load.py",
-        "load_native(unwrap(model), own, name, trainable, base_check)",
-        "load_native(unwrap(model), own, name, True, base_check)",
+        "commit(model, *staged(model, path, name, base_check), trainable)",
+        "commit(model, *staged(model, path, name, base_check), True)",
         C + "test_saving.py -k lora-round_trip",
     ),
     Bug(

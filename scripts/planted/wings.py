@@ -61,6 +61,14 @@ BUGS = [
         NUMBERS + " -k 'stages_of_other_widths and swin and loreft'",
     ),
     Bug(
+        "every adapter on a layer is asked for its pages",
+        "runtime/model/site.py",
+        "        self.has_input, self.has_weight = self.inputs > 0, self.weights > 0\n",
+        "        self.has_input = any(s.forward_input is not None for s in self.slots.values())\n"
+        "        self.has_weight = any(s.weight is not None for s in self.slots.values())\n",
+        "tests/trust/test_growth.py -k 'one_more_adapter and lora'",
+    ),
+    Bug(
         "the error of spoilt data names no weight",
         "runtime/start/calibrate.py",
         "        if why := first_fault(model):\n",

@@ -28,6 +28,7 @@ from .io.native import adapter_state_dict as adapter_state_dict
 from .io.native import load_adapter_state_dict as load_adapter_state_dict
 from .io.native import save as save
 from .io.peft import export as export
+from .io.store import AdapterStore as AdapterStore
 from .runtime.attach import attach as attach
 from .runtime.check import check as check
 from .runtime.combine import combine as combine

@@ -8,12 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from ..core.errors import FileError
-from ..runtime.commit import check_attachable
+from ..runtime.commit import check_attachable, commit
 from ..runtime.handle import Adapter
+from ..runtime.model.record import Record
 from ..runtime.model.state import DEFAULT, unwrap
 from ..runtime.model.surroundings import own_surroundings
-from .native import BaseCheck, load_native
-from .peft import load_peft
+from ..runtime.start.staging import StagedTarget
+from .native import BaseCheck, read_native
+from .peft import read_peft
 
 
 def load(
@@ -40,11 +42,18 @@ def load(
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
     check_attachable(model, name)
+    model = unwrap(model)
+    with own_surroundings():
+        return commit(model, *staged(model, path, name, base_check), trainable)
+
+
+def staged(
+    model: nn.Module, path: str | os.PathLike[str], name: str, base_check: BaseCheck
+) -> tuple[Record, list[StagedTarget]]:
+    """All of `load` but the last step, with the model only looked at."""
     own = _own_file(Path(path), name) if os.path.isdir(path) else path
     with own_surroundings():
-        if own is None:
-            return load_peft(unwrap(model), path, name, trainable)
-        return load_native(unwrap(model), own, name, trainable, base_check)
+        return read_peft(model, path, name) if own is None else read_native(model, own, name, base_check)
 
 
 def adapter_file(name: str) -> str:

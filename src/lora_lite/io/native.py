@@ -23,9 +23,7 @@ from ..core.errors import (
 )
 from ..core.files import opened, read_tensors, reading
 from ..core.spec import ParamSpec
-from ..runtime.commit import commit
 from ..runtime.compact import compacted
-from ..runtime.handle import Adapter
 from ..runtime.layers.offload import brought_back, is_away
 from ..runtime.layers.read import fingerprint
 from ..runtime.layers.tensors import is_sharded
@@ -33,7 +31,7 @@ from ..runtime.model.record import Record, Target
 from ..runtime.model.site import owned_tensors, tensor_on
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from ..runtime.model.surroundings import own_surroundings
-from ..runtime.start.staging import filled, modules_of
+from ..runtime.start.staging import StagedTarget, filled, modules_of
 from .gather import full_tensor
 from .header import check_sums, header, read_header, record_from_header
 from .tensors import write_tensors
@@ -118,10 +116,10 @@ def _check_finite(record: Record, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def load_native(
-    model: nn.Module, path: str | os.PathLike[str], name: str, trainable: bool, base_check: BaseCheck
-) -> Adapter:
-    """Attach an adapter from a file written by `save`."""
+def read_native(
+    model: nn.Module, path: str | os.PathLike[str], name: str, base_check: BaseCheck
+) -> tuple[Record, list[StagedTarget]]:
+    """An adapter from a file written by `save`, ready to be put on the model, which is only looked at."""
     head = read_header(path)
     with reading(path):
         record = record_from_header(model, head, name, str(path))
@@ -132,7 +130,7 @@ def load_native(
         check_sums(head, record, tensors, str(path))
         if base_check != "ignore":
             check_base(model, record, head, base_check, str(path))
-    return commit(model, record, filled(model, record, tensors), trainable)
+    return record, filled(model, record, tensors)
 
 
 @own_surroundings()
@@ -237,7 +235,7 @@ def check_base(model: nn.Module, record: Record, head: dict[str, Any], base_chec
                     f"{where}: the base of {target.path} is quantised differently (sampled weights differ by "
                     f"{error:.1%}); outputs will differ slightly.",
                     LoraLiteWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             noticed = True
             continue
@@ -247,7 +245,7 @@ def check_base(model: nn.Module, record: Record, head: dict[str, Any], base_chec
         )
         if base_check == "error":
             raise BaseMismatchError(text)
-        warnings.warn(text, LoraLiteWarning, stacklevel=4)
+        warnings.warn(text, LoraLiteWarning, stacklevel=5)
         return
 
 

@@ -21,14 +21,12 @@ from ..core.config import AdapterConfig
 from ..core.errors import FileError, StateError, did_you_mean, listing, shown
 from ..core.files import opened, parsed, read_tensors, reading
 from ..core.registry import get_variant, variants
-from ..runtime.commit import commit
-from ..runtime.handle import Adapter
 from ..runtime.layers.kinds import kind_named
 from ..runtime.layers.linear import dims
 from ..runtime.model.record import Record, Target
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from ..runtime.model.surroundings import own_surroundings
-from ..runtime.start.staging import filled
+from ..runtime.start.staging import StagedTarget, filled
 from ..runtime.targets.choose import make_target
 from ..runtime.view.expert import layer_views
 from .header import check_scale
@@ -167,13 +165,14 @@ def _config(model: nn.Module, record: Record, linear: list[str], parameters: lis
     }
 
 
-def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, trainable: bool) -> Adapter:
-    """Attach a LoRA adapter from a folder in PEFT's layout; every tensor of the file is used, or it raises."""
+def read_peft(model: nn.Module, folder: str | os.PathLike[str], name: str) -> tuple[Record, list[StagedTarget]]:
+    """A LoRA adapter from a folder in PEFT's layout, ready to be put on the model, which is only looked at; every
+    tensor of the file is used, or it raises."""
     folder = Path(folder)
     with reading(folder):
         record, values = _read(model, folder, name)
         check_keys(expected(record), values, str(folder))
-    return commit(model, record, filled(model, record, values), trainable)
+    return record, filled(model, record, values)
 
 
 def _read(model: nn.Module, folder: Path, name: str) -> tuple[Record, dict[str, Tensor]]:
