@@ -1,8 +1,10 @@
-"""Many adapters of one model: attaching and loading a thousand, switching, memory, mixed batches, and a store that serves
-thousands.
+"""Many adapters of one model: attaching and loading a thousand, switching, memory, mixed batches, and a store that
+serves thousands.
 
-The model is 32 blocks of two linear layers. `python benchmarks/many.py --json benchmarks/results/many.json`; one thread,
-process time where a call is timed, wall time where threads wait for files.
+The model is 32 blocks of two linear layers. One thread; process time where a call is timed, wall time where threads
+wait for files.
+
+    python benchmarks/many.py --json benchmarks/results/many.json
 """
 
 from __future__ import annotations

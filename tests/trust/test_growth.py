@@ -139,8 +139,8 @@ def kept_by(cycle, n: int) -> tuple[int, int]:
 
 
 LEFT = 2000
-"""Bytes of one round that Python's own caches, of names and small objects, may hold; an adapter's record on one layer
-on one layer alone is more. Objects may not become more at all, but for a bounded few."""
+"""Bytes of one round that Python's own caches, of names and small objects, may hold; what an adapter has on one
+layer is more. Objects may not become more at all, but for a bounded few."""
 ROUNDS = [pytest.param(40), pytest.param(200, marks=pytest.mark.slow)]
 
 
