@@ -96,8 +96,8 @@ BUGS = [
     Bug(
         "the last adapter takes the hooks of the input along",
         "runtime/commit.py",
-        "    del site.slots[record.name]\n    site.note_pages()\n",
-        "    del site.slots[record.name]\n    site.has_input = False\n",
+        "    site.remove(record.name)\n",
+        "    site.remove(record.name)\n    site.has_input = False\n",
         R + "test_view.py -k rewrite",
     ),
     # ---- select

@@ -197,3 +197,41 @@ def test_many_methods_in_one_batch_go_by_kin(monkeypatch):
     for i, name in enumerate(rows):
         with ll.active(model, name):
             torch.testing.assert_close(y[i], model(x)[i], atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_stacks_last_over_blocks_of_the_same_rows_and_no_longer(monkeypatch):
+    model, x, built = model_with([2, 3, 4]), torch.randn(6, 2, 20), []
+    page = ll.get_variant("lora").factors
+    monkeypatch.setattr(ll.get_variant("lora"), "factors", staticmethod(lambda layer: built.append(1) or page(layer)))
+    for slots in (layer._lora_lite_site.slots for layer in model.layers):
+        for slot in slots.values():
+            slot.factors = ll.get_variant("lora").factors
+
+    def run(rows=ROWS):
+        built.clear()
+        with ll.rows(model, rows):
+            return model(x)
+
+    def alone():
+        want = [model(x[i : i + 1]) if name is None else None for i, name in enumerate(ROWS)]
+        for i, name in enumerate(ROWS):
+            with ll.active(model, name):
+                want[i] = model(x[i : i + 1])
+        return torch.cat(want)
+
+    first = run()
+    assert len(built) == 6
+    assert torch.equal(run(), first) and not built
+    run(["a0", "a1", "a0", "a2", "a1", None])
+    assert built
+    assert torch.equal(run(), first) and built
+    A = model.layers[0].get_parameter("lora_A@a1")
+    A.data = A.data * 2  # of which the tensor's version says nothing
+    assert torch.allclose(run(), alone(), atol=1e-5) and not torch.allclose(run(), first, atol=1e-3)
+    A.mul_(2)
+    assert torch.allclose(run(), alone(), atol=1e-5)
+    ll.detach(model, "a1")
+    ll.attach(model, ll.LoRAConfig(r=3, alpha=2, target_names=(r"layers\.\d",)), name="a1")
+    model.layers[0].get_parameter("lora_B@a1").normal_()
+    assert torch.allclose(run(), alone(), atol=1e-5)

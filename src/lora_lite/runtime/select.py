@@ -64,7 +64,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     not_merged(state, "choosing adapters")
     with scope(state):
         state.rows = tuple(names)
-        state.row_epoch += 1
+        state.row_epoch += state.rows != state.last_rows  # a generation may open a block for each token
+        state.row_block, state.last_rows = state.row_block + 1, state.rows
         yield
 
 

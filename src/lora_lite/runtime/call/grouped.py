@@ -75,15 +75,17 @@ def _kin(slot: Slot, training: bool, before: bool) -> str:
 def _kept(
     layer: nn.Module, site: Site, slots: list[Slot], key: tuple[Any, ...], build: Callable[[], tuple[Any, ...]]
 ) -> tuple[Any, ...]:
-    """`build()`; without gradients the result serves all calls of one `ll.rows` block, unless a tensor was changed in
-    place meanwhile."""
+    """`build()`; without gradients the result serves all calls of one `ll.rows` block and of those after it with the
+    same rows, unless a tensor was changed meanwhile."""
     state = site.state
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return build()
     key = (tuple(slot.name for slot in slots), *key)
     old: Stack | None = site.stacks.get(key)
     if old is not None and old.epoch == state.row_epoch and old.versions == sum([t._version for t in old.own]):
-        return old.parts
+        if old.block == state.row_block or _stands(old, slots, layer):
+            old.block = state.row_block
+            return old.parts
     own = [t for slot in slots for t in tensors_of(slot, layer)]
     if any(t.is_inference() for t in own):  # these count no versions
         return build()
@@ -93,10 +95,18 @@ def _kept(
     return parts
 
 
+def _stands(old: Stack, slots: list[Slot], layer: nn.Module) -> bool:
+    """Whether the tensors are the same ones, at the same place, which their versions do not tell."""
+    own = [t for slot in slots for t in tensors_of(slot, layer)]
+    same = len(own) == len(old.own) and all(a is b for a, b in zip(own, old.own, strict=True))
+    return same and sum([t.data_ptr() for t in own]) == old.places
+
+
 def _store(site: Site, key: tuple[Any, ...], own: list[Tensor], versions: int, parts: tuple[Any, ...]) -> None:
     if len(site.stacks) > 7:
         site.stacks.clear()
-    site.stacks[key] = Stack(site.state.row_epoch, own, versions, parts)
+    places = sum(t.data_ptr() for t in own)
+    site.stacks[key] = Stack(site.state.row_epoch, own, versions, parts, site.state.row_block, places)
 
 
 def _low_rank(layer: nn.Module, site: Site, groups: list[RowGroup], x: Tensor, y: Tensor) -> Tensor:

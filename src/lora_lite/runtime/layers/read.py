@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -66,6 +67,12 @@ def weight_norms(module: nn.Module, path: str, dim: int) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(columns, dim=0) for columns in blocks]).norm(dim=0)
 
 
+@lru_cache(maxsize=512)
+def _rounded(numbers: tuple[float, ...]) -> list[float]:
+    """With six digits; many adapters of a layer have one list."""
+    return [float(f"{v:.6g}") for v in numbers]
+
+
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> dict[str, Any]:
     """A cheap signature of a layer's weight: `sample` (4 columns x 16 rows of it), its storage `dtype`, and whether it
@@ -81,7 +88,7 @@ def fingerprint(module: nn.Module) -> dict[str, Any]:
         return {}
     dtype = w.dtype if isinstance(w, Tensor) and w.dtype in FLOATS else torch.float32
     return {
-        "sample": [float(f"{v:.6g}") for v in sample.float().flatten().tolist()],
+        "sample": _rounded(tuple(sample.float().flatten().tolist())),
         "dtype": str(dtype).removeprefix("torch."),
         "quantised": kind.is_quantised(module),
     }

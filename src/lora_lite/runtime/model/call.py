@@ -105,3 +105,7 @@ class Stack:
     versions: int
     """the sum of their versions."""
     parts: tuple[object, ...]
+    block: int = 0
+    """The last `ll.rows` block that used it, and"""
+    places: int = 0
+    """the sum of the addresses of the tensors, looked at once in each block."""

@@ -29,7 +29,12 @@ class ModelState:
         self.row_cache: dict[tuple[Rows, int, torch.device], dict[str, RowGroup]] = {}
         """Index tensors of recent row selections."""
         self.row_epoch = 0
-        """Counts `ll.rows` blocks: what one of them stacked is not used by the next."""
+        """Counts changes of the adapters, and of the rows from one `ll.rows` block to the next: what was stacked before
+        is not used afterwards."""
+        self.row_block = 0
+        """Counts `ll.rows` blocks."""
+        self.last_rows: Rows | None = None
+        """The rows of the last block."""
         self.base_trainable: list[str] = []
         """Base parameters that required a gradient before the first attach; detach gives it back."""
         self.merged: Merged | None = None
