@@ -22,6 +22,7 @@ from ..core.errors import (
     listing,
 )
 from ..core.files import opened, read_tensors
+from ..runtime.call.acting import warn_idle
 from ..runtime.commit import commit
 from ..runtime.compact import compacted
 from ..runtime.handle import Adapter
@@ -74,6 +75,7 @@ def save(
     if dtype is not None:
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     _check_finite(record, tensors)
+    warn_idle(model, state_of(model).records[record.name])
     write_tensors(path, tensors, {"lora_lite": json.dumps(header(record), sort_keys=True)})
     return path
 

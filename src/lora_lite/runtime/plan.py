@@ -15,6 +15,7 @@ from ..core.spec import ParamSpec
 from ..core.variant import Variant
 from .layers.kinds import kind_named
 from .layers.read import is_quantised
+from .model.held import norms_with_figures
 from .model.record import Target
 from .model.site import base_parameters
 from .model.state import unwrap
@@ -127,7 +128,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     hits = count_hits(cfg, ("target_names", "exclude_names"), places, "layers")
     whole = whole_places(model, structure, cfg, hits)
     beside = {s.path for s in whole}
-    chosen, unadapted = select([s for s in places if s.path not in beside], structure, cfg)
+    chosen, unadapted = select([s for s in places if s.path not in beside], cfg)
     for place in chosen:
         check_place(place, structure, cfg)
     hits |= count_hits(cfg, None, chosen, "targets")
@@ -145,7 +146,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     unadapted += _not_offered(structure, variant, cfg, beside)
     base = {id(p): p for _, p in base_parameters(model)}  # a tied parameter counts once
     rows = [_row(place, variant) for place in chosen]
-    notes = tied_notes(model, chosen) + _kind_notes(chosen)
+    notes = tied_notes(model, chosen) + _kind_notes(chosen) + _held_notes(model)
     return Plan(cfg, targets, hits, unadapted, sum(map(_numel, base.values())), rows, notes)
 
 
@@ -188,6 +189,17 @@ def _kind_notes(chosen: list[Place]) -> list[str]:
     for place in chosen:
         by_kind.setdefault(place.kind, []).append(place.module)
     return [note for name, modules in by_kind.items() for note in kind_named(name).notes(modules)]
+
+
+def _held_notes(model: nn.Module) -> list[str]:
+    """What becomes of running figures."""
+    paths = [path for path, _ in norms_with_figures(model)]
+    if not paths:
+        return []
+    return [
+        f"running figures of {len(paths)} norms, such as {paths[0]}, are held while an adapter is attached; training "
+        "normalises by the batch, evaluation by the base's figures"
+    ]
 
 
 def _numel(p: torch.Tensor) -> int:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import LoraLiteWarning, SelectionError, StateError
+from ...core.errors import LoraLiteWarning, StateError
 from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
 from ..view import kept as memo
-from .batch import values_of
+from . import acting
 from .positions import locate
+from .recompute import check_fed
 from .vocabulary import watch_vocabulary
 
 
@@ -23,10 +24,11 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     state: ModelState = model.__dict__[STATE]
     if not torch.compiler.is_compiling():
         state.in_call, state.call_grad = True, torch.is_grad_enabled()
-        state.cut_by_checkpoint = False
+        state.fed, state.cut = set(), {}
         memo.begin(state, model, kwargs)
         if state.vocabulary:
             watch_vocabulary(model, state)
+        acting.begin(model, state)
         if state.call_grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)
@@ -43,24 +45,20 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Raise when a reentrant checkpoint left the whole training call without a gradient."""
+    """Raise when a reentrant checkpoint left adapted layers of a training call without a gradient."""
     state: ModelState = model.__dict__[STATE]
     if state.call is not None:
         state.call = None
     if torch.compiler.is_compiling():
         return
+    acting.end(model, state, failed=output is None)
     state.batch = state.memo = None
     state.in_call, had_grad = False, state.call_grad
     state.call_grad = False
-    if not (had_grad and state.cut_by_checkpoint and model.training and torch.is_grad_enabled()):
+    if output is None:  # an exception is on its way
         return
-    if any(isinstance(v, Tensor) and v.requires_grad for v in values_of(output)):
-        return
-    raise SelectionError(
-        "gradient checkpointing with use_reentrant=True runs the blocks without gradient because no input requires "
-        "one, so no adapter would train. Call model.enable_input_require_grads(), or enable checkpointing with "
-        "use_reentrant=False."
-    )
+    if had_grad and state.cut and model.training and torch.is_grad_enabled():
+        check_fed(state)
 
 
 def _watch_schedules(state: ModelState) -> None:

@@ -38,7 +38,7 @@ class MatrixCell(Cell):
         return new, zero
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
-        b = bias_of(self.module)
+        b = self.kind.bias(self.module)
         return None if b is None else b.detach().to(dtype)
 
     def _write_bias(self, b: Tensor) -> None:

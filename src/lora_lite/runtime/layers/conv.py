@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from ..._torch import conv_padding
 from ..model.kind import Cell, Kind
+from ..model.state import SITE
 from .cell import MatrixCell
-from .tensors import is_ordinary, is_packed, stored_weight
+from .tensors import is_ordinary, is_packed, laid_out_as, stored_weight
+from .tried import can_be_tried, has_own_forward, why_not_the_same
 from .virtual import VirtualInput, refuse_input, rows_only
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLAIN = {conv.forward for conv in CONVS}
 _APPLY: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -67,24 +70,40 @@ class Conv(Kind):
         return refuse_input(self.name, variant)
 
     def trial(self, module: nn.Module, dtype: torch.dtype, d_out: int) -> tuple[Any, Tensor]:
-        m, w = _conv(module), stored_weight(module)
-        size = [max(8, d * (k - 1) + 1) for k, d in zip(m.kernel_size, m.dilation, strict=True)]
-        x = torch.zeros(2, m.in_channels, *size, dtype=w.dtype, device=w.device)
+        w = stored_weight(module)
+        x = torch.zeros(self._input(module), dtype=w.dtype, device=w.device)
         with torch.no_grad():
-            y = m.forward(x).to(dtype)
+            y = module.forward(x).to(dtype)
         return self.enter(module, x.to(dtype), y)
+
+    def _input(self, module: nn.Module) -> tuple[int, ...]:
+        """The shape of a small input."""
+        m = _conv(module)
+        size = [max(8, d * (k - 1) + 1) for k, d in zip(m.kernel_size, m.dilation, strict=True)]
+        return (2, m.in_channels, *size)
 
     def enter(self, module: nn.Module, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
         """y with its channels last."""
         last = y.movedim(1, -1)
         return Patches(module, x.to(y.dtype), tuple(last.shape[1:-1])), last
 
-    def leave(self, y: Tensor) -> Tensor:
-        return y.movedim(-1, 1)
+    def leave(self, module: nn.Module, new: Tensor, y: Tensor) -> Tensor:
+        """Channels where they were, in memory too: what follows may view them, and picks its algorithm by it."""
+        return laid_out_as(new.movedim(-1, 1), y)
+
+    def untried(self, module: nn.Module) -> bool:
+        return has_own_forward(module, PLAIN) and not can_be_tried(module)
+
+    def strange(self, module: nn.Module) -> str:
+        if not has_own_forward(module, PLAIN) or not can_be_tried(module):
+            return ""
+        parent = next(conv for conv in CONVS if isinstance(module, conv))
+        x = torch.randn(self._input(module), generator=torch.Generator().manual_seed(0))
+        return why_not_the_same(module, parent.forward, x.to(stored_weight(module)))
 
     def is_plain(self, module: nn.Module) -> bool:
-        own = type(module).forward in {conv.forward for conv in CONVS}
-        return own and is_ordinary(module._parameters.get("weight"))
+        plain = SITE in module.__dict__ or not self.strange(module)  # what is adapted was tried before
+        return plain and is_ordinary(module._parameters.get("weight"))
 
     def is_quantised(self, module: nn.Module) -> bool:
         return is_packed(module.weight, math.prod(self.size(module) or ()))

@@ -77,7 +77,10 @@ class Site:
         self.slots: dict[str, Slot] = {}
         self.has_input = False
         self.found: object = None
-        """What its kind found out about the layer, see `Kind.inspect`."""
+        """What its kind found out about the layer, see `Kind.inspect`, once it was"""
+        self.inspected = True
+        self.ran = False
+        """Whether its hooks ever ran."""
         self.stacks: dict[tuple[object, ...], Stack] = {}
         """Factors of several adapters side by side, see `grouped`."""
 
