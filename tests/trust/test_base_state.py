@@ -18,7 +18,6 @@ NORMS = {
     "batch": lambda: nn.BatchNorm1d(6),
     "cumulative": lambda: nn.BatchNorm1d(6, momentum=None),
     "without weights": lambda: nn.BatchNorm1d(6, affine=False),
-    "instance": lambda: nn.InstanceNorm1d(6, affine=True, track_running_stats=True),
     "sync": lambda: nn.SyncBatchNorm(6),
 }
 METHODS = [v for v in ll.variants() if v.trains and v.site == "linear" and v.needs_data != "pairs"]
@@ -181,6 +180,11 @@ class Codebook(nn.Module):
         return h + self.codes
 
 
+class Instance(nn.InstanceNorm1d):
+    def __init__(self) -> None:
+        super().__init__(6, affine=True, track_running_stats=True)
+
+
 class Spectral(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +194,7 @@ class Spectral(nn.Module):
         return self.conv(h)
 
 
-@pytest.mark.parametrize("norm", [OwnNorm, Codebook, Spectral])
+@pytest.mark.parametrize("norm", [OwnNorm, Codebook, Instance, Spectral])
 def test_other_buffers_are_named_before_the_first_step(norm, tmp_path):
     torch.manual_seed(0)
     model = Net(norm())

@@ -31,8 +31,8 @@ class ModelState:
         """Counts `ll.rows` blocks: what one of them stacked is not used by the next."""
         self.base_trainable: list[str] = []
         """Base parameters that required a gradient before the first attach; detach gives it back."""
-        self.held: dict[str, tuple[str, Any]] = {}
-        """Norms whose running figures are held, see `held`."""
+        self.held: list[str] = []
+        """Paths of the norms whose running figures are held, see `held`."""
         self.merged: Merged | None = None
         self.vocabulary: dict[str, int] = {}
         """Rows of the adapted embeddings and heads when they were adapted, see `call.vocabulary`."""
