@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import ConfigError, StateError
 from ...core.targets import Targets as Promised
+from ...ops.spectrum import top_eigh, top_eigh_of_rows
 from ..call.batch import call_batch, evaluating
 from ..call.hooks import first_name
 from ..call.scope import nobody_acts
@@ -26,10 +27,13 @@ from ..layers.linear import dims
 from ..layers.read import is_quantised
 from ..model.state import STATE
 from ..progress import track
+from .gradients import Gradient
 from .staging import StagedTarget
 
 Visit = Callable[[StagedTarget, Tensor, Tensor], None]
 VisitWhole = Callable[[StagedTarget, Tensor, Tensor, "Tensor | None"], None]
+FEW = 4
+"""Tokens are few while there are at least so many inputs for each."""
 IGNORED = -100
 """The label that a loss leaves out."""
 
@@ -44,13 +48,68 @@ class Moments:
     square: Tensor
 
 
-@dataclass
 class Gram:
-    """Σ xᵀx (d_in, d_in) over n tokens, in fp32 or better, of the targets that receive one and the same tensor."""
+    """Σ xᵀx (d_in, d_in) and Σ x (d_in,) over n tokens, in fp32 or better, of the targets that receive one and the same
+    tensor.
 
-    views: list[StagedTarget]
-    n: int
-    C: Tensor
+    While the tokens are few beside the inputs they are kept themselves: they are smaller than the sum, and so is the
+    decomposition of their products with each other.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.views: list[StagedTarget] = []
+        self.n = 0
+        self._tokens: list[Tensor] = []
+        self._sum = tokens.new_zeros(0)
+        self.sum = tokens.new_zeros(tokens.shape[-1])
+        self._d = tokens.shape[-1]
+
+    def add(self, tokens: Tensor) -> None:
+        """Count some tokens (n, d_in)."""
+        self.n += tokens.shape[0]
+        self.sum.add_(tokens.sum(0))
+        self._tokens.append(tokens.clone())
+        if len(self._sum) or FEW * self.n > self._d:
+            self._fold()
+
+    def _fold(self) -> None:
+        if not len(self._sum):
+            self._sum = self._tokens[0].new_zeros(self._d, self._d)
+        for tokens in self._tokens:
+            self._sum.addmm_(tokens.mT, tokens)
+        self._tokens.clear()
+
+    @property
+    def C(self) -> Tensor:
+        self._fold()
+        return self._sum
+
+    def times(self, v: Tensor) -> Tensor:
+        """C v for v (d_in, b), without C while the tokens are few."""
+        if len(self._sum):
+            return (self._sum @ v.to(self._sum)).to(v)
+        result = self.sum.new_zeros(v.shape)
+        for tokens in self._tokens:
+            result.addmm_(tokens.mT, tokens @ v.to(tokens))
+        return result.to(v)
+
+    @property
+    def trace(self) -> Tensor:
+        """Σ ‖x‖²."""
+        if len(self._sum):
+            return self._sum.trace()
+        return torch.stack([tokens.square().sum() for tokens in self._tokens]).sum()
+
+    def leading(self, k: int, centred: bool = False) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues (k,), descending, and eigenvectors (d_in, k), signs fixed; of the tokens without
+        their mean, where that is asked for."""
+        mean = self.sum / self.n
+        if not len(self._sum):
+            tokens = torch.cat(self._tokens)
+            found = top_eigh_of_rows(tokens - mean if centred else tokens, k)
+            if found is not None:
+                return found
+        return top_eigh(self.C - torch.outer(self.sum, mean) if centred else self.C, k)
 
 
 class Targets(list[StagedTarget]):
@@ -96,7 +155,7 @@ class Targets(list[StagedTarget]):
             pending = [v for v in pending if leader[v.path] not in grams]
             for path in list(grams):
                 gram = grams.pop(path)
-                _check_finite(gram.C, path)
+                _check_finite(gram.trace, path)
                 yield gram
 
     def gram(self, data: Any, labelled: bool = False) -> dict[str, Tensor]:
@@ -129,6 +188,20 @@ class Targets(list[StagedTarget]):
         `loss` maps the model's output to a scalar; by default its `.loss`, so put labels into the batches (labels of
         padding are ignored). At most `budget` bytes of gradients are held at once, as in `each_gram`.
         """
+        for view, gradient in self._each_gradient(data, loss, budget):
+            yield view, gradient.dense()
+
+    def each_gradient_svd(
+        self, data: Any, rank: Callable[[StagedTarget], int], loss: Callable[[Any], Tensor] | None = None
+    ) -> Iterator[tuple[StagedTarget, Tensor, Tensor, Tensor]]:
+        """(target, U, S, V): the k = rank(target) largest singular triplets of ∂loss/∂W, U (d_out, k), S (k,), V (d_in,
+        k), signs fixed. Few tokens are decomposed themselves, without a gradient of the weight's size."""
+        for view, gradient in self._each_gradient(data, loss, None):
+            yield view, *gradient.leading(rank(view))
+
+    def _each_gradient(
+        self, data: Any, loss: Callable[[Any], Tensor] | None, budget: int | None
+    ) -> Iterator[tuple[StagedTarget, Gradient]]:
         budget = _free_bytes(self) if budget is None else budget
         pending = list(self)
         while pending:
@@ -138,9 +211,10 @@ class Targets(list[StagedTarget]):
                 group.append(pending.pop(0))
             sums = self._gradients(data, loss, group)
             for view in group:
-                g = sums.pop(view.path)
-                _check_finite(g, view.path)
-                yield view, g
+                gradient = sums.pop(view.path)
+                if not gradient.finite:
+                    _not_finite(view.path)
+                yield view, gradient
 
     def gradients(self, data: Any, loss: Callable[[Any], Tensor] | None = None) -> dict[str, Tensor]:
         """Path -> ∂loss/∂W, all at once; see `each_gradient`."""
@@ -148,8 +222,8 @@ class Targets(list[StagedTarget]):
 
     def _gradients(
         self, data: Any, loss: Callable[[Any], Tensor] | None, views: list[StagedTarget]
-    ) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
+    ) -> dict[str, Gradient]:
+        sums: dict[str, Gradient] = {}
         count = 0
 
         def visit(view: StagedTarget, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
@@ -159,9 +233,7 @@ class Targets(list[StagedTarget]):
 
             def on_grad(g: Tensor) -> None:
                 g, tokens = _precise(_tokens(g, mask)), _precise(_tokens(x, mask))
-                if view.path not in sums:
-                    sums[view.path] = g.new_zeros(g.shape[-1], tokens.shape[-1])
-                sums[view.path].addmm_(g.mT, tokens)
+                sums.setdefault(view.path, Gradient(g.shape[-1], tokens.shape[-1])).add(g, tokens)
 
             y.register_hook(on_grad)
             return y
@@ -179,7 +251,9 @@ class Targets(list[StagedTarget]):
                     torch.autograd.backward(value)
                 count += 1
         self._check_seen(sums, views)
-        return {path: g / count for path, g in sums.items()}
+        for gradient in sums.values():
+            gradient.share = 1 / count
+        return sums
 
     def _run(self, batch: Any, visit: Callable[..., Any], views: list[StagedTarget]) -> Any:
         handles = []
@@ -239,9 +313,8 @@ def _grams_of_pass(
                 postponed.add(first)
                 return
             used += size
-            grams[first] = Gram([], 0, tokens.new_zeros(tokens.shape[-1], tokens.shape[-1]))
-        grams[first].n += tokens.shape[0]
-        grams[first].C.addmm_(tokens.mT, tokens)
+            grams[first] = Gram(tokens)
+        grams[first].add(tokens)
 
     targets.stream_whole(data, visit, labelled, views)
     for path, first in leader.items():
@@ -345,9 +418,13 @@ def _precise(x: Tensor) -> Tensor:
 
 def _check_finite(t: Tensor, path: str) -> None:
     if not bool(torch.isfinite(t).all()):
-        raise StateError(
-            f"{path}: the calibration data gave values that are not finite; look at the batches and the model's dtype."
-        )
+        _not_finite(path)
+
+
+def _not_finite(path: str) -> NoReturn:
+    raise StateError(
+        f"{path}: the calibration data gave values that are not finite; look at the batches and the model's dtype."
+    )
 
 
 def _bytes(view: StagedTarget) -> int:
