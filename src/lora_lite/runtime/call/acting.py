@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..._torch import within_compiled
+from ..._torch import is_fake, within_compiled
 from ...core.errors import LoraLiteWarning, StateError, listing
 from ..layers.kinds import kind_of
 from ..layers.tensors import is_sharded
@@ -170,8 +170,12 @@ def _inspect(model: nn.Module, state: ModelState) -> None:
     """Try the layers that had no values when they were adapted."""
     for module in model.modules():
         site: Site | None = module.__dict__.get(SITE)
-        if site is not None and site.state is state and not site.inspected:
+        if site is not None and site.state is state and not site.inspected and _has_values(module):
             site.found, site.inspected = site.kind.inspect(module, site.path), True
+
+
+def _has_values(module: nn.Module) -> bool:
+    return not any(p.is_meta or is_fake(p) for p in module.parameters(recurse=False))
 
 
 class Watch(TorchFunctionMode):
