@@ -72,6 +72,11 @@ def frame_of(function: str, package: str, within: int = sys.maxsize) -> FrameTyp
     return None
 
 
+def compiled_in_place(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called. Relies on `_compiled_call_impl`."""
+    return module._compiled_call_impl is not None
+
+
 def within_compiled() -> bool:
     """Whether compiled code, or what it calls, runs some frames up. Relies on its callers standing in `torch._dynamo`,
     whose functions run nothing else of a model but what it was told to leave alone."""

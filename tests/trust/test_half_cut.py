@@ -88,7 +88,9 @@ def adapted(variant: type[ll.Variant] | None = None, *how, **fields) -> nn.Modul
     model = Towers(*how)
     if variant.site == "block":
         fields = {"positions": "all", **fields}
-    if "share" in variant.config.__dataclass_fields__:  # a hundredth of 8 x 8 is nothing
+    if isinstance(
+        getattr(variant.config(variant=variant.name), "share", None), float
+    ):  # a hundredth of 8 x 8 is nothing
         fields = {"share": 0.2, **fields}
     ll.attach(model, variant.config(variant=variant.name, r=2, **fields))
     return model.train()

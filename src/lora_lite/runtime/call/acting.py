@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..._torch import is_fake, within_compiled
+from ..._torch import compiled_in_place, is_fake, within_compiled
 from ...core.errors import LoraLiteWarning, StateError, listing
 from ..layers.kinds import kind_of
 from ..layers.tensors import is_sharded
@@ -53,18 +53,24 @@ def begin(model: nn.Module, state: ModelState) -> None:
         watch.__enter__()
 
 
-def end(model: nn.Module, state: ModelState, failed: bool) -> None:
-    """After it, an exception included: name what other code read."""
+def end(model: nn.Module, state: ModelState, failed: bool) -> list[str]:
+    """After it, an exception included: stop listening; the targets whose weights other code read instead of calling
+    them."""
     watch: Watch | None = state.watch
     if watch is None:
-        return
+        return []
     state.watch = None
     watch.__exit__(None, None, None)
     if failed:
-        return
+        return []
     if watch.training:
         _watch_buffers(watch.buffers, look(model))
     state.unhooked[watch.training] = paths = [path for path in watch.read if path not in watch.ran]
+    return paths
+
+
+def tell(paths: list[str]) -> None:
+    """Say that these targets do nothing."""
     if paths:
         warnings.warn(_unhooked_text(paths, "the adapter does nothing there"), LoraLiteWarning, stacklevel=4)
 
@@ -130,7 +136,7 @@ def _sites(model: nn.Module, state: ModelState) -> Iterator[Site]:
 
 def _is_compiled(model: nn.Module) -> bool:
     """Whether parts of it run as compiled code, in which no hook can say that it ran."""
-    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+    return any("_orig_mod" in m._modules or compiled_in_place(m) for m in model.modules())
 
 
 def _check_present(model: nn.Module, state: ModelState, names: set[str]) -> None:

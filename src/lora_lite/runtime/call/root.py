@@ -55,7 +55,7 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if torch.compiler.is_compiling():
         return
     failed = output is None and sys.exc_info()[0] is not None
-    acting.end(model, state, failed)
+    idle = acting.end(model, state, failed)
     if state.begun and not failed:
         note_cache(state.begun, output)
     state.batch = state.memo = None
@@ -65,6 +65,7 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return
     if had_grad and state.vocabulary and model.training:
         check_head(model, state)
+    acting.tell(idle)
     if had_grad and state.cut and model.training and torch.is_grad_enabled():
         check_fed(state)
 
