@@ -297,6 +297,18 @@ def test_buffers_of_the_state_dict():
     ]
 
 
+def test_overrides_stay_out_and_arguments_are_changed():
+    class Loud(torch.Tensor):
+        pass
+
+    t = torch.zeros(2).as_subclass(Loud)
+    with _torch.without_overrides():
+        assert type(t + 1) is torch.Tensor
+    assert type(t + 1) is Loud
+    changed = _torch.with_tensors(lambda v: v + 1 if isinstance(v, int) else v, ((1, [2]), {"a": 3, "b": "c"}))
+    assert changed == ((2, [3]), {"a": 4, "b": "c"})
+
+
 def test_every_function_has_a_test():
     tested = {n.attr for n in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(n, ast.Attribute)}
     own = {name for name, f in inspect.getmembers(_torch, inspect.isfunction) if f.__module__ == _torch.__name__}

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 
-TRAINED = [v for v in ll.variants() if v.trains and not v.needs_data and v.on_step is None]
+SITES = ("linear", "block")
+TRAINED = [v for v in ll.variants() if v.trains and not v.needs_data and v.on_step is None and v.site in SITES]
 
 
 class Block(nn.Module):
