@@ -8,6 +8,7 @@ C = "tests/contract/"
 IO = "tests/io/"
 NATIVE = IO + "test_native.py"
 PEFT = IO + "test_peft_layout.py"
+TYPES = IO + "test_peft_types.py"
 TRAINER = "tests/interop/test_trainer.py"
 COST = "tests/runtime/test_cost.py"
 
@@ -154,24 +155,80 @@ BUGS = [
     ),
     Bug(
         "rsLoRA of a folder is not read",
-        "io/peft.py",
-        'use_rslora=bool(config.get("use_rslora", False))',
-        "use_rslora=False",
+        "io/peft_tables/lora.py",
+        '"use_rslora": bool(site.option("use_rslora")),',
+        '"use_rslora": False,',
         PEFT + " -k reads",
     ),
     Bug(
         "a folder's pattern of alpha is not read",
-        "io/peft.py",
-        'alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))',
-        'alpha = float(config["lora_alpha"])',
+        "io/peft_tables/lora.py",
+        'site.number("lora_alpha", "alpha_pattern"),',
+        'site.number("lora_alpha"),',
         PEFT + " -k reads",
     ),
     Bug(
-        "what PEFT means by bias is ignored",
-        "io/peft.py",
-        'if config.get("bias", "none") != "none":',
+        "trained biases of a folder are left out",
+        "io/peft_read.py",
+        "self.biases[path] = value",
+        "pass",
+        TYPES + " -k bias",
+    ),
+    Bug(
+        "a tensor that no row took is ignored",
+        "io/peft_read.py",
+        "if site.tensors:",
         "if False:",
         PEFT + " -k refuses",
+    ),
+    Bug(
+        "a bias beside the method is lost",
+        "io/peft_site.py",
+        "(0.0 if reading.bias is None else reading.bias.double())",
+        "0.0",
+        TYPES + " -k bias",
+    ),
+    Bug(
+        "names match in the middle of a path",
+        "io/peft_names.py",
+        'path.endswith(f".{n}") for n in names',
+        "n in path for n in names",
+        "tests/io/test_peft_names.py",
+    ),
+    Bug(
+        "a regular expression runs as long as it likes",
+        "io/peft_names.py",
+        "timeout=SECONDS",
+        "timeout=90",
+        PEFT + " -k refuses",
+    ),
+    Bug(
+        "UniLoRA looks for its layers among the tensors",
+        "io/peft_types.py",
+        "shared.unilora, named=True",
+        "shared.unilora",
+        TYPES + " -k UNILORA",
+    ),
+    Bug(
+        "exact rotations turn the wrong way",
+        "io/peft_tables/rotations.py",
+        "(theta if terms else -theta)",
+        "theta",
+        TYPES + " -k OFT",
+    ),
+    Bug(
+        "half of DeLoRA",
+        "io/peft_tables/products.py",
+        '"lora_lambda": strength / 2',
+        '"lora_lambda": strength',
+        TYPES + " -k DELORA",
+    ),
+    Bug(
+        "RandLoRA without its scale",
+        "io/peft_tables/shared.py",
+        "change = scale * B.flatten(1)",
+        "change = B.flatten(1)",
+        TYPES + " -k RANDLORA",
     ),
     Bug(
         "experts run slowest in B",

@@ -224,6 +224,13 @@ BUGS = [
     ),
     # ---- targets
     Bug(
+        "targets of files are not checked",
+        "runtime/targets/loaded.py",
+        "check_place(places[target.path], structure, target.cfg)",
+        "pass",
+        "tests/io/test_loaded_targets.py",
+    ),
+    Bug(
         "a dead pattern ignored",
         "runtime/targets/choose.py",
         "            if n == 0:\n",

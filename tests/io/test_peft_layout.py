@@ -83,23 +83,27 @@ def test_peft_reads_what_we_write(tmp_path, kind):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"peft_type": "IA3"}, "peft_type"),
-        ({"use_dora": True}, "use_dora"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"bias": "all"}, "bias"),
+        ({"peft_type": "IA3"}, "no ia3_l"),
+        ({"peft_type": "LILY"}, "peft_type 'LILY'"),
+        ({"use_dora": True}, "no lora_magnitude_vector"),
+        ({"init_lora_weights": "pissa"}, "residual"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
         ({"r": "8"}, "r must be"),
-        ({"rank_pattern": {"(a+)+b": 3}}, "regular expression"),
+        ({"rank_pattern": {"(": 3}}, "not a regular expression"),
+        ({"rank_pattern": {r"([\w.]|[\w.][\w.])*!": 3}}, "ran for more than"),
+        ({"rank_pattern": {".*[qv]_proj": 3}}, "rank 4 in the file and 3"),
         ({"r": 5}, "rank 4"),
     ],
 )
-def test_refuses_what_it_cannot_honour(tmp_path, change, word):
+def test_refuses_what_it_cannot_honour(tmp_path, change, word, monkeypatch):
+    monkeypatch.setattr("lora_lite.io.peft_names.SECONDS", 0.5)
     theirs = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     model = tiny()
     keys, before = list(model.state_dict()), model(IDS).logits
-    with pytest.raises(ll.FileError, match=word.replace("(", r"\(")):
+    with pytest.raises(ll.FileError, match=word):
         ll.load(model, tmp_path)
     assert list(model.state_dict()) == keys and torch.equal(model(IDS).logits, before) and ll.adapters(model) == {}
 

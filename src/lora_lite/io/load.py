@@ -12,7 +12,7 @@ from ..runtime.commit import check_attachable
 from ..runtime.handle import Adapter
 from ..runtime.model.state import DEFAULT, unwrap
 from .native import BaseCheck, load_native
-from .peft import load_peft
+from .peft_read import load_peft
 
 
 def load(
@@ -33,11 +33,12 @@ def load(
     Raises:
         FileError: damaged, of another format, or with missing, unexpected or ill-shaped tensors.
         BaseMismatchError: other base weights.
+        TargetError: a layer of a file of ours is never called as a module, or has several paths.
         StateError: the name is taken or the model is merged. In each case the model is untouched.
     """
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
     check_attachable(model, name)
     if Path(path).is_dir():
-        return load_peft(unwrap(model), path, name, trainable)
+        return load_peft(unwrap(model), Path(path), name, trainable)
     return load_native(unwrap(model), path, name, trainable, base_check)

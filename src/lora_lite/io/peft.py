@@ -1,4 +1,4 @@
-"""PEFT's folder layout, both ways: `adapter_config.json` beside `adapter_model.safetensors`.
+"""PEFT's folder layout, written: `adapter_config.json` beside `adapter_model.safetensors`.
 
 Export writes the one form that every reader of that layout understands alike: one rank everywhere (zero-padded), the
 scale folded into B, lora_alpha = r as integers, no patterns, and zero tensors for the layers of an adapted kind that
@@ -17,31 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..core.config import AdapterConfig, matches
-from ..core.errors import FileError, StateError, did_you_mean, listing
-from ..core.files import read_tensors
-from ..core.registry import get_variant, variants
-from ..runtime.commit import commit
-from ..runtime.handle import Adapter
+from ..core.errors import FileError, StateError, listing
+from ..core.registry import variants
 from ..runtime.layers.kinds import kind_named
 from ..runtime.layers.linear import dims
-from ..runtime.model.record import Record, Target
+from ..runtime.model.record import Record
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
-from ..runtime.start.staging import filled
-from ..runtime.targets.choose import make_target
 from ..runtime.view.expert import layer_views
-from .peft_experts import Pair, expert_factors, packed, unpacked
-from .peft_whole import Values, called, full_values, patterns, split_whole, whole_targets
+from .peft_experts import Pair, expert_factors, packed
+from .peft_whole import full_values
 from .tensors import write_tensors
 
 PREFIX = "base_model.model."
-REFUSED = {
-    "use_dora": "DoRA magnitudes",
-    "layer_replication": "replicated layers",
-    "trainable_token_indices": "trained token rows",
-    "lora_bias": "a bias on B",
-    "alora_invocation_tokens": "activated LoRA",
-}
 
 
 def export(
@@ -149,153 +136,3 @@ def _config(model: nn.Module, record: Record, linear: list[str], parameters: lis
         "inference_mode": True,
         "modules_to_save": [t.path for t in record.beside] or None,
     }
-
-
-def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, trainable: bool) -> Adapter:
-    """Attach a LoRA adapter from a folder in PEFT's layout; every tensor of the file is used, or it raises."""
-    folder = Path(folder)
-    config, tensors = _read_config(folder), _read_tensors(folder)
-    modules = dict(model.named_modules())
-    saved, tensors = _saved_whole(config, modules, tensors, folder)
-    cfg = get_variant("lora").config(
-        train_modules=patterns(list(saved)),
-        r=config["r"],
-        alpha=float(config["lora_alpha"]),
-        use_rslora=bool(config.get("use_rslora", False)),  # pyright: ignore[reportCallIssue]
-        dropout=float(config.get("lora_dropout") or 0.0),
-    )
-    pairs = _pairs(tensors, folder)
-    of_experts, values = unpacked(model, config, pairs, cfg, folder)
-    targets: dict[str, Target] = {}
-    for path, pair in pairs.items():
-        size = _checked_size(path, pair, modules, folder)
-        targets[path] = make_target(path, *size, _with_rank(cfg, path, pair["lora_A"].shape[0], config, folder))
-    targets |= of_experts
-    if not targets:
-        raise FileError(f"{folder}: adapter_model.safetensors holds no tensor.")
-    whole, differences = whole_targets(saved, modules, cfg, folder)
-    record = Record(name, get_variant("lora"), cfg, targets | whole)
-    values |= pairs | differences
-    keyed = {t.key(short): values[path][short] for path, t in record.targets.items() for short in t.specs}
-    return commit(model, record, filled(model, record, keyed), trainable)
-
-
-def _saved_whole(
-    config: dict[str, Any], modules: dict[str, nn.Module], tensors: dict[str, Tensor], folder: Path
-) -> tuple[Values, dict[str, Tensor]]:
-    """What the file holds of the modules in `modules_to_save`, and its other tensors."""
-    names = config.get("modules_to_save") or []
-    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise FileError(f"{folder}: modules_to_save must be a list of names, got {names!r}.")
-    saved, rest = split_whole(names, modules, tensors, PREFIX)
-    if missing := [n for n in names if not any(called(path, [n]) for path in saved)]:
-        raise FileError(f"{folder}: modules_to_save names {listing(missing)}, of which the file holds no tensor.")
-    return saved, rest
-
-
-def _pairs(tensors: dict[str, Tensor], folder: Path) -> Values:
-    """Path -> its lora_A and lora_B; any other tensor raises."""
-    pairs: Values = {}
-    for key, t in tensors.items():
-        path, dot, letter = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if not dot or letter not in ("lora_A", "lora_B"):
-            raise FileError(
-                f"{folder}: tensor {key!r} is not a lora_A or lora_B weight; this adapter holds more than LoRA, which "
-                "is not read."
-            )
-        pairs.setdefault(path, {})[letter] = t
-    return pairs
-
-
-def _checked_size(path: str, pair: dict[str, Tensor], modules: dict[str, nn.Module], folder: Path) -> tuple[int, int]:
-    """(d_in, d_out) of the layer that a pair of factors fits."""
-    if path not in modules:
-        raise FileError(f"{folder}: the model has no module {path!r}.{did_you_mean(path, modules)}")
-    size = dims(modules[path])
-    if len(pair) != 2 or size is None:
-        raise FileError(f"{folder}: {path} {'has only ' + next(iter(pair)) if size else 'is not a linear layer'}.")
-    A, B = pair["lora_A"], pair["lora_B"]
-    r = A.shape[0]
-    if tuple(A.shape) != (r, size[0]) or tuple(B.shape) != (size[1], r):
-        raise FileError(
-            f"{folder}: {path} is {size[0]}->{size[1]}, but its factors are {tuple(A.shape)} and {tuple(B.shape)}."
-        )
-    return size
-
-
-def _with_rank(cfg: AdapterConfig, path: str, r: int, config: dict[str, Any], folder: Path) -> AdapterConfig:
-    """The config of one layer, with the rank and the alpha that the patterns say."""
-    declared = _pattern(config.get("rank_pattern"), path, config["r"])
-    if r != declared:
-        raise FileError(f"{folder}: {path} has rank {r} in the file and {declared} in adapter_config.json.")
-    alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
-    return type(cfg)(**{**cfg.to_dict(), "r": r, "alpha": alpha})
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise FileError(
-            f"{folder} holds no adapter_config.json. For lora_lite's own format pass the .safetensors file."
-        )
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise FileError(f"{path} is not JSON ({e}).") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise FileError(
-            f"{path}: peft_type {config.get('peft_type') if isinstance(config, dict) else config!r} cannot be read; "
-            "only LORA can."
-        )
-    _check_supported(config, path)
-    _check_numbers(config, path)
-    return config
-
-
-def _check_supported(config: dict[str, Any], path: Path) -> None:
-    """Raise where the folder holds more than plain LoRA."""
-    for field, what in REFUSED.items():
-        if config.get(field):
-            raise FileError(
-                f"{path}: {field} is set, and {what} cannot be read from this layout yet. Merge the adapter in PEFT "
-                "and load the merged model."
-            )
-    if config.get("bias", "none") != "none":
-        raise FileError(f"{path}: bias={config['bias']!r} trains base biases, which is not read.")
-    if config.get("init_lora_weights") not in (True, False, None, "gaussian", "eva", "orthogonal"):
-        raise FileError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} belongs to a base whose weights PEFT changed. "
-            "Save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
-        )
-
-
-def _check_numbers(config: dict[str, Any], path: Path) -> None:
-    for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), (int, float)) or isinstance(config.get(field), bool):
-            raise FileError(f"{path}: {field} must be a number, got {config.get(field)!r}.")
-    for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(field) or {}, dict):
-            raise FileError(f"{path}: {field} must be a mapping.")
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise FileError(
-            f"{folder} holds no adapter_model.safetensors; pickled adapters (adapter_model.bin) are never read."
-        )
-    return read_tensors(path)
-
-
-def _pattern(patterns: Any, path: str, default: Any) -> Any:
-    """PEFT's override rule for literal module names; a regular expression from a file is never run."""
-    for key, value in (patterns or {}).items():
-        plain = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if any(c in plain for c in "*+?()[]{}|\\"):
-            raise FileError(
-                f"the pattern {key!r} of adapter_config.json is a regular expression; only literal module names are "
-                "read from files."
-            )
-        if matches(plain.replace(".", "\\."), path):
-            return value
-    return default

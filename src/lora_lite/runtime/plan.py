@@ -135,7 +135,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     if variant.shared_specs is not None:
         add_shared(targets, cfg)
     if variant.tied is not None:
-        tied, more = _tied_targets(structure, chosen, targets)
+        tied, more = tied_targets(structure, chosen, targets)
         chosen, targets = chosen + tied, targets + more
     if whole:
         own = whole_config(cfg)
@@ -149,7 +149,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     return Plan(cfg, targets, hits, unadapted, sum(map(_numel, base.values())), rows, notes)
 
 
-def _tied_targets(structure: Structure, chosen: list[Place], targets: list[Target]) -> tuple[list[Place], list[Target]]:
+def tied_targets(structure: Structure, chosen: list[Place], targets: list[Target]) -> tuple[list[Place], list[Target]]:
     """The layers that share a chosen one's weight, and the targets on them, on which its tensors act too."""
     places, more = [], []
     for i, place in tied_places(structure, chosen):
