@@ -226,8 +226,8 @@ BUGS = [
     Bug(
         "RandLoRA without its scale",
         "io/peft_tables/shared.py",
-        "change = scale * B.flatten(1)",
-        "change = B.flatten(1)",
+        "scale * B.flatten(1)",
+        "B.flatten(1)",
         TYPES + " -k RANDLORA",
     ),
     Bug(

@@ -112,7 +112,7 @@ BUGS = [
     Bug(
         "a convolution without its dilation",
         "runtime/layers/conv.py",
-        "m.stride, padding, m.dilation)",
+        "m.stride, padding, m.dilation, m.groups)",
         "m.stride, padding)",
         R + "test_places.py -k lora_works",
     ),

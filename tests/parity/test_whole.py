@@ -120,7 +120,7 @@ def test_folders_that_do_not_fit(tmp_path):
         ("lm_head", good, "must be a list of names"),
         (["lm_head"], {**good, key: torch.zeros(63, 32)}, "lm_head holds"),
         (["lm_head"], {**good, "base_model.model.lm_head.bias": torch.zeros(64)}, "lm_head holds"),
-        (None, {**good, "base_model.model.lm_head.bias": torch.zeros(64)}, "lm_head holds"),
+        (None, {**good, "base_model.model.lm_head.bias": torch.zeros(64)}, "holds a bias"),
     ):
         config.write_text(json.dumps({**fields, "modules_to_save": names}))
         save_file(held, tensors)
