@@ -226,8 +226,8 @@ BUGS = [
     Bug(
         "RandLoRA without its scale",
         "io/peft_tables/shared.py",
-        "scale * B.flatten(1)",
-        "B.flatten(1)",
+        '* (site.number("randlora_alpha") / site.number("r"))',
+        "",
         TYPES + " -k RANDLORA",
     ),
     Bug(
