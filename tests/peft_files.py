@@ -142,6 +142,10 @@ CASES: dict[str, Make] = {
     "SUPERTUNING LoRA": config("SupertuningConfig", sparsity=0.5, r=2),
     "OSF": config("OSFConfig", effective_rank=3),
     "FROD": config("FrodConfig"),
+    "VERA other layers": config("VeraConfig", r=5, target_modules=["fc1", "turned"], bias="all"),
+    "VBLORA best alone": config("VBLoRAConfig", r=3, vector_length=2, num_vectors=7, save_only_topk_weights=True),
+    "PEANUT": config("PeanutConfig", r=3, scaling=2.5),
+    "PEANUT deep": config("PeanutConfig", r=3, depth=2, act_fn="tanh", scaling=2.5),
     "UNILORA": config("UniLoraConfig", r=3, theta_d_length=37),
 }
 

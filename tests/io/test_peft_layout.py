@@ -90,13 +90,12 @@ def test_peft_reads_what_we_write(tmp_path, kind):
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
         ({"r": "8"}, "r must be"),
         ({"rank_pattern": {"(": 3}}, "not a regular expression"),
-        ({"rank_pattern": {r"([\w.]|[\w.][\w.])*!": 3}}, "ran for more than"),
+        ({"rank_pattern": {r"(a)\1": 3}}, "not read at"),
         ({"rank_pattern": {".*[qv]_proj": 3}}, "rank 4 in the file and 3"),
         ({"r": 5}, "rank 4"),
     ],
 )
-def test_refuses_what_it_cannot_honour(tmp_path, change, word, monkeypatch):
-    monkeypatch.setattr("lora_lite.io.peft_names.SECONDS", 0.5)
+def test_refuses_what_it_cannot_honour(tmp_path, change, word):
     theirs = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

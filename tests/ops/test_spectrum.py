@@ -40,6 +40,18 @@ def test_top_svd(m, n, k, kind, dtype):
     assert (V.gather(0, V.abs().argmax(0, keepdim=True)) > 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_the_side_of_the_rows(dtype):
+    X = matrix(30, 211, "decaying", dtype)
+    e, V = spectrum.top_eigh_of_rows(X, 5)
+    _, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    eps = torch.finfo(dtype).eps
+    assert (e.double() / S[:5] ** 2 - 1).abs().max() <= 100 * eps
+    assert (V.double() - Vh[:5].mT * spectrum.fix_signs(Vh[:5].mT)).abs().max() <= 100 * eps
+    assert spectrum.top_eigh_of_rows(X, 31) is None
+    assert spectrum.top_eigh_of_rows(matrix(30, 211, "deficient", dtype), 8) is None
+
+
 def test_every_way_is_taken(monkeypatch):
     ways = []
     lanczos, gram = spectrum._lanczos, spectrum._gram

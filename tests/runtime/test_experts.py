@@ -13,6 +13,7 @@ import transformers
 import lora_lite as ll
 from lora_lite.runtime.layers.bank import banks
 from lora_lite.testing.case import randomise
+from neighbours import fused_experts
 
 COMMON = {
     "hidden_size": 24,
@@ -43,6 +44,7 @@ MODELS = {
 }
 IDS = torch.arange(14).view(2, 7)
 KIND = ("experts",)
+pytestmark = fused_experts
 
 
 def build(name="mixtral", **changes):
@@ -282,7 +284,7 @@ def test_checkpointing(reentrant):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["lora", "hra"])
+@pytest.mark.parametrize("variant", ["lora", pytest.param("hra", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 def test_one_graph(implementation, variant):
     torch.compiler.reset()

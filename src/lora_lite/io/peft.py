@@ -25,10 +25,10 @@ from ..runtime.model.record import Record
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from ..runtime.view.expert import layer_views
 from .peft_experts import Pair, expert_factors, packed
+from .peft_read import CONFIG, PREFIX, WEIGHTS
 from .peft_whole import full_values
+from .places import replaced_folder
 from .tensors import write_tensors
-
-PREFIX = "base_model.model."
 
 
 def export(
@@ -37,11 +37,13 @@ def export(
     """Write one adapter for PEFT, vLLM, llama.cpp and others: exact for every method whose update is of low rank.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it is not there. An adapter in it is replaced at once, so that a killed process leaves the old
+            or the new one; its other files stay.
         format: "peft".
 
     Raises:
         StateError: the method's update is not a pair of low-rank factors (merge it instead), or the model is merged.
+        FileError: the folder cannot be written; what was in it is as it was.
     """
     if format != "peft":
         raise FileError(f"format must be 'peft', got {format!r}.")
@@ -57,13 +59,16 @@ def export(
         tensors |= full_values(model, record)
     config = _config(model, record, list(factors), parameters, r)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(
-        folder / "adapter_model.safetensors",
-        {f"{PREFIX}{key}": t for key, t in tensors.items()},
-        {"format": "pt", "written_by": f"lora_lite {__version__}"},
-    )
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with replaced_folder(folder, WEIGHTS) as new:
+        write_tensors(
+            new / WEIGHTS,
+            {f"{PREFIX}{key}": t for key, t in tensors.items()},
+            {"format": "pt", "written_by": f"lora_lite {__version__}"},
+        )
+        with (new / CONFIG).open("w") as f:
+            f.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
     return folder
 
 

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
-from ..core.errors import FileError
+from ..core.errors import FileError, shown
+from .patterns import compiled
 
 SECONDS = 5.0
 """How long the regular expressions of one folder may run."""
+MAX_EXPRESSIONS = 1000
+"""Regular expressions in one field."""
 PLAIN = re.compile(r"[\w.\-]*")
-SEARCH = """
-import json, re, sys
-patterns, paths = json.load(sys.stdin)
-json.dump([[bool(re.fullmatch(p, path)) for path in paths] for p in patterns], sys.stdout)
-"""
 
 
 class Matcher:
-    """PEFT's rules over the paths of one model.
-
-    A literal name is compared. A regular expression, which may take for ever, runs in a process of its own that is
-    ended after `SECONDS`; each is asked once, about all paths.
-    """
+    """PEFT's rules over the paths of one model: a literal name is compared, a regular expression is run with a time
+    limit, once over all paths."""
 
     def __init__(self, paths: list[str], where: str) -> None:
-        self.paths, self.where = paths, where
+        self.paths, self.where, self.spent = paths, where, 0.0
         self._hits: dict[str, frozenset[str]] = {}
+        self._tables: dict[int, _Table] = {}
 
     def matches(self, pattern: str, path: str) -> bool:
         """Whether the whole path matches."""
@@ -37,18 +32,15 @@ class Matcher:
             self._hits[pattern] = frozenset(self._search(pattern))
         return path in self._hits[pattern]
 
-    def tail(self, pattern: str, path: str) -> bool:
-        """Whether the path, or its tail after a dot, matches: the rule of rank_pattern and its like."""
-        name = pattern.replace("\\.", ".").removesuffix("$")
-        if PLAIN.fullmatch(name.removeprefix("^")):
-            return path == name[1:] if name.startswith("^") else f".{path}".endswith(f".{name}")
-        return self.matches(rf"(?:.*\.)?(?:{pattern})", path)
-
     def value(self, patterns: Any, path: str, default: Any) -> Any:
         """The value of the first pattern that matches the path or its tail."""
         if not isinstance(patterns or {}, dict):
-            raise FileError(f"{self.where}: {patterns!r} must be a mapping.")
-        return next((v for k, v in (patterns or {}).items() if self.tail(k, path)), default)
+            raise FileError(f"{self.where}: {shown(patterns)} must be a mapping.")
+        if not patterns:
+            return default
+        if id(patterns) not in self._tables:
+            self._tables[id(patterns)] = _Table(patterns, self.where)
+        return self._tables[id(patterns)](path, default, self.matches)
 
     def named(self, names: Any, path: str) -> bool:
         """The rule of target_modules: a regular expression for the whole path, or a list of tails."""
@@ -57,17 +49,44 @@ class Matcher:
         return isinstance(names, list) and any(path == n or path.endswith(f".{n}") for n in names)
 
     def _search(self, pattern: str) -> list[str]:
-        asked = json.dumps([[pattern], self.paths])
-        try:
-            answer = subprocess.run(
-                [sys.executable, "-I", "-S", "-c", SEARCH], input=asked, capture_output=True, text=True, timeout=SECONDS
-            )
-        except subprocess.TimeoutExpired:
+        start = time.monotonic()
+        match = compiled(pattern)
+        found = []
+        for path in self.paths:
+            if match(path):
+                found.append(path)
+            if self.spent + time.monotonic() - start > SECONDS:
+                raise FileError(
+                    f"{self.where}: the regular expression {shown(pattern)} ran for more than {SECONDS:.0f} seconds "
+                    "over the names of the model's layers. Write the names out in adapter_config.json."
+                )
+        self.spent += time.monotonic() - start
+        return found
+
+
+class _Table:
+    """Overrides of one value: literal tails, with `^` in front whole paths, and regular expressions for tails. The
+    first that matches wins."""
+
+    def __init__(self, patterns: dict[str, Any], where: str) -> None:
+        self.literal: dict[str, tuple[int, Any]] = {}
+        """Name -> (its place among the patterns, value)."""
+        self.expressions: list[tuple[int, str, Any]] = []
+        for i, (pattern, value) in enumerate(patterns.items()):
+            name = pattern.replace("\\.", ".").removesuffix("$")
+            if PLAIN.fullmatch(name.removeprefix("^")):
+                self.literal.setdefault(name, (i, value))
+            else:
+                self.expressions.append((i, rf"(?:.*\.)?(?:{pattern})", value))
+        if len(self.expressions) > MAX_EXPRESSIONS:
             raise FileError(
-                f"{self.where}: the regular expression {pattern!r} ran for more than {SECONDS:.0f} seconds over the "
-                "names of the model's layers. Write the names out in adapter_config.json."
-            ) from None
-        if answer.returncode:
-            reason = answer.stderr.strip().splitlines()[-1:] or ["no answer"]
-            raise FileError(f"{self.where}: {pattern!r} is not a regular expression ({reason[0]}).")
-        return [path for path, hit in zip(self.paths, json.loads(answer.stdout)[0], strict=True) if hit]
+                f"{where}: a field of adapter_config.json holds {len(self.expressions)} regular expressions; at most "
+                f"{MAX_EXPRESSIONS} are run."
+            )
+
+    def __call__(self, path: str, default: Any, matches: Callable[[str, str], bool]) -> Any:
+        parts = path.split(".")
+        names = [f"^{path}", *(".".join(parts[i:]) for i in range(len(parts)))]
+        found = [self.literal[name] for name in names if name in self.literal]
+        first, value = min(found, key=lambda f: f[0], default=(1 << 62, default))
+        return next((v for i, p, v in self.expressions if i < first and matches(p, path)), value)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
-from ..core.errors import FileError, LoraLiteError, LoraLiteWarning, did_you_mean, listing
-from ..core.files import read_tensors
+from ..core.errors import FileError, LoraLiteWarning, did_you_mean, listing, shown
+from ..core.files import opened, parsed, read_tensors, reading
 from ..core.registry import get_variant
 from ..runtime.commit import commit
 from ..runtime.handle import Adapter
@@ -23,8 +23,10 @@ from ..runtime.layers.tensors import bias_of
 from ..runtime.model.record import Record, Target
 from ..runtime.plan import tied_targets
 from ..runtime.start.staging import filled
+from ..runtime.targets.choose import add_shared
 from ..runtime.targets.loaded import check_loaded
 from ..runtime.targets.structure import Structure, describe
+from .native import check_keys, expected
 from .peft_experts import unpacked
 from .peft_names import Matcher
 from .peft_site import Reading, Site, target_on
@@ -33,16 +35,21 @@ from .peft_types import TYPES, Row
 from .peft_whole import Values, called, patterns, split_whole, whole_targets
 
 PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SHARED = "base_model."
 TOKENS = "token_adapter."
 AUTOMATIC = ("classifier", "score", "qa_outputs")
 """What PEFT itself adds to modules_to_save for a task, whether the model has it or not."""
+MAX_CONFIG = 16 << 20
+"""Bytes of adapter_config.json."""
+MAX_TENSORS = 64
+"""On one layer."""
 Tensors = dict[str, Tensor]
 
 
 def load_peft(model: nn.Module, folder: Path, name: str, trainable: bool) -> Adapter:
     """Attach the adapter of a folder."""
-    return attach_peft(model, read_config(folder), read_folder(folder), name, trainable, str(folder))
+    return attach_peft(model, read_config(folder), read_folder(folder, model), name, trainable, str(folder))
 
 
 def attach_peft(
@@ -53,9 +60,11 @@ def attach_peft(
     Raises:
         FileError: the type is not read, a field asks for what is not read, or a tensor fits nothing.
     """
-    reader = _Reader(model, config, _renamed(tensors, model), where)
-    record, values, same = reader.read(name)
-    keyed = {t.key(short): values[path][short] for path, t in record.targets.items() if not t.tied for short in t.specs}
+    with reading(where):
+        record, values, same = _Reader(model, config, {_short(k): t for k, t in tensors.items()}, where).read(name)
+        own = [(path, t) for path, t in record.targets.items() if not t.tied]
+        keyed = {t.key(short): values[path][short] for path, t in own for short in t.specs}
+        check_keys(expected(record), keyed, where)
     if trainable and not same:
         warnings.warn(
             f"{where}: {config.get('peft_type')} is read as variant {record.cfg.variant!r}: the same function, which "
@@ -71,48 +80,73 @@ def attach_peft(
 
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, checked to be of a type that the table has."""
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     if not path.is_file():
         raise FileError(
             f"{folder} holds no adapter_config.json. For lora_lite's own format pass the .safetensors file."
         )
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise FileError(f"{path} is not JSON ({e}).") from None
-    if not isinstance(config, dict):
-        raise FileError(f"{path}: a mapping is expected, not {type(config).__name__}.")
+    with reading(folder):
+        with path.open("rb") as f:
+            text = f.read(MAX_CONFIG + 1)
+        if len(text) > MAX_CONFIG:
+            raise FileError(f"{path} has more than {MAX_CONFIG} bytes, which no configuration has.")
+        config = parsed(text, str(path))
+        if not isinstance(config, dict):
+            raise FileError(f"{path}: a mapping is expected, not {type(config).__name__}.")
+        row_of(config)
     return config
 
 
-def read_folder(folder: Path) -> Tensors:
-    """adapter_model.safetensors."""
-    path = folder / "adapter_model.safetensors"
+def read_folder(folder: Path, model: nn.Module) -> Tensors:
+    """adapter_model.safetensors; nothing is read where some tensors belong to no module of the model."""
+    path = folder / WEIGHTS
     if not path.is_file():
         raise FileError(
             f"{folder} holds no adapter_model.safetensors; pickled adapters (adapter_model.bin) are never read."
         )
+    with opened(path) as f:
+        _check_owners(list(f.keys()), model)
     return read_tensors(path)
 
 
-def row_of(config: dict[str, Any], where: str) -> Row:
+def _check_owners(keys: list[str], model: nn.Module) -> None:
+    modules = {path for path, _ in model.named_modules()}
+    owners = Counter(_owner(_short(key), modules) for key in keys)
+    if foreign := [k for k in keys if not _owner(_short(k), modules)]:
+        absent = _short(foreign[0]).partition(".lora_")[0]
+        raise FileError(
+            f"{len(foreign)} tensors belong to no module of the model: {listing(foreign)}."
+            f"{did_you_mean(absent, modules)}"
+        )
+    for path, n in owners.items():
+        if n > MAX_TENSORS and path != SHARED:
+            raise FileError(f"{n} tensors of {shown(path)}; no adapter has more than {MAX_TENSORS} on one layer.")
+
+
+def _owner(key: str, modules: Container[str]) -> str:
+    """The path of the module to which a tensor belongs: `SHARED` for the whole model, empty for none."""
+    if key.startswith(SHARED):
+        return SHARED
+    path = key
+    while path and path not in modules:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def row_of(config: dict[str, Any]) -> Row:
     """The row of a config's peft_type."""
     found = config.get("peft_type")
     if not isinstance(found, str) or found not in TYPES:
         raise FileError(
-            f"{where}: peft_type {found!r} cannot be read.{did_you_mean(str(found), TYPES)} These can: "
+            f"peft_type {shown(found)} cannot be read.{did_you_mean(str(found)[:99], TYPES)} These can: "
             f"{', '.join(sorted(TYPES))}. Merge the adapter in PEFT and load the merged model."
         )
     return TYPES[found]
 
 
-def _renamed(tensors: Tensors, model: nn.Module) -> Tensors:
-    """Tensors by path; what belongs to the whole model keeps the prefix `SHARED`."""
-    found = {}
-    for key, t in tensors.items():
-        short = key.removeprefix(PREFIX) if key.startswith(PREFIX) else key
-        found[short.replace("._orig_mod.", ".").removeprefix("_orig_mod.")] = t
-    return found
+def _short(key: str) -> str:
+    """The name of a tensor behind PEFT's prefix; what belongs to the whole model keeps the prefix `SHARED`."""
+    return key.removeprefix(PREFIX).replace("._orig_mod.", ".").removeprefix("_orig_mod.")
 
 
 @dataclass
@@ -130,20 +164,10 @@ class _Reader:
     def __post_init__(self) -> None:
         self.modules = {path: m for path, m in self.model.named_modules() if path}
         self.match = Matcher(list(self.modules), self.where)
-        self.row = row_of(self.config, self.where)
+        self.row = row_of(self.config)
 
     def read(self, name: str) -> tuple[Record, Values, bool]:
         """The record, the tensors of its targets, and whether all of it is what PEFT trains."""
-        try:
-            return self._read(name)
-        except FileError:
-            raise
-        except LoraLiteError as e:
-            raise FileError(f"{self.where}: {e}") from None
-        except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as e:
-            raise FileError(f"{self.where}: the adapter is malformed ({type(e).__name__}: {e}).") from None
-
-    def _read(self, name: str) -> tuple[Record, Values, bool]:
         saved = self._saved_whole()
         pairs, sites = self._pairs(), self._sites()
         readings = {path: self._one(site) for path, site in sites.items()}
@@ -151,10 +175,13 @@ class _Reader:
         cfg = self._main(readings, list(saved))
         experts, values = self._experts(cfg, pairs)
         targets: dict[str, Target] = {}
-        for path, reading in readings.items():
+        for path, found in readings.items():
             site = sites.get(path) or self._site(path, {}, {})
-            targets[path], values[path] = target_on(site, reading, cfg)
+            targets[path], values[path] = target_on(site, found, cfg)
             self._check_used(site)
+        own = [t for t in targets.values() if t.cfg.variant == cfg.variant]
+        if own and own[0].variant.shared_specs is not None:
+            add_shared(own, cfg)
         targets |= experts
         whole, differences = whole_targets(saved, self.modules, cfg, Path(self.where))
         values |= differences
@@ -162,7 +189,7 @@ class _Reader:
         targets |= whole
         targets |= _tied(structure, targets)
         if not targets:
-            raise FileError(f"{self.where}: adapter_model.safetensors holds no tensor.")
+            raise FileError("adapter_model.safetensors holds no tensor.")
         check_loaded(structure, targets.values())
         return Record(name, get_variant(cfg.variant), cfg, targets), values, self.same
 
@@ -171,12 +198,12 @@ class _Reader:
         """Takes out of the tensors what the file holds of the modules in `modules_to_save`."""
         names = self.config.get("modules_to_save") or []
         if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-            raise FileError(f"{self.where}: modules_to_save must be a list of names, got {names!r}.")
+            raise FileError(f"modules_to_save must be a list of names, got {shown(names)}.")
         saved, self.tensors = split_whole(names, self.modules, self.tensors, "")
         for n in names:
             absent = n in AUTOMATIC and not any(called(path, [n]) for path in self.modules)
             if not absent and not any(called(path, [n]) for path in saved):
-                raise FileError(f"{self.where}: modules_to_save names {n!r}, of which the file holds no tensor.")
+                raise FileError(f"modules_to_save names {shown(n)}, of which the file holds no tensor.")
         return {**saved, **self._loose()}
 
     def _loose(self) -> Values:
@@ -195,7 +222,7 @@ class _Reader:
             elif not self._is_base(path, value):
                 if inside:
                     raise FileError(
-                        f"{self.where}: {key} differs from this model's weight, and the adapter stands on it: load "
+                        f"{key} differs from this model's weight, and the adapter stands on it: load "
                         "the base with the embedding that it was trained on."
                     )
                 found[path] = {"weight": value}
@@ -208,7 +235,7 @@ class _Reader:
         own = self.modules[path]._parameters.get("weight")
         if own is None or own.shape != value.shape:
             raise FileError(
-                f"{self.where}: the file holds a weight {tuple(value.shape)} of {path}, which is "
+                f"the file holds a weight {tuple(value.shape)} of {path}, which is "
                 f"{'nothing' if own is None else tuple(own.shape)} here; resize_token_embeddings first, as for "
                 "training."
             )
@@ -221,7 +248,7 @@ class _Reader:
         for path, value in self.biases.items():
             old = bias_of(self.modules[path])
             if old is None or old.shape != value.shape:
-                raise FileError(f"{self.where}: the file holds a bias {tuple(value.shape)} of {path}.")
+                raise FileError(f"the file holds a bias {tuple(value.shape)} of {path}.")
             change = value.float() - old.detach().float().cpu()
             if not bool(change.abs().max() > 1e-6):
                 continue
@@ -238,39 +265,38 @@ class _Reader:
         own: dict[str, Tensors] = {}
         for key, t in self.tensors.items():
             path = self._owner(key)
-            if path is not None:
+            if path != SHARED:
                 own.setdefault(path, {})[key[len(path) + 1 :]] = t
         own |= {path: {} for path in self.modules if self.row.named and self._is_named(path)}
         found = {path: kind_of(self.modules[path]) for path in self.modules if path in own}
         sizes = {path: kind.size(self.modules[path]) or (0, 0) for path, kind in found.items() if kind is not None}
-        return {path: self._site(path, own[path], sizes) for path in found}
+        alone = all(kind is not None and kind.plain_vectors for kind in found.values()) and not any(
+            path in own for path in self.biases
+        )
+        return {path: self._site(path, own[path], sizes, alone) for path in found}
 
     def _is_named(self, path: str) -> bool:
         """Whether target_modules names a layer that exclude_modules does not."""
         chosen = self.match.named(self.config.get("target_modules"), path)
         return chosen and not self.match.named(self.config.get("exclude_modules"), path)
 
-    def _site(self, path: str, tensors: Tensors, sizes: dict[str, tuple[int, int]]) -> Site:
+    def _site(self, path: str, tensors: Tensors, sizes: dict[str, tuple[int, int]], alone: bool = False) -> Site:
         module = self.modules[path]
         kind = kind_of(module)
         if kind is None:
-            raise FileError(f"{self.where}: {path} is a {type(module).__name__}, no layer that can be adapted.")
+            raise FileError(f"{path} is a {type(module).__name__}, no layer that can be adapted.")
         shared = {k.removeprefix(SHARED): t for k, t in self.tensors.items() if k.startswith(SHARED)}
-        return Site(path, module, kind, self.config, tensors, shared, sizes, self.match, self.where)
+        return Site(path, module, kind, self.config, tensors, shared, sizes, alone, self.match, self.where)
 
-    def _owner(self, key: str) -> str | None:
-        """The layer that a tensor belongs to; None for the whole model."""
-        if key.startswith(SHARED):
-            return None
-        path = key
-        while path and path not in self.modules:
-            path = path.rpartition(".")[0]
+    def _owner(self, key: str) -> str:
+        """The layer that a tensor belongs to, which must be there."""
+        path = _owner(key, self.modules)
+        if path == SHARED:
+            return path
         rest = key[len(path) + 1 :]
         if not path or "base_layer." in rest and not self.config.get("target_parameters"):
             absent = rest.partition(".lora_")[0] if path else key.partition(".lora_")[0]
-            raise FileError(
-                f"{self.where}: tensor {key!r} belongs to no layer of this model.{did_you_mean(absent, self.modules)}"
-            )
+            raise FileError(f"tensor {key!r} belongs to no layer of this model.{did_you_mean(absent, self.modules)}")
         return path
 
     def _one(self, site: Site) -> Reading:
@@ -284,8 +310,7 @@ class _Reader:
     def _check_used(self, site: Site) -> None:
         if site.tensors:
             raise FileError(
-                f"{self.where}: {site.path} holds more than {self.config['peft_type']} has: "
-                f"{listing(sorted(site.tensors))}."
+                f"{site.path} holds more than {self.config['peft_type']} has: {listing(sorted(site.tensors))}."
             )
 
     def _experts(self, cfg: AdapterConfig, pairs: Values) -> tuple[dict[str, Target], Values]:
@@ -295,7 +320,7 @@ class _Reader:
         banks = [n for n in names if not any(p.endswith(f".{n}") for p in linear)] if isinstance(names, list) else names
         found = unpacked(self.model, {**self.config, "target_parameters": banks}, pairs, cfg, Path(self.where))
         if pairs:
-            raise FileError(f"{self.where}: {next(iter(pairs))} is no layer of this model that can be adapted.")
+            raise FileError(f"{next(iter(pairs))} is no layer of this model that can be adapted.")
         return found
 
     def _pairs(self) -> Values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
-from ..core.errors import FileError
+from ..core.errors import FileError, listing, shown
 from ..core.registry import get_variant, holder
 from ..runtime.layers.read import read_weight
 from ..runtime.layers.tensors import bias_of
@@ -18,9 +19,13 @@ from ..runtime.model.kind import Kind
 from ..runtime.model.record import Record, Target
 from ..runtime.model.site import Slot
 from ..runtime.targets.choose import make_target
-from ..runtime.view.composed import composed
+from ..runtime.view.composed import Composed
 from ..runtime.view.layer import DenseView
+from .header import check_scale
 from .peft_names import Matcher
+
+MAX_COUNT = 1 << 20
+"""Of blocks, terms, iterations and the like in a file."""
 
 
 @dataclass
@@ -38,17 +43,37 @@ class Site:
     """Those of the whole model: "vera_A"."""
     sizes: dict[str, tuple[int, int]]
     """(d_in, d_out) of all adapted layers, in the model's order."""
+    alone: bool
+    """Whether every layer is a plain linear one without a trained bias, so that a method whose layers share tensors can
+    stand on all."""
     match: Matcher
     where: str
 
     def __post_init__(self) -> None:
         self.d_in, self.d_out = self.kind.size(self.module) or (0, 0)
+        self.widest_in = max((d_in for d_in, _ in self.sizes.values()), default=0)
+        self.widest_out = max((d_out for _, d_out in self.sizes.values()), default=0)
 
     def take(self, name: str) -> Tensor:
-        """A tensor of the layer, once, on the CPU and in fp32 unless it holds integers."""
+        """A tensor of the layer, once, on the CPU and in fp32."""
+        return self._float(self._taken(name), name)
+
+    def numbers(self, name: str) -> Tensor:
+        """A tensor of whole numbers, once, as int64."""
+        found = self._taken(name)
+        if found.is_floating_point() or found.dtype == torch.bool:
+            raise FileError(f"{self.path}: {name} holds {found.dtype}, expected whole numbers.")
+        return found.detach().cpu().long()
+
+    def _taken(self, name: str) -> Tensor:
         if name not in self.tensors:
-            raise FileError(f"{self.where}: the file holds no {name} for {self.path}, only {sorted(self.tensors)}.")
-        return _exact(self.tensors.pop(name))
+            raise FileError(f"the file holds no {name} for {self.path}, only {listing(sorted(self.tensors))}.")
+        return self.tensors.pop(name)
+
+    def _float(self, t: Tensor, name: str) -> Tensor:
+        if not t.is_floating_point():
+            raise FileError(f"{self.path}: {name} holds {t.dtype}, expected floating numbers.")
+        return t.detach().cpu().float()
 
     def maybe(self, name: str) -> Tensor | None:
         """`take`, or None where the file has none."""
@@ -63,10 +88,11 @@ class Site:
         """A tensor of the whole model."""
         if name not in self.shared:
             raise FileError(
-                f"{self.where}: the file holds no {name}, which is drawn anew from a seed by PEFT. Save it in PEFT "
+                f"the file holds no {name}, which is drawn anew from a seed by PEFT. Save it in PEFT "
                 "with save_projection=True."
             )
-        return _exact(self.shared[name])
+        t = self.shared[name]
+        return self._float(t, name) if t.is_floating_point() else t.detach().cpu().long()
 
     def option(self, name: str, pattern: str = "", default: Any = None) -> Any:
         """A field of the config, or what the last matching entry of its pattern field says of this layer."""
@@ -76,8 +102,22 @@ class Site:
     def number(self, name: str, pattern: str = "", default: float | None = None) -> float:
         """`option`, checked to be a number."""
         value = self.option(name, pattern, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise FileError(f"{self.where}: {name} must be a number, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+            raise FileError(f"{name} must be a number, got {shown(value)}.")
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """`option`, checked to be true or false; null is the default."""
+        value = self.config.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise FileError(f"{name} must be true or false, got {shown(value)}.")
+        return default if value is None else value
+
+    def count(self, name: str, pattern: str = "", default: int | None = None, least: int = 1) -> int:
+        """`number`, checked to be a whole one of a size that does no harm."""
+        value = self.number(name, pattern, default)
+        if not isinstance(value, int) or not least <= value <= MAX_COUNT:
+            raise FileError(f"{name} must be a whole number from {least} on, got {shown(value)}.")
         return value
 
     @property
@@ -114,6 +154,8 @@ class Reading:
     """Fields of its config on this layer."""
     values: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Its tensors, in the shapes that its page declares."""
+    shared: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Those that it shares with other layers."""
     bias: Tensor | None = None
     """What is added to the layer's bias beside the method."""
     same: bool = True
@@ -137,14 +179,16 @@ def target_on(site: Site, reading: Reading, cfg: AdapterConfig) -> tuple[Target,
     method = get_variant(reading.variant)
     own = cfg if method.name == cfg.variant else method.config(variant=method.name, dtype=cfg.dtype, seed=cfg.seed)
     own = dataclasses.replace(own, **reading.options)
+    check_scale(own.scale, site.path)
     target = make_target(site.path, site.d_in, site.d_out, own, site.kind.name)
     _check_shapes(site, target, reading.values)
-    if not _stands(site, target, reading.values) or reading.bias is not None:
+    values = reading.values | reading.shared
+    if not _stands(site, target, values) or reading.bias is not None:
         folded = difference(*_change(site, target, reading))
         if why := site.kind.refuse(site.module, site.path, get_variant(folded.variant), own):
-            raise FileError(f"{site.where}: {site.path}: {why}")
+            raise FileError(f"{site.path}: {why}")
         return target_on(site, folded, cfg)
-    return target, reading.values
+    return target, values
 
 
 def _check_shapes(site: Site, target: Target, values: dict[str, Tensor]) -> None:
@@ -152,7 +196,7 @@ def _check_shapes(site: Site, target: Target, values: dict[str, Tensor]) -> None
     got = {k: tuple(t.shape) for k, t in values.items()}
     if want != got:
         raise FileError(
-            f"{site.where}: {site.path} is {site.d_in}->{site.d_out}, which asks {target.variant.name!r} for {want}; "
+            f"{site.path} is {site.d_in}->{site.d_out}, which asks {target.variant.name!r} for {want}; "
             f"the file's tensors make {got}."
         )
 
@@ -183,16 +227,12 @@ def _change(site: Site, target: Target, reading: Reading) -> tuple[Tensor, Tenso
     b = w.new_zeros(site.d_out) if site.bias is None else site.bias.double()
     record = Record("default", target.variant, target.cfg, {target.path: target})
     slot = Slot(record, target, {})
-    exact = {k: t.double() if t.is_floating_point() else t for k, t in reading.values.items()}
+    exact = {k: t.double() if t.is_floating_point() else t for k, t in (reading.values | reading.shared).items()}
     layer = nn.Linear(site.d_in, site.d_out, device="meta")
-    f = composed([(slot, 1.0, DenseView(layer, slot, w, b, exact))], w, b)
+    f = Composed([(slot, 1.0, DenseView(layer, slot, w, b, exact))], w, b)
     start = f(w.new_zeros(1, site.d_in))
     new = (f(torch.eye(site.d_in, dtype=w.dtype)) - start).mT
     change = start[0] - b + (0.0 if reading.bias is None else reading.bias.double())
     if site.bias is None and not bool(change.any()):
         return (new - w).float(), None
     return (new - w).float(), change.float()
-
-
-def _exact(t: Tensor) -> Tensor:
-    return t.detach().cpu().float() if t.is_floating_point() else t.detach().cpu()

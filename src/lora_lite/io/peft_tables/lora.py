@@ -27,13 +27,13 @@ def lora(site: Site) -> Reading:
     """A and B in the shapes of a layer's matrix, and what the switch that is set adds."""
     for name, what in REFUSED.items():
         if site.config.get(name):
-            raise FileError(f"{site.where}: {name} is set, and {what}; it is not read.")
+            raise FileError(f"{name} is set, and {what}; it is not read.")
     _check_start(site)
     A, B = _factors(site)
     options: dict[str, Any] = {
         "r": A.shape[0],
         "alpha": site.number("lora_alpha", "alpha_pattern"),
-        "use_rslora": bool(site.option("use_rslora")),
+        "use_rslora": site.flag("use_rslora"),
     }
     _check_rank(site, A.shape[0])
     extra = site.maybe("lora_B.bias")
@@ -51,7 +51,7 @@ def _factors(site: Site) -> tuple[Tensor, Tensor]:
     A, B = site.take("lora_A.weight").flatten(1), site.take("lora_B.weight").flatten(1)
     if getattr(site.module, "groups", 1) != 1:
         raise FileError(
-            f"{site.where}: {site.path} is a convolution with groups={site.module.groups}, and PEFT's LoRA on it reads "
+            f"{site.path} is a convolution with groups={site.module.groups}, and PEFT's LoRA on it reads "
             "all channels in every group, which no weight of such a layer does. Merge the adapter in PEFT and load "
             "the merged model, or leave the layer out."
         )
@@ -62,7 +62,7 @@ def _check_start(site: Site) -> None:
     start = site.config.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(RESIDUAL):
         raise FileError(
-            f"{site.where}: init_lora_weights={start!r} belongs to a base whose weights PEFT changed: the residual W - "
+            f"init_lora_weights={start!r} belongs to a base whose weights PEFT changed: the residual W - "
             "s B0 A0 of the start, which the folder does not hold. Save it in PEFT with "
             "path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
         )
@@ -71,7 +71,7 @@ def _check_start(site: Site) -> None:
 def _check_rank(site: Site, r: int) -> None:
     declared = site.number("r", "rank_pattern")
     if r != declared:
-        raise FileError(f"{site.where}: {site.path} has rank {r} in the file and {declared} in adapter_config.json.")
+        raise FileError(f"{site.path} has rank {r} in the file and {declared} in adapter_config.json.")
 
 
 def _plain(site: Site, A: Tensor, B: Tensor, options: dict[str, Any]) -> Reading:
@@ -88,7 +88,7 @@ def _dora(site: Site, A: Tensor, B: Tensor, options: dict[str, Any]) -> Reading:
 
 def _qa_lora(site: Site, A: Tensor, B: Tensor, options: dict[str, Any]) -> Reading:
     """Means of groups times their number there, sums over √(their size) here."""
-    group = int(site.number("qalora_group_size", default=16))
+    group = site.count("qalora_group_size", default=16)
     A = A * (site.d_in / group**2)
     return Reading("qa_lora", {**options, "group": group}, {"lora_A": A, "lora_B": B})
 
@@ -134,7 +134,7 @@ def token_rows(site: Site) -> Reading:
     rows = site.take(next(iter(site.tensors)))
     ids = site.option("token_indices") or _indices(site)
     if not isinstance(ids, list) or len(ids) != rows.shape[0]:
-        raise FileError(f"{site.where}: {site.path} holds {rows.shape[0]} token rows for the tokens {ids!r}.")
+        raise FileError(f"{site.path} holds {rows.shape[0]} token rows for the tokens {ids!r}.")
     order = torch.tensor(ids)
     base = site.weight.mT[order]
     return Reading("token_rows", {"token_ids": tuple(ids)}, {"lora_rows": rows - base, "lora_ids": order})

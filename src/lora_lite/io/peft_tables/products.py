@@ -16,7 +16,7 @@ FILTERS: dict[str, tuple[float, ...]] = {"db1": (2**-0.5,) * 2, "haar": (2**-0.5
 
 def loha(site: Site) -> Reading:
     """The same four factors; a core for the kernel of a convolution is multiplied out."""
-    r, alpha = int(site.number("r", "rank_pattern")), site.number("alpha", "alpha_pattern")
+    r, alpha = site.count("r", "rank_pattern"), site.number("alpha", "alpha_pattern")
     pairs = [(site.take(f"hada_w{i}_a"), site.take(f"hada_w{i}_b"), site.maybe(f"hada_t{i}")) for i in (1, 2)]
     if pairs[0][2] is not None:
         first, second = (torch.einsum("ijkl,jq,ip->pqkl", t, b, a) for a, b, t in pairs if t is not None)
@@ -27,14 +27,14 @@ def loha(site: Site) -> Reading:
 
 def lokr(site: Site) -> Reading:
     """The same factors on a linear layer; on a convolution the kernel belongs to the second matrix."""
-    r, alpha = int(site.number("r", "rank_pattern")), site.number("alpha", "alpha_pattern")
+    r, alpha = site.count("r", "rank_pattern"), site.number("alpha", "alpha_pattern")
     both, second = "lokr_w1_a" in site.tensors, "lokr_w2_a" in site.tensors
     names = (["w1_a", "w1_b"] if both else ["w1"]) + (["w2_a", "w2_b"] if second else ["w2"])
     t = {name: site.take(f"lokr_{name}") for name in names}
     core = site.maybe("lokr_t2")
     if site.kind.plain_vectors and core is None:
         options = {"r": r, "alpha": alpha, "factored": second, "factor_both": both}
-        options["factor"] = int(site.number("decompose_factor", default=-1))
+        options["factor"] = site.count("decompose_factor", default=-1, least=-1)
         return Reading("lokr", options, {f"lora_{k.upper()[0]}{k[1:]}": v.flatten(1) for k, v in t.items()})
     W1 = t["w1_a"] @ t["w1_b"] if both else t["w1"]
     if core is not None:
@@ -77,8 +77,8 @@ def c3a(site: Site) -> Reading:
 
 def shira(site: Site) -> Reading:
     """The same numbers, in the order of their places."""
-    values, at = site.take("shira_weight"), site.take("shira_indices").long()
-    r = int(site.number("r"))
+    values, at = site.take("shira_weight"), site.numbers("shira_indices")
+    r = site.count("r")
     if len(values) != min(r * (site.d_in + site.d_out), site.d_in * site.d_out):
         return difference(_scattered(site, values, at))
     return Reading("shira", {"r": r}, _placed(site, values, at))
@@ -113,12 +113,12 @@ def waveft(site: Site) -> Reading:
     values = site.take("waveft_spectrum")
     at = _drawn(site, len(values), "random_loc_seed")
     strength = float(site.number("scaling", default=25.0))
-    if not site.option("use_idwt", "", True):
+    if not site.flag("use_idwt", True):
         return difference(strength * _scattered(site, values, at))
     family = str(site.option("wavelet_family", "", "db1"))
     if family not in FILTERS:
         raise FileError(
-            f"{site.where}: wavelet_family={family!r} is not read, only {', '.join(FILTERS)} are. Merge the adapter "
+            f"wavelet_family={family!r} is not read, only {', '.join(FILTERS)} are. Merge the adapter "
             "in PEFT and load the merged model."
         )
     if len(FILTERS[family]) > 2:
@@ -178,7 +178,7 @@ def deft(site: Site) -> Reading:
     how, s = site.option("decomposition_method", "", "qr"), (site.option("alpha") or r) / r
     Q, T = (P, P.relu()) if how == "relu" else (torch.linalg.qr(P).Q,) * 2
     W = site.weight
-    if site.option("para"):
+    if site.flag("para"):
         return difference(-Q @ (T.mT @ W))
     values = {"lora_P": torch.zeros_like(P), "lora_P0": P, "lora_R": site.take("deft_R") - T.mT @ W / s}
     return Reading("deft", {"r": r, "alpha": s * r, "projection": how}, values)

@@ -26,7 +26,7 @@ def beft(site: Site) -> Reading:
 def hra(site: Site) -> Reading:
     """Columns there, rows here, each the difference from the first of its pair; an odd product is no small change."""
     U = site.take("hra_u").mT
-    if len(U) % 2 or site.option("apply_GS"):
+    if len(U) % 2 or site.flag("apply_GS"):
         return difference(_reflected(site, U) - site.weight)
     first = U[::2]
     return Reading("hra", {"r": len(U)}, {"lora_U": U - first.repeat_interleave(2, 0), "lora_U0": first})
@@ -35,7 +35,7 @@ def hra(site: Site) -> Reading:
 def _reflected(site: Site, U: Tensor) -> Tensor:
     """W H_1 ⋯ H_r."""
     W, U = site.weight.double(), U.double()
-    if site.option("apply_GS"):
+    if site.flag("apply_GS"):
         basis = torch.linalg.qr(U.mT).Q
         return (W - 2 * (W @ basis) @ basis.mT).float()
     for u in torch.nn.functional.normalize(U, dim=1):
@@ -49,10 +49,8 @@ def oft(site: Site) -> Reading:
     theta = site.take("oft_embedding_R.weight" if embedded else "oft_R.weight")
     d = site.d_out if embedded else site.d_in
     b = _width(theta.shape[1])
-    terms = (
-        int(site.number("num_cayley_neumann_terms", default=5)) if site.option("use_cayley_neumann", "", True) else 0
-    )
-    bound = float(site.number("eps", default=6e-5)) / len(theta) ** 0.5 if site.option("coft") else None
+    terms = site.count("num_cayley_neumann_terms", default=5) if site.flag("use_cayley_neumann", True) else 0
+    bound = float(site.number("eps", default=6e-5)) / len(theta) ** 0.5 if site.flag("coft") else None
     theta = (theta if terms else -theta).expand(d // b, -1).clone()
     if embedded:
         return difference(_turned(site, theta, b, terms, bound))
@@ -96,7 +94,7 @@ def _odd_blocks(site: Site, X: Tensor, gain: Tensor) -> Reading:
 def road(site: Site) -> Reading:
     """α itself there; angles lie in the order of the outputs, group by group."""
     k = {"road_1": 1, "road_2": 2, "road_4": 4}[site.option("variant", "", "road_1")]
-    group = int(site.number("group_size", default=64))
+    group = site.count("group_size", default=64)
 
     def ours(t: Tensor) -> Tensor:
         half = group // 2
@@ -122,11 +120,11 @@ def ln_tuning(site: Site) -> Reading:
 def psoft(site: Site) -> Reading:
     """The same angles; gains 1 + a, 1 + b there. PEFT finds the triplets anew, and so do we."""
     theta = site.take("psoft_R.weight")
-    r = min(int(site.number("r")), site.d_in, site.d_out)
+    r = min(site.count("r"), site.d_in, site.d_out)
     U, S, V = _triplets(site, r)
     a, b = (_gain(site, f"psoft_R.vector_{name}", r) for name in "ab")
     start = site.option("ab_svd_init", "", "psoft_init")
-    plain = theta.dim() == 1 and not site.option("use_cayley_neumann") and start == "psoft_init"
+    plain = theta.dim() == 1 and not site.flag("use_cayley_neumann") and start == "psoft_init"
     if plain and r > 1:
         values = {"lora_Q": theta, "lora_a": a, "lora_b": b, "lora_U": U, "lora_S": S, "lora_V": V.mT}
         return Reading("psoft", {"r": r}, values)
@@ -141,8 +139,8 @@ def _core(site: Site, theta: Tensor, r: int) -> Tensor:
     if theta.dim() == 2:
         return theta - torch.eye(r)
     Q = skew(theta, r)
-    if site.option("use_cayley_neumann"):
-        return neumann_minus_identity(Q, int(site.number("num_cayley_neumann_terms", default=5)))
+    if site.flag("use_cayley_neumann"):
+        return neumann_minus_identity(Q, site.count("num_cayley_neumann_terms", default=5))
     return cayley_minus_identity(Q)
 
 
@@ -156,6 +154,6 @@ def _triplets(site: Site, r: int) -> tuple[Tensor, Tensor, Tensor]:
     if site.option("psoft_svd") == "lowrank":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(site.number("random_seed", default=0)))
-            return torch.svd_lowrank(site.weight, q=r, niter=int(site.number("psoft_svd_lowrank_niter", default=10)))
+            return torch.svd_lowrank(site.weight, q=r, niter=site.count("psoft_svd_lowrank_niter", default=10, least=0))
     U, S, Vh = torch.linalg.svd(site.weight, full_matrices=False)
     return U[:, :r], S[:r], Vh[:r].mT

@@ -1,4 +1,5 @@
-"""Types whose method has no page here: the same function as a plain LoRA, or as a change of the weight."""
+"""Types with tensors of the whole model, and those whose method has no page here: the same function as a change of the
+weight."""
 
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from ..peft_site import Reading, Site, difference
 
+NEVER = -1e4
+"""A logit that no softmax sees."""
+
 
 def _as_lora(A: Tensor, B: Tensor) -> Reading:
     """y + B A x of rank r, scale and all in B."""
@@ -17,37 +21,59 @@ def _as_lora(A: Tensor, B: Tensor) -> Reading:
 
 
 def vera(site: Site) -> Reading:
-    """diag(λ_b) B diag(λ_d) A with the leading columns and rows of two frozen matrices."""
-    A, B = site.common("vera_A")[:, : site.d_in], site.common("vera_B")[: site.d_out]
-    return _as_lora(site.take("vera_lambda_d")[:, None] * A, site.take("vera_lambda_b")[:, None] * B)
+    """The same vectors and matrices."""
+    A, B = site.common("vera_A"), site.common("vera_B")
+    d, b = site.take("vera_lambda_d"), site.take("vera_lambda_b")
+    if not site.alone:
+        return _as_lora(d[:, None] * A[:, : site.d_in], b[:, None] * B[: site.d_out])
+    shared = {"lora_A": A[:, : site.widest_in], "lora_B": B[:, : len(d)][: site.widest_out]}
+    return Reading("vera", {"r": len(d)}, {"lora_d": d, "lora_b": b}, shared=shared)
 
 
 def pvera(site: Site) -> Reading:
-    """VeRA with the mean, which is the first half of A's outputs; the second is a variance for training."""
-    A, B = site.common("pvera_A")[:, : site.d_in], site.common("pvera_B")[: site.d_out]
+    """The same; means lie before variances in A's rows and λ_d's entries."""
+    A, B = site.common("pvera_A"), site.common("pvera_B")
+    d, b = site.take("pvera_lambda_d"), site.take("pvera_lambda_b")
     r = B.shape[1]
-    return _as_lora((site.take("pvera_lambda_d")[:, None] * A)[:r], site.take("pvera_lambda_b")[:, None] * B)
+    if not site.alone:
+        return _as_lora((d[:, None] * A[:, : site.d_in])[:r], b[:, None] * B[: site.d_out])
+    shared = {"lora_A": A.view(2, r, -1)[..., : site.widest_in], "lora_B": B[: site.widest_out]}
+    return Reading("pvera", {"r": r}, {"lora_d": d.view(2, r), "lora_b": b}, shared=shared)
 
 
 def vblora(site: Site) -> Reading:
-    """Mixtures of the k best vectors of a bank, laid side by side."""
-    bank, k = site.common("vblora_vector_bank"), int(site.number("topk", default=2))
+    """The same bank and logits; where the file holds the weights of the best vectors alone, logits that make them."""
+    bank, k = site.common("vblora_vector_bank"), site.count("topk", default=2)
+    A, B = (_logits(site, f"vblora_logits_{side}", len(bank)) for side in "AB")
+    options = {"r": len(A), "vectors": len(bank), "length": bank.shape[1], "topk": k}
+    if not site.alone:
 
-    def mixed(logits: Tensor) -> Tensor:
-        best, at = logits.topk(k, dim=-1)
-        return (best.softmax(-1)[..., None] * bank[at]).sum(-2)
+        def mixed(logits: Tensor) -> Tensor:
+            best, at = logits.topk(k, dim=-1)
+            return (best.softmax(-1)[..., None] * bank[at]).sum(-2)
 
-    A, B = mixed(site.take("vblora_logits_A")), mixed(site.take("vblora_logits_B"))
-    return _as_lora(A.flatten(1), B.transpose(1, 2).flatten(0, 1))
+        return _as_lora(mixed(A).flatten(1), mixed(B).transpose(1, 2).flatten(0, 1))
+    return Reading("vblora", options, {"lora_logits_A": A, "lora_logits_B": B}, shared={"lora_bank": bank})
+
+
+def _logits(site: Site, name: str, vectors: int) -> Tensor:
+    if f"{name}_topk_indices" not in site.tensors:
+        return site.take(name)
+    at, first = site.numbers(f"{name}_topk_indices"), site.take(f"{name}_topk_weights")
+    weights = torch.cat((first, 1 - first.sum(-1, keepdim=True)), -1)
+    return torch.full((*at.shape[:-1], vectors), NEVER).scatter(-1, at, weights.clamp_min(1e-30).log())
 
 
 def tinylora(site: Site) -> Reading:
-    """B (Σ v_i P_i) A with one v for a group of layers."""
-    order = list(site.sizes)
-    groups = max(1, round(len(order) * (1 - float(site.number("weight_tying", default=0.0)))))
+    """The same; one v for a group of layers."""
+    order, tying = list(site.sizes), float(site.number("weight_tying", default=0.0))
+    groups = max(1, round(len(order) * (1 - tying)))
     size = max(1, len(order) // groups)
     v = site.common(f"tinylora_v.{min(order.index(site.path) // size, groups - 1)}")
     A, B, P = (site.take(f"tinylora_{name}") for name in "ABP")
+    if site.alone:
+        options = {"r": site.count("r"), "u": len(v), "tying": tying}
+        return Reading("tinylora", options, {"lora_A": A, "lora_B": B, "lora_P": P}, shared={"lora_v": v})
     change = torch.einsum("u,uij->ij", v, P)
     if A.shape[1] != site.d_in:  # an embedding, whose weight lies the other way round there
         return _as_lora((B @ change).mT, A.mT)
@@ -55,27 +81,39 @@ def tinylora(site: Site) -> Reading:
 
 
 def randlora(site: Site) -> Reading:
-    """B A with A (r, n, small) scaled by λ (r, n) and γ (n, small) and B (large, n, r), both laid flat as they are: the
-    columns of B run over n first, the rows of A over r."""
+    """The same, with the pairs as they lie there: the columns of B run over n first, the rows of A over r."""
     lam, gamma = site.take("randlora_lambda"), site.take("randlora_gamma")
     site.drop("randlora_A", "randlora_B")
-    n = gamma.shape[0]
-    small, large = sorted((site.d_in, site.d_out))
-    A = site.common("randlora_A")[:, :n, :small]
-    B = site.common("randlora_B")[:large, :n]
-    change = (
-        B.flatten(1) @ (A * lam[..., None] * gamma).flatten(0, 1) * (site.number("randlora_alpha") / site.number("r"))
-    )
+    A, B = site.common("randlora_A"), site.common("randlora_B")
+    if site.alone:
+        options = {"r": len(lam), "alpha": site.number("randlora_alpha"), "pairing": "peft"}
+        m = max(min(size) for size in site.sizes.values())
+        n = -(-m // len(lam))
+        shared = {"lora_A": A[:, 0, :m], "lora_B": B[: max(site.widest_in, site.widest_out), :n]}
+        return Reading("randlora", options, {"lora_lambda": lam, "lora_gamma": gamma}, shared=shared)
+    n, (small, large) = gamma.shape[0], sorted((site.d_in, site.d_out))
+    scaled = (A[:, :n, :small] * lam[..., None] * gamma).flatten(0, 1)
+    change = B[:large, :n].flatten(1) @ scaled * (site.number("randlora_alpha") / site.number("r"))
     return difference(change if site.d_out == large else change.mT)
 
 
 def hira(site: Site) -> Reading:
-    """W ∘ (B A)."""
+    """The same factors."""
     if "hira_embedding_A" in site.tensors:
         A, B = site.take("hira_embedding_A"), site.take("hira_embedding_B")
     else:
         A, B = site.take("hira_A").flatten(1), site.take("hira_B").flatten(1)
-    return difference(site.weight * (B @ A))
+    return Reading("hira", {"r": len(A)}, {"lora_A": A, "lora_B": B})
+
+
+def peanut(site: Site) -> Reading:
+    """The same network; its scale is a factor there and alpha/r here."""
+    A, B = site.take("peanut_A.weight"), site.take("peanut_B.weight")
+    depth, f = site.count("depth", default=0, least=0), site.option("act_fn", "", "relu")
+    options = {"r": len(A), "alpha": site.number("scaling", default=1.0) * len(A), "depth": depth, "activation": f}
+    inner = {f"lora_E{i}": site.take(f"peanut_encoders.{i}.weight") for i in range(depth)}
+    inner |= {f"lora_D{i}": site.take(f"peanut_decoders.{i}.weight") for i in range(depth)}
+    return Reading("peanut", options, {"lora_A": A, **inner, "lora_B": B})
 
 
 def glora(site: Site) -> Reading:
@@ -103,8 +141,18 @@ def _part(site: Site, letter: str) -> Tensor:
 
 def supertuning(site: Site) -> Reading:
     """Sparse numbers at flat places, and a LoRA beside them where it has a rank."""
-    at, values = site.take("supertuning_indices").long(), site.take("supertuning_values")
-    change = torch.zeros(site.d_out * site.d_in).scatter_add(0, at, values).view(site.d_out, site.d_in)
+    flat, values = site.numbers("supertuning_indices"), site.take("supertuning_values")
+    numel = site.d_in * site.d_out
+    at = torch.stack((flat // site.d_in, flat % site.d_in))
+    order = flat.argsort()
+    if 0 < len(flat) == len(flat.unique()) and site.kind.plain_vectors:
+        found = {"lora_values": values[order], "lora_at": at[:, order].int()}
+        options: dict[str, Any] = {"share": min((len(flat) + 0.5) / numel, 1.0)}
+        if (A := site.maybe("supertuning_lora_A.weight")) is not None:
+            found |= {"lora_A": A, "lora_B": site.take("supertuning_lora_B.weight")}
+            options |= {"low_rank": True, "r": len(A), "alpha": site.number("lora_alpha")}
+        return Reading("supertuning", options, found)
+    change = torch.zeros(site.d_out * site.d_in).scatter_add(0, flat, values).view(site.d_out, site.d_in)
     A = site.maybe("supertuning_lora_A.weight")
     if A is not None:
         B = site.take("supertuning_lora_B.weight")
@@ -144,19 +192,22 @@ def _role(path: str) -> str:
 
 
 def unilora(site: Site) -> Reading:
-    """Every entry of A and B is one of d numbers, divided by the root of how often that number is used; which one is
-    drawn from a seed over all layers together."""
-    theta, r = site.common("unilora_theta_d"), int(site.number("r"))
+    """The same; which of the d numbers an entry is, PEFT draws from a seed over all layers together."""
+    theta, r = site.common("unilora_theta_d"), site.count("r")
     total = r * sum(d_in + d_out for d_in, d_out in site.sizes.values())
     at = torch.from_numpy(_dealt(len(theta), total, int(site.number("proj_seed", default=42))))
-    entries = theta[at] / at.bincount(minlength=len(theta))[at].sqrt()
+    unit = at.bincount(minlength=len(theta)).clamp_min(1).rsqrt()
     before = 0
     for path, (d_in, d_out) in site.sizes.items():
         if path == site.path:
             break
         before += r * (d_in + d_out)
-    A, B = entries[before:][: r * (site.d_in + site.d_out)].split((r * site.d_in, r * site.d_out))
-    return _as_lora(A.view(r, site.d_in), B.view(site.d_out, r))
+    at_A, at_B = at[before:][: r * (site.d_in + site.d_out)].split((r * site.d_in, r * site.d_out))
+    at_A, at_B = at_A.view(r, site.d_in), at_B.view(site.d_out, r)
+    if not site.alone:
+        return _as_lora((theta * unit)[at_A], (theta * unit)[at_B])
+    values = {"lora_at_A": at_A.int(), "lora_at_B": at_B.int()}
+    return Reading("unilora", {"r": r, "length": len(theta)}, values, shared={"lora_theta": theta, "lora_unit": unit})
 
 
 def _dealt(kinds: int, total: int, seed: int) -> Any:
