@@ -9,6 +9,7 @@ IO = "tests/io/"
 NATIVE = IO + "test_native.py"
 PEFT = IO + "test_peft_layout.py"
 TYPES = IO + "test_peft_types.py"
+WRITING = IO + "test_peft_writing.py"
 TRAINER = "tests/interop/test_trainer.py"
 COST = "tests/runtime/test_cost.py"
 
@@ -168,6 +169,41 @@ BUGS = [
         PEFT + " -k peft_reads",
     ),
     Bug(
+        "PEFT's names hit other layers",
+        "io/peft_names.py",
+        "for name in names if name not in taken",
+        "for name in names",
+        WRITING + " -k shortest",
+    ),
+    Bug(
+        "the nearest factors are half of the change",
+        "io/adapted.py",
+        "(U * root).float()",
+        "(U * root).float() / 2",
+        WRITING + " -k nearest",
+    ),
+    Bug(
+        "speech is a causal language model",
+        "io/peft.py",
+        'getattr(model, "main_input_name", "") != "input_ids"',
+        "False",
+        WRITING + " -k base_and_task",
+    ),
+    Bug(
+        "an export of any format is PEFT's own",
+        "io/export.py",
+        'plain=format == "lora"',
+        "plain=False",
+        WRITING + " -k one_form",
+    ),
+    Bug(
+        "DoRA's lengths are written as gains",
+        "io/peft_tables/written.py",
+        'layer["lora_norm"] * (1 + layer["lora_m"])',
+        '1 + layer["lora_m"]',
+        WRITING + " -k dora",
+    ),
+    Bug(
         "rsLoRA of a folder is not read",
         "io/peft_tables/lora.py",
         '"use_rslora": site.flag("use_rslora"),',
@@ -193,7 +229,7 @@ BUGS = [
         "io/peft_read.py",
         "if site.tensors:",
         "if False:",
-        PEFT + " -k refuses",
+        WRITING + " -k does_not_have",
     ),
     Bug(
         "a bias beside the method is lost",
@@ -235,7 +271,7 @@ BUGS = [
         "io/peft_tables/rotations.py",
         "(theta if terms else -theta)",
         "theta",
-        TYPES + " -k OFT",
+        TYPES + " -k 'OFT and exact'",
     ),
     Bug(
         "half of DeLoRA",

@@ -130,11 +130,3 @@ def test_export_refuses_methods_without_factors(tmp_path):
         assert not (tmp_path / "out").exists()
     finally:
         del registry._TABLE["export_probe"]
-
-
-def test_export_refuses_targets_it_would_leave_out(tmp_path):
-    model = tiny()
-    ll.attach(model, ll.LoRAConfig(r=2, target_kinds=("linear", "embedding")))
-    with pytest.raises(ll.StateError, match="embed_tokens"):
-        ll.export(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -1,70 +1,74 @@
 """PEFT's folder layout, written: `adapter_config.json` beside `adapter_model.safetensors`.
 
-Export writes the one form that every reader of that layout understands alike: one rank everywhere (zero-padded), the
-scale folded into B, lora_alpha = r as integers, no patterns, and zero tensors for the layers of an adapted kind that
-this adapter leaves out.
+An update of low rank is written in the one form that every reader of that layout understands alike: plain LoRA of one
+rank everywhere (zero-padded), the scale folded into B, lora_alpha = r as integers, no patterns, and zero tensors for
+the layers of an adapted kind that this adapter leaves out. Any other method is written as the PEFT type that holds the
+same function, or as the LoRA nearest to it where a rank is asked for.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..core.errors import FileError, StateError, listing
-from ..core.registry import variants
-from ..runtime.layers.kinds import kind_named
+from ..core.errors import LoraLiteWarning, StateError, listing
 from ..runtime.layers.linear import dims
 from ..runtime.model.record import Record
-from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from ..runtime.view.expert import layer_views
+from .adapted import EXACT, Adapted, adapted_layers, best_factors
 from .peft_experts import Pair, expert_factors, packed
+from .peft_names import tails
 from .peft_read import CONFIG, PREFIX, WEIGHTS
+from .peft_tables.written import EVERYWHERE, TRANSPOSED, WRITERS, Written, lora_names, padded, trained_rows
 from .peft_whole import full_values
 from .places import replaced_folder
 from .tensors import write_tensors
 
+LORA: dict[str, Any] = {
+    "bias": "none",
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "init_lora_weights": True,
+}
+Tensors = dict[str, Tensor]
 
-def export(
-    model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, format: Literal["peft"] = "peft"
+
+def write_peft(
+    model: nn.Module,
+    record: Record,
+    folder: Path,
+    rank: int | None,
+    base_model: str | None,
+    task_type: str | None,
+    plain: bool,
 ) -> Path:
-    """Write one adapter for PEFT, vLLM, llama.cpp and others: exact for every method whose update is of low rank.
-
-    Args:
-        folder: made if it is not there. An adapter in it is replaced at once, so that a killed process leaves the old
-            or the new one; its other files stay.
-        format: "peft".
-
-    Raises:
-        StateError: the method's update is not a pair of low-rank factors (merge it instead), or the model is merged.
-        FileError: the folder cannot be written; what was in it is as it was.
-    """
-    if format != "peft":
-        raise FileError(f"format must be 'peft', got {format!r}.")
-    model = unwrap(model)
-    record = record_of(model, name)
-    not_merged(state_of(model), "ll.export")
-    _check_exportable(record)
-    factors, of_experts = _factors(model, record)
-    r = max(A.shape[0] for A, _ in (*factors.values(), *(pair for pairs in of_experts.values() for pair in pairs)))
-    stacked, parameters = packed(model, of_experts, r)
-    tensors = _padded(model, factors, r) | stacked
-    with torch.no_grad():
-        tensors |= full_values(model, record)
-    config = _config(model, record, list(factors), parameters, r)
-    folder = Path(folder)
+    """Write the folder. `plain`: as LoRA, whatever the method; q and v, gate and up are then there together."""
+    layers = adapted_layers(model, record)
+    own = [x for x in layers if x.cfg.variant == record.cfg.variant]
+    written, experts = _written(model, record, own, rank, plain)
+    config = {"inference_mode": True} | (LORA if written.config["peft_type"] == "LORA" else {}) | written.config
+    tensors, beside = _beside(model, record, [x for x in layers if x not in own], config)
+    config |= beside | _names(model, record, written, experts)
+    config |= {
+        "task_type": written.config.get("task_type") or _task(model, task_type),
+        "base_model_name_or_path": base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+    }
+    tensors |= {f"{path}.{name}": t for path, own in written.layers.items() for name, t in own.items()}
+    tensors = {f"{PREFIX}{key}": t for key, t in tensors.items()} | {
+        f"base_model.{k}": t for k, t in written.shared.items()
+    }
+    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     with replaced_folder(folder, WEIGHTS) as new:
-        write_tensors(
-            new / WEIGHTS,
-            {f"{PREFIX}{key}": t for key, t in tensors.items()},
-            {"format": "pt", "written_by": f"lora_lite {__version__}"},
-        )
+        write_tensors(new / WEIGHTS, tensors, {"format": "pt", "written_by": f"lora_lite {__version__}"})
         with (new / CONFIG).open("w") as f:
             f.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
             f.flush()
@@ -72,72 +76,165 @@ def export(
     return folder
 
 
-def _check_exportable(record: Record) -> None:
-    if record.variant.factors is None:
-        able = [v.name for v in variants() if v.factors is not None]
-        raise StateError(
-            f"adapter {record.name!r}: an update of variant {record.variant.name!r} is no pair of low-rank factors, "
-            "so the LoRA layout cannot hold it. Export the merged model (ll.merge, then model.save_pretrained), or "
-            f"use one of {', '.join(able)}."
-        )
-    own = [t for t in record.targets.values() if t not in record.beside]
-    other = [t.path for t in own if not kind_named(t.kind).plain_vectors]
-    if other:
-        raise StateError(
-            f"adapter {record.name!r} also adapts {listing(other)}, which this export does not write; merge it and "
-            "export the model."
-        )
-
-
 @torch.no_grad()
-def _factors(model: nn.Module, record: Record) -> tuple[dict[str, Pair], dict[str, list[Pair]]]:
-    """Path -> (A, s B) of the linear layers, and path -> those of every expert."""
-    views = layer_views(model, record)
-    linear = [v for v in views if not record.targets[v.path].experts]
-    factors = {v.path: _on_cpu(*record.variant.factors(v)) for v in linear}  # type: ignore[misc]
-    return factors, expert_factors(record.variant, [v for v in views if record.targets[v.path].experts])
+def _written(
+    model: nn.Module, record: Record, layers: list[Adapted], rank: int | None, plain: bool
+) -> tuple[Written, list[str]]:
+    """The adapter's own layers, and the names of the parameters of fused experts."""
+    if record.variant.factors is not None:
+        pairs = {x.path: x.factors() for x in layers}
+        exact = {path: pair for path, pair in pairs.items() if pair is not None}
+        return _as_lora(model, record, layers, exact, together=plain)
+    if any(t.experts for t in record.targets.values()):
+        raise _refused(record, "its update is no pair of low-rank factors, and on experts only those are written")
+    if rank is not None:
+        pairs, biases = _nearest(record, layers, rank)
+        if biases and plain:
+            raise _refused(record, f"it changes the bias of {listing(biases)}, which a plain LoRA does not")
+        written, experts = _as_lora(model, record, layers, pairs, together=plain)
+        if biases:
+            written.config["lora_bias"] = True
+            for x in layers:
+                written.layers[x.path]["lora_B.bias"] = biases.get(x.path, torch.zeros(x.d_out))
+        return written, experts
+    if plain:
+        raise _refused(record, "its update is no pair of low-rank factors")
+    if record.cfg.variant not in WRITERS:
+        raise _refused(record, "its update is no pair of low-rank factors, and PEFT has no type that holds it")
+    try:
+        written = WRITERS[record.cfg.variant](layers)
+        _check_stands(written, layers)
+    except StateError as e:
+        raise _refused(record, str(e)) from None
+    return written, []
 
 
-def _on_cpu(A: Tensor, B: Tensor) -> Pair:
-    return A.detach().float().cpu(), B.detach().float().cpu()
+def _check_stands(written: Written, layers: list[Adapted]) -> None:
+    kind = written.config["peft_type"]
+    for layer in layers:
+        if not layer.kind.plain_vectors and kind not in EVERYWHERE:
+            raise StateError(f"PEFT's {kind} does not stand on {layer.path}, a {type(layer.module).__name__}")
+        if _turned(layer.module) and kind not in TRANSPOSED:
+            raise StateError(f"PEFT's {kind} does not know {layer.path}, a {type(layer.module).__name__}")
 
 
-def _kinds(paths: Iterable[str]) -> list[str]:
-    """The layers' own names, which PEFT calls modules: "q_proj", "up"."""
-    return sorted({path.rsplit(".", 1)[-1] for path in paths})
+def _refused(record: Record, why: str) -> StateError:
+    return StateError(
+        f"adapter {record.name!r} of variant {record.variant.name!r} cannot be written exactly in this layout: {why}. "
+        "Ask for the nearest LoRA, ll.export(..., rank=16), which says how near it is, or export the merged model "
+        "(ll.merge_and_unload(model), then model.save_pretrained)."
+    )
 
 
-def _padded(model: nn.Module, factors: dict[str, Pair], r: int) -> dict[str, Tensor]:
-    """Factors of rank r of every layer with an adapted layer's name, zero-padded; zeros where it has no adapter."""
-    tensors: dict[str, Tensor] = {}
-    kinds = _kinds(factors)
-    for path, module in model.named_modules():
-        size = dims(module)
-        if size is None or path.rsplit(".", 1)[-1] not in kinds:
-            continue
-        A, B = factors.get(path, (torch.zeros(0, size[0]), torch.zeros(size[1], 0)))
-        pad = r - A.shape[0]
-        tensors[f"{path}.lora_A.weight"] = torch.cat((A, A.new_zeros(pad, size[0]))).contiguous()
-        tensors[f"{path}.lora_B.weight"] = torch.cat((B, B.new_zeros(size[1], pad)), 1).contiguous()
-    return tensors
+def _nearest(record: Record, layers: list[Adapted], rank: int) -> tuple[dict[str, Pair], Tensors]:
+    """Path -> the factors of this rank nearest to the change, and path -> change of the bias."""
+    pairs: dict[str, Pair] = {}
+    biases: Tensors = {}
+    lost: dict[str, float] = {}
+    for layer in layers:
+        W, b = layer.change()
+        pairs[layer.path], lost[layer.path] = best_factors(W, rank)
+        if b is not None:
+            biases[layer.path] = b
+    worst = max(lost, key=lost.__getitem__)
+    if lost[worst] > EXACT:
+        mean = sum(lost.values()) / len(lost)
+        warnings.warn(
+            f"adapter {record.name!r} ({record.variant.name}) is written as a LoRA of rank {rank}, which is not the "
+            f"same function: {lost[worst]:.1%} of the change of {worst} is left out, {mean:.1%} on average (relative "
+            "norms).",
+            LoraLiteWarning,
+            stacklevel=5,
+        )
+    return pairs, biases
 
 
-def _config(model: nn.Module, record: Record, linear: list[str], parameters: list[str], r: int) -> dict[str, Any]:
-    """adapter_config.json for these linear layers and these parameters of fused experts."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "r": r,
-        "lora_alpha": r,
-        "lora_dropout": 0.0,
-        "target_modules": _kinds(linear),
-        **({"target_parameters": parameters} if parameters else {}),
-        "bias": "none",
-        "fan_in_fan_out": any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in linear),
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": [t.path for t in record.beside] or None,
-    }
+def _as_lora(
+    model: nn.Module, record: Record, layers: list[Adapted], factors: dict[str, Pair], together: bool
+) -> tuple[Written, list[str]]:
+    """Plain LoRA of one rank."""
+    banks = [v for v in layer_views(model, record) if record.targets[v.path].experts]
+    of_experts = expert_factors(record.variant, banks) if banks else {}
+    r = max(A.shape[0] for A, _ in (*factors.values(), *(pair for pairs in of_experts.values() for pair in pairs)))
+    stacked, parameters = packed(model, of_experts, r)
+    found: dict[str, Tensors] = {}
+    for key, t in stacked.items():
+        path, _, name = key.rpartition(".lora_")
+        found.setdefault(path, {})[f"lora_{name}"] = t
+    by_path = {x.path: x for x in layers}
+    try:
+        found |= {path: lora_names(by_path[path], *padded(*pair, r)) for path, pair in factors.items()}
+    except StateError as e:
+        raise _refused(record, str(e)) from None
+    linear = [path for path in factors if by_path[path].kind.plain_vectors]
+    for path, (d_in, d_out) in _left_out(model, linear, together).items():
+        found[path] = {"lora_A.weight": torch.zeros(r, d_in), "lora_B.weight": torch.zeros(d_out, r)}
+    return Written({"peft_type": "LORA", "r": r, "lora_alpha": r}, found), parameters
+
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of which some readers want all where one is adapted."""
+
+
+def _left_out(model: nn.Module, paths: list[str], together: bool) -> dict[str, tuple[int, int]]:
+    """Path -> size of every layer without an adapter that has an adapted layer's place in another block; with
+    `together`, also of those that servers stack with an adapted one."""
+    roles = {role(path) for path in paths}
+    for names in TOGETHER if together else ():
+        for path in paths:
+            above, _, last = path.rpartition(".")
+            roles |= {role(f"{above}.{name}") for name in names} if last in names else set()
+    sizes = {path: dims(m) for path, m in model.named_modules() if path not in paths and role(path) in roles}
+    return {path: size for path, size in sizes.items() if size is not None}
+
+
+def role(path: str) -> str:
+    """A layer's place in its block: the path without the block's number."""
+    return re.sub(r"\.\d+(?=\.)", ".#", path)
+
+
+def _beside(
+    model: nn.Module, record: Record, layers: list[Adapted], config: dict[str, Any]
+) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors and config fields of what another method does beside the adapter's own."""
+    with torch.no_grad():
+        tensors = full_values(model, record)
+    whole = [x.path for x in layers if vars(x.target.variant).get("holds") == "modules"]
+    fields: dict[str, Any] = {"modules_to_save": whole or None}
+    for layer in (x for x in layers if x.path not in whole):
+        if layer.cfg.variant == "token_rows" and config["peft_type"] == "LORA":
+            rows = fields.setdefault("trainable_token_indices", {})
+            rows[layer.path] = layer["lora_ids"].tolist()
+            tensors[f"{layer.path}.token_adapter.trainable_tokens_delta"] = trained_rows(layer)
+        elif layer.cfg.variant == "bitfit" and config["peft_type"] == "LORA" and layer.bias is not None:
+            fields["bias"] = "all"
+            tensors[f"{layer.path}.bias"] = layer.bias + layer["lora_b"]
+        else:
+            raise _refused(record, f"beside it {layer.cfg.variant!r} stands on {layer.path}")
+    return tensors, fields
+
+
+def _names(model: nn.Module, record: Record, written: Written, experts: list[str]) -> dict[str, Any]:
+    """What names the layers of the file."""
+    modules = dict(model.named_modules())
+    wrapped = {path.removesuffix(".base_layer") for path in written.layers}
+    linear = [path for path in written.layers if path in modules and not any(n.startswith(f"{path}.") for n in experts)]
+    found: dict[str, Any] = {"target_modules": tails(linear, modules)}
+    if experts:
+        found["target_parameters"] = experts
+    if "feedforward_modules" in written.config:
+        found["feedforward_modules"] = tails(written.config["feedforward_modules"], modules)
+    if written.config["peft_type"] in TRANSPOSED[:-1]:
+        found["fan_in_fan_out"] = any(_turned(modules[p]) for p in wrapped if p in modules)
+    return found
+
+
+def _turned(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def _task(model: nn.Module, asked: str | None) -> str | None:
+    """PEFT's task: what is asked for, else what a model that generates from token ids alone is for."""
+    if asked is not None or not hasattr(model, "generate") or getattr(model, "main_input_name", "") != "input_ids":
+        return asked
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"  # type: ignore[union-attr]

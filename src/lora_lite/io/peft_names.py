@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..core.errors import FileError, shown
@@ -90,3 +90,16 @@ class _Table:
         found = [self.literal[name] for name in names if name in self.literal]
         first, value = min(found, key=lambda f: f[0], default=(1 << 62, default))
         return next((v for i, p, v in self.expressions if i < first and matches(p, path)), value)
+
+
+def tails(paths: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """The shortest names for these paths of which none means another module too, read as ends after a dot."""
+    wanted, others = list(paths), set(modules)
+    others -= set(wanted)
+    taken = {".".join(parts[i:]) for parts in (path.split(".") for path in others) for i in range(len(parts))}
+    found: dict[str, None] = {}
+    for path in wanted:
+        parts = path.split(".")
+        names = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+        found[next((name for name in names if name not in taken), path)] = None
+    return sorted(found)

@@ -171,14 +171,18 @@ class _Reader:
         saved = self._saved_whole()
         pairs, sites = self._pairs(), self._sites()
         readings = {path: self._one(site) for path, site in sites.items()}
-        readings |= self._other_biases(readings)
         cfg = self._main(readings, list(saved))
+        readings |= self._other_biases(readings)
         experts, values = self._experts(cfg, pairs)
         targets: dict[str, Target] = {}
         for path, found in readings.items():
             site = sites.get(path) or self._site(path, {}, {})
             targets[path], values[path] = target_on(site, found, cfg)
             self._check_used(site)
+        kept = Counter(t.cfg.variant for t in targets.values())
+        if targets and cfg.variant not in kept and not experts:  # all were read as changes of the weight
+            most = kept.most_common(1)[0][0]
+            cfg = next(t.cfg for t in targets.values() if t.cfg.variant == most)
         own = [t for t in targets.values() if t.cfg.variant == cfg.variant]
         if own and own[0].variant.shared_specs is not None:
             add_shared(own, cfg)
@@ -336,6 +340,8 @@ class _Reader:
     def _main(self, readings: dict[str, Reading], saved: list[str]) -> AdapterConfig:
         """The adapter's config: that of the method of most layers, with the fields of its first one."""
         names = Counter(r.variant for r in readings.values())
+        if len(names) > 1:
+            names.pop(token_rows.__name__, None)  # which stand beside it
         method = get_variant(names.most_common(1)[0][0] if names else self.row.variant)
         first = next((r.options for r in readings.values() if r.variant == method.name), {})
         dropout = next((v for k, v in self.config.items() if k.endswith("_dropout") and k != "module_dropout"), 0.0)

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.errors import FileError
+from ...core.errors import FileError, shown
 from ...ops.svd import balanced_factors, bottom_svd
 from ..peft_site import Reading, Site
 
 REFUSED = {
     "layer_replication": "layers that PEFT copies: copy them in the model first, and merge the adapter in PEFT",
-    "alora_invocation_tokens": "activated LoRA, which begins at a token of the prompt",
     "arrow_config": "a router over other adapters",
     "megatron_config": "Megatron's layers",
 }
@@ -111,11 +110,21 @@ def _bd_lora(site: Site, A: Tensor, B: Tensor, options: dict[str, Any]) -> Readi
     return Reading("bd_lora", {**options, "blocks": blocks, "side": side}, {"lora_A": A, "lora_B": B})
 
 
+def _alora(site: Site, A: Tensor, B: Tensor, options: dict[str, Any]) -> Reading:
+    """From the last place on where the prompt holds these tokens."""
+    tokens = site.config["alora_invocation_tokens"]
+    if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
+        raise FileError(f"alora_invocation_tokens must be a list of token ids, got {shown(tokens)}.")
+    positions = "from:" + ",".join(map(str, tokens))
+    return Reading("alora", {**options, "positions": positions}, {"lora_A": A, "lora_B": B})
+
+
 SWITCHES: dict[str, Callable[[Site, Tensor, Tensor, dict[str, Any]], Reading]] = {
     "use_dora": _dora,
     "use_qalora": _qa_lora,
     "kasa_config": _kasa,
     "use_bdlora": _bd_lora,
+    "alora_invocation_tokens": _alora,
 }
 """Field of adapter_config.json -> what it makes of A and B."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -93,17 +95,17 @@ def _scattered(site: Site, values: Tensor, at: Tensor) -> Tensor:
     return torch.zeros(site.d_out, site.d_in).index_put((at[0], at[1]), values)
 
 
-def _drawn(site: Site, n: int, seed: str) -> Tensor:
-    """PEFT's places (2, n), which it draws anew whenever it loads."""
-    g = torch.Generator().manual_seed(int(site.number(seed, default=777)))
-    flat = torch.randperm(site.d_out * site.d_in, generator=g)[:n]
-    return torch.stack((flat // site.d_in, flat % site.d_in))
+def drawn(layer: Any, n: int, seed: int) -> Tensor:
+    """PEFT's places (2, n) in a layer d_in -> d_out, which it draws anew whenever it loads."""
+    g = torch.Generator().manual_seed(seed)
+    flat = torch.randperm(layer.d_out * layer.d_in, generator=g)[:n]
+    return torch.stack((flat // layer.d_in, flat % layer.d_in))
 
 
 def fourierft(site: Site) -> Reading:
     """The same coefficients at the frequencies that PEFT draws."""
     values = site.take("fourierft_spectrum")
-    at = _drawn(site, len(values), "random_loc_seed")
+    at = drawn(site, len(values), int(site.number("random_loc_seed", default=777)))
     options = {"n": len(values), "strength": float(site.number("scaling", default=150.0))}
     return Reading("fourierft", options, _placed(site, values, at))
 
@@ -111,7 +113,7 @@ def fourierft(site: Site) -> Reading:
 def waveft(site: Site) -> Reading:
     """The same coefficients at the places that PEFT draws, which exchanges the two mixed quadrants."""
     values = site.take("waveft_spectrum")
-    at = _drawn(site, len(values), "random_loc_seed")
+    at = drawn(site, len(values), int(site.number("random_loc_seed", default=777)))
     strength = float(site.number("scaling", default=25.0))
     if not site.flag("use_idwt", True):
         return difference(strength * _scattered(site, values, at))

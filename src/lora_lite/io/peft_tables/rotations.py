@@ -12,7 +12,8 @@ from ..peft_site import Reading, Site, difference
 def ia3(site: Site) -> Reading:
     """The gain itself there, 1 + δ here; a gate of the inputs is found by the names of the feed-forward layers."""
     gain = site.take("ia3_l").flatten() - 1
-    inputs = site.match.named(site.option("feedforward_modules") or [], site.path)
+    names = site.option("feedforward_modules") or []
+    inputs = site.match.named(names, site.path) if isinstance(names, str) else site.path.endswith(tuple(names))
     if inputs:
         gain = gain.repeat_interleave(site.d_in // gain.numel())
     return Reading("ia3", {"side": "input" if inputs else "output"}, {"lora_g": gain})
