@@ -48,6 +48,7 @@ from .runtime.select import active as active
 from .runtime.select import context as context
 from .runtime.select import prompt as prompt
 from .runtime.select import rows as rows
+from .runtime.unload import merge_and_unload as merge_and_unload
 from .variants import *  # noqa: F403  (the config classes, one per method)
 
 variants = _registered
