@@ -9,6 +9,7 @@ IO = "tests/io/"
 NATIVE = IO + "test_native.py"
 PEFT = IO + "test_peft_layout.py"
 TYPES = IO + "test_peft_types.py"
+OTHER = IO + "test_other_layouts.py"
 WRITING = IO + "test_peft_writing.py"
 TRAINER = "tests/interop/test_trainer.py"
 COST = "tests/runtime/test_cost.py"
@@ -192,7 +193,7 @@ BUGS = [
     Bug(
         "an export of any format is PEFT's own",
         "io/export.py",
-        'plain=format == "lora"',
+        'plain=format in ("lora", "llama.cpp")',
         "plain=False",
         WRITING + " -k one_form",
     ),
@@ -202,6 +203,34 @@ BUGS = [
         'layer["lora_norm"] * (1 + layer["lora_m"])',
         '1 + layer["lora_m"]',
         WRITING + " -k dora",
+    ),
+    Bug(
+        "kohya's alpha is not read",
+        "io/other_layouts.py",
+        'f"^{path}": a for path, a in alphas.items()',
+        'f"^{path}": 1 for path, a in alphas.items()',
+        OTHER + " -k kohya",
+    ),
+    Bug(
+        "the factors for MLX-LM are not turned",
+        "io/other_writers.py",
+        "B.shape[1])), 1).mT",
+        "B.shape[1])), 1)",
+        OTHER + " -k mlx",
+    ),
+    Bug(
+        "pickles of a repository are fetched",
+        "interop/sources.py",
+        '["*.safetensors", "*.json"]',
+        '["*.safetensors", "*.json", "*.bin"]',
+        OTHER + " -k hub",
+    ),
+    Bug(
+        "the original's scale is taken for 1",
+        "interop/upstream.py",
+        "SCALE = 2.0",
+        "SCALE = 1.0",
+        OTHER + " -k original",
     ),
     Bug(
         "rsLoRA of a folder is not read",

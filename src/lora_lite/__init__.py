@@ -22,9 +22,9 @@ from .core.spec import ParamSpec as ParamSpec
 from .core.variant import Variant as Variant
 from .cost.paper import Cost as Cost
 from .cost.paper import cost as cost
+from .interop.sources import load as load
 from .interop.trainer import trainer as trainer
 from .io.export import export as export
-from .io.load import load as load
 from .io.native import adapter_state_dict as adapter_state_dict
 from .io.native import load_adapter_state_dict as load_adapter_state_dict
 from .io.native import save as save

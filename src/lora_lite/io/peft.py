@@ -86,11 +86,11 @@ def _written(
         exact = {path: pair for path, pair in pairs.items() if pair is not None}
         return _as_lora(model, record, layers, exact, together=plain)
     if any(t.experts for t in record.targets.values()):
-        raise _refused(record, "its update is no pair of low-rank factors, and on experts only those are written")
+        raise refused(record, "its update is no pair of low-rank factors, and on experts only those are written")
     if rank is not None:
         pairs, biases = _nearest(record, layers, rank)
         if biases and plain:
-            raise _refused(record, f"it changes the bias of {listing(biases)}, which a plain LoRA does not")
+            raise refused(record, f"it changes the bias of {listing(biases)}, which a plain LoRA does not")
         written, experts = _as_lora(model, record, layers, pairs, together=plain)
         if biases:
             written.config["lora_bias"] = True
@@ -98,14 +98,14 @@ def _written(
                 written.layers[x.path]["lora_B.bias"] = biases.get(x.path, torch.zeros(x.d_out))
         return written, experts
     if plain:
-        raise _refused(record, "its update is no pair of low-rank factors")
+        raise refused(record, "its update is no pair of low-rank factors")
     if record.cfg.variant not in WRITERS:
-        raise _refused(record, "its update is no pair of low-rank factors, and PEFT has no type that holds it")
+        raise refused(record, "its update is no pair of low-rank factors, and PEFT has no type that holds it")
     try:
         written = WRITERS[record.cfg.variant](layers)
         _check_stands(written, layers)
     except StateError as e:
-        raise _refused(record, str(e)) from None
+        raise refused(record, str(e)) from None
     return written, []
 
 
@@ -118,12 +118,31 @@ def _check_stands(written: Written, layers: list[Adapted]) -> None:
             raise StateError(f"PEFT's {kind} does not know {layer.path}, a {type(layer.module).__name__}")
 
 
-def _refused(record: Record, why: str) -> StateError:
+def refused(record: Record, why: str) -> StateError:
+    """The error for what a layout does not hold."""
     return StateError(
         f"adapter {record.name!r} of variant {record.variant.name!r} cannot be written exactly in this layout: {why}. "
         "Ask for the nearest LoRA, ll.export(..., rank=16), which says how near it is, or export the merged model "
         "(ll.merge_and_unload(model), then model.save_pretrained)."
     )
+
+
+@torch.no_grad()
+def nearest_factors(record: Record, layers: list[Adapted], rank: int | None) -> dict[str, Pair]:
+    """Path -> A (k, d_in) and B (d_out, k), s in B: exact for methods of low rank, else of the rank that is asked for.
+
+    Raises:
+        StateError: no rank is asked for, or the bias changes too.
+    """
+    if record.variant.factors is not None:
+        pairs = {x.path: x.factors() for x in layers}
+        return {path: pair for path, pair in pairs.items() if pair is not None}
+    if rank is None:
+        raise refused(record, "its update is no pair of low-rank factors")
+    found, biases = _nearest(record, layers, rank)
+    if biases:
+        raise refused(record, f"it changes the bias of {listing(biases)}, which a plain LoRA does not")
+    return found
 
 
 def _nearest(record: Record, layers: list[Adapted], rank: int) -> tuple[dict[str, Pair], Tensors]:
@@ -165,7 +184,7 @@ def _as_lora(
     try:
         found |= {path: lora_names(by_path[path], *padded(*pair, r)) for path, pair in factors.items()}
     except StateError as e:
-        raise _refused(record, str(e)) from None
+        raise refused(record, str(e)) from None
     linear = [path for path in factors if by_path[path].kind.plain_vectors]
     for path, (d_in, d_out) in _left_out(model, linear, together).items():
         found[path] = {"lora_A.weight": torch.zeros(r, d_in), "lora_B.weight": torch.zeros(d_out, r)}
@@ -210,7 +229,7 @@ def _beside(
             fields["bias"] = "all"
             tensors[f"{layer.path}.bias"] = layer.bias + layer["lora_b"]
         else:
-            raise _refused(record, f"beside it {layer.cfg.variant!r} stands on {layer.path}")
+            raise refused(record, f"beside it {layer.cfg.variant!r} stands on {layer.path}")
     return tensors, fields
 
 

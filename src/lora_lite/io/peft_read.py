@@ -105,11 +105,12 @@ def read_folder(folder: Path, model: nn.Module) -> Tensors:
             f"{folder} holds no adapter_model.safetensors; pickled adapters (adapter_model.bin) are never read."
         )
     with opened(path) as f:
-        _check_owners(list(f.keys()), model)
+        check_owners(list(f.keys()), model)
     return read_tensors(path)
 
 
-def _check_owners(keys: list[str], model: nn.Module) -> None:
+def check_owners(keys: list[str], model: nn.Module) -> None:
+    """Raise where a tensor belongs to no module of the model, or one module has too many."""
     modules = {path for path, _ in model.named_modules()}
     owners = Counter(_owner(_short(key), modules) for key in keys)
     if foreign := [k for k in keys if not _owner(_short(k), modules)]:
