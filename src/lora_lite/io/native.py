@@ -34,6 +34,8 @@ from ..runtime.model.record import Record, Target
 from ..runtime.model.site import owned_tensors, tensor_on
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from ..runtime.start.staging import filled, modules_of
+from ..runtime.targets.loaded import check_loaded
+from ..runtime.targets.structure import describe
 from .gather import full_tensor
 from .header import check_sums, header, read_header, record_from_header
 from .tensors import write_tensors
@@ -126,6 +128,7 @@ def load_native(
     head = read_header(path)
     with reading(path):
         record = record_from_header(model, head, name, str(path))
+        check_loaded(describe(model), record.targets.values())
         with opened(path) as f:  # nothing is read that would not be used
             _check_names(expected(record), f.keys(), str(path))
         tensors = read_tensors(path)

@@ -82,6 +82,8 @@ def full_values(model: nn.Module, record: Record) -> dict[str, Tensor]:
     """Path of a parameter -> base + difference, of every module trained whole."""
     found: dict[str, Tensor] = {}
     for target in record.beside:
+        if vars(target.variant).get("holds") != "modules":
+            continue
         module, kind = model.get_submodule(target.path), kind_named(target.kind)
         _check_is_its_weight(kind, module, target.path)
         change = {k: tensor_on(module, stored_name(k, record.name)).detach().float() for k in target.specs}  # type: ignore[union-attr]
