@@ -14,7 +14,7 @@ import lora_lite as ll
 
 from ..data.forms import Row, column_map, formed
 from ..data.read import check_source, read_rows
-from ..data.tokens import PLAIN, Prepared, Tokens, Turns, tokenised
+from ..data.tokens import PLAIN, Prepared, Turns, tokenised
 from ..demo.data import wordmath_rows
 from ..demo.wordmath import Split
 from ._base import length_of, positions_of
@@ -111,9 +111,11 @@ def held_out(rows: list[Row], wanted: float, seed: int) -> tuple[list[Row], list
     return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
-def fingerprint(rows: Sequence[Tokens]) -> str:
-    """A short hash of all tokens and labels: other data, another template or another mask give another one."""
+def fingerprint(rows: Sequence[dict[str, Any]]) -> str:
+    """A short hash of all tokens and labels, or of whole preference pairs: other data, another template or another mask
+    give another one."""
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
-        digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
+        decides = [row["input_ids"], row["labels"]] if "labels" in row else sorted(row.items())
+        digest.update(json.dumps(decides).encode())
     return digest.hexdigest()
