@@ -295,10 +295,10 @@ def mergeable(model: nn.Module, state: ModelState, chosen: Chosen, dequantize: b
 
 
 def _check_affine(record: Record) -> None:
-    stream = kind_named(record.variant.site).stream
+    kind = kind_named(record.variant.site)
     some = getattr(record.cfg, "positions", "all") != "all"
-    if stream or some or not record.variant.affine:
-        where = " (it edits chosen positions of the residual stream)" if stream else ""
+    if kind.apart or some or not record.variant.affine:
+        where = " (it edits chosen positions of the residual stream)" if kind.stream else ""
         where = where or (" (it acts at chosen positions)" if some else "")
         raise StateError(
             f"adapter {record.name!r}: variant {record.variant.name!r} is not an affine function of its layer's "
