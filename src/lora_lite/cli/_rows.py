@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ def read_template(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as e:
         raise ll.FileError(f"--template {path} cannot be read: {getattr(e, 'strerror', None) or e}.") from None
     try:
-        Environment().lex(text)
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)  # transformers' own tag
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except TemplateSyntaxError as e:
         raise ll.FileError(f"--template {path}:{e.lineno}: not Jinja ({e.message}).") from None
     return text

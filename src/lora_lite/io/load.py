@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ..core.errors import FileError
+from ..core.files import check_path
 from ..runtime.commit import check_attachable
 from ..runtime.handle import Adapter
 from ..runtime.model.state import DEFAULT, unwrap
@@ -39,6 +40,7 @@ def load(
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
     check_attachable(model, name)
+    check_path(path)
     if os.path.isdir(path):
         own = _own_file(Path(path), name)
         if own is None:

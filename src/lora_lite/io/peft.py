@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..core.config import AdapterConfig
 from ..core.errors import FileError, StateError, did_you_mean, listing, shown
-from ..core.files import opened, parsed, read_tensors, reading
+from ..core.files import check_path, opened, parsed, read_tensors, reading
 from ..core.registry import get_variant, variants
 from ..runtime.commit import commit
 from ..runtime.handle import Adapter
@@ -71,6 +71,7 @@ def export(
     model = unwrap(model)
     record = record_of(model, name)
     not_merged(state_of(model), "ll.export")
+    check_path(folder)
     _check_exportable(record)
     factors, of_experts = _factors(model, record)
     r = max(A.shape[0] for A, _ in (*factors.values(), *(pair for pairs in of_experts.values() for pair in pairs)))
