@@ -14,7 +14,7 @@ from torch import nn
 
 import lora_lite as ll
 
-from ..core.errors import StateError
+from ..core.errors import ConfigError, StateError
 from ..runtime.model.state import state_of
 from . import reference
 from .card import card, fields
@@ -50,6 +50,11 @@ def trainer(base: type, cfg: ll.AdapterConfig | None = None, **options: Any) -> 
     Returns:
         A subclass of `base`.
     """
+    if not isinstance(base, type):
+        raise ConfigError(
+            f"ll.trainer takes a trainer's class and gives one back: ll.trainer(SFTTrainer, cfg)(model=..., ...); got "
+            f"{base!r}."
+        )
     made = adapter_trainer(base)
     if cfg is None and not options:
         return made

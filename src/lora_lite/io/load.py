@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.errors import FileError, LoraLiteWarning, shown
-from ..core.files import reading
+from ..core.files import check_path, reading
 from ..runtime.commit import check_attachable
 from ..runtime.handle import Adapter
 from ..runtime.model.state import DEFAULT, unwrap
@@ -46,8 +46,9 @@ def load(
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
     check_attachable(model, name)
-    if not isinstance(path, (str, os.PathLike)):
+    if isinstance(path, Mapping):
         return _load_tensors(unwrap(model), path, config, name, trainable)
+    check_path(path)
     if os.path.isdir(path):
         own = _own_file(Path(path), name)
         if own is None and (Path(path) / MLX_WEIGHTS).is_file():
