@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -135,3 +136,33 @@ def test_export_refuses_targets_it_would_leave_out(tmp_path):
     with pytest.raises(ll.StateError, match="embed_tokens"):
         ll.export(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class Numbered(torch.nn.Module):
+    """Linear layers called by numbers, beside a module of the same name that is none, as in a diffusion model."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 6))
+        self.blocks = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Tanh())])
+
+    def forward(self, x):
+        return self.blocks[0](self.proj(x))
+
+
+def test_layers_called_by_numbers(tmp_path):
+    torch.manual_seed(0)
+    model = Numbered()
+    bare = copy.deepcopy(model)
+    ll.attach(model, ll.LoRAConfig(r=2, alpha=3, target_names=("proj.2",)))
+    randomise(model)
+    ll.export(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["2"]
+    ll.detach(model)
+    ll.attach(model, ll.LoRAConfig(r=2, alpha=3))
+    randomise(model)
+    ll.export(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["2", "proj.0"]
+    x = torch.randn(3, 12)
+    theirs = peft.PeftModel.from_pretrained(bare, tmp_path)
+    torch.testing.assert_close(theirs(x), model(x), atol=1e-6, rtol=0)

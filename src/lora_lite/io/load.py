@@ -11,8 +11,10 @@ from ..core.errors import FileError
 from ..runtime.commit import check_attachable
 from ..runtime.handle import Adapter
 from ..runtime.model.state import DEFAULT, unwrap
+from ..runtime.targets.structure import home_of
+from .header import read_header
 from .native import BaseCheck, load_native
-from .peft import load_peft
+from .peft import load_peft, peft_paths
 
 
 def load(
@@ -23,6 +25,9 @@ def load(
     base_check: BaseCheck = "error",
 ) -> Adapter:
     """Attach an adapter from a file and make it the active one. Needs neither an SVD nor calibration data.
+
+    A container, such as a SentenceTransformer, takes a file of the transformer inside it, where the adapter is at
+    home then.
 
     Args:
         path: a file written by `save`, a folder that a trainer left, or one in PEFT's layout. Of a folder with several
@@ -38,13 +43,15 @@ def load(
     """
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
+    model = unwrap(model)
     check_attachable(model, name)
-    if os.path.isdir(path):
-        own = _own_file(Path(path), name)
-        if own is None:
-            return load_peft(unwrap(model), path, name, trainable)
-        path = own
-    return load_native(unwrap(model), path, name, trainable, base_check)
+    own = _own_file(Path(path), name) if os.path.isdir(path) else Path(path)
+    home = home_of(model, peft_paths(Path(path)) if own is None else read_header(own)["targets"])
+    if home is not model:
+        check_attachable(home, name)
+    if own is None:
+        return load_peft(home, path, name, trainable)
+    return load_native(home, own, name, trainable, base_check)
 
 
 def adapter_file(name: str) -> str:

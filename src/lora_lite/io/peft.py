@@ -29,6 +29,7 @@ from ..runtime.model.record import Record, Target
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from ..runtime.start.staging import filled
 from ..runtime.targets.choose import make_target
+from ..runtime.targets.structure import transformer_inside
 from ..runtime.view.expert import layer_views
 from .header import check_scale
 from .native import check_keys, expected
@@ -79,6 +80,7 @@ def export(
     with torch.no_grad():
         tensors |= full_values(model, record)
     config = _config(model, record, list(factors), parameters, r)
+    tensors = _as_inside(model, config, tensors)
     folder = Path(folder)
     with replaced_folder(folder, WEIGHTS) as new:
         write_tensors(
@@ -123,18 +125,45 @@ def _on_cpu(A: Tensor, B: Tensor) -> Pair:
     return A.detach().float().cpu(), B.detach().float().cpu()
 
 
-def _kinds(paths: Iterable[str]) -> list[str]:
-    """The layers' own names, which PEFT calls modules: "q_proj", "up"."""
-    return sorted({path.rsplit(".", 1)[-1] for path in paths})
+def _targets(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """What PEFT calls target modules: the layers' own names ("q_proj", "up"); whole paths where something else than a
+    linear layer is called so too, as by the numbers of a list."""
+    other = {_last(path) for path, module in model.named_modules() if dims(module) is None}
+    return sorted({path if _last(path) in other else _last(path) for path in paths})
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+def _as_inside(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that they have in the transformer inside a container, which is what readers of the
+    layout load; the names in `config` are changed with them."""
+    prefix, inside = transformer_inside(model)
+    if not prefix or not all(key.startswith(f"{prefix}.") for key in tensors):
+        return tensors
+    for field in ("target_modules", "target_parameters", "modules_to_save"):
+        if config.get(field):
+            config[field] = [name.removeprefix(f"{prefix}.") for name in config[field]]
+    config |= _about(inside)
+    return {key.removeprefix(f"{prefix}."): t for key, t in tensors.items()}
+
+
+def _about(model: nn.Module) -> dict[str, Any]:
+    """What adapter_config.json says of the model."""
+    return {
+        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+    }
 
 
 def _padded(model: nn.Module, factors: dict[str, Pair], r: int) -> dict[str, Tensor]:
     """Factors of rank r of every layer with an adapted layer's name, zero-padded; zeros where it has no adapter."""
     tensors: dict[str, Tensor] = {}
-    kinds = _kinds(factors)
+    targets = _targets(model, factors)
     for path, module in model.named_modules():
         size = dims(module)
-        if size is None or path.rsplit(".", 1)[-1] not in kinds:
+        if size is None or (_last(path) not in targets and path not in targets):
             continue
         A, B = factors.get(path, (torch.zeros(0, size[0]), torch.zeros(size[1], 0)))
         pad = r - A.shape[0]
@@ -147,12 +176,11 @@ def _config(model: nn.Module, record: Record, linear: list[str], parameters: lis
     """adapter_config.json for these linear layers and these parameters of fused experts."""
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        **_about(model),
         "r": r,
         "lora_alpha": r,
         "lora_dropout": 0.0,
-        "target_modules": _kinds(linear),
+        "target_modules": _targets(model, linear),
         **({"target_parameters": parameters} if parameters else {}),
         "bias": "none",
         "fan_in_fan_out": any(type(model.get_submodule(p)).__name__ == "Conv1D" for p in linear),
@@ -162,6 +190,15 @@ def _config(model: nn.Module, record: Record, linear: list[str], parameters: lis
         "inference_mode": True,
         "modules_to_save": [t.path for t in record.beside] or None,
     }
+
+
+def peft_paths(folder: Path) -> list[str]:
+    """The modules to which the tensors of a folder belong; none where it holds no file of tensors."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        return []
+    with opened(path) as f:
+        return [_module_of(key) for key in f.keys()]
 
 
 def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, trainable: bool) -> Adapter:
