@@ -73,6 +73,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/3] torch, the large download: a minute or more"
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$$(grep '^torch==' constraints.txt)"
 	@echo "[3/3] lora-lite, with everything its demo and tests use"
-	@$(PIP) --editable '.[cli,quant,dev]'
+	@$(PIP) --editable '.[serve,quant,dev]'
 	@touch $@
 	@echo "ready"

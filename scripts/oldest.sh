@@ -14,12 +14,12 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input install
 bounds=("$(oldest torch)")
 if [ "${WITH:-torch}" = all ]; then
     for name in transformers peft bitsandbytes safetensors; do bounds+=("$(oldest $name)"); done
-    pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${bounds[@]}" --editable '.[cli,quant,dev]'
+    pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${bounds[@]}" --editable '.[serve,quant,dev]'
 else
     pins=$(mktemp)
     trap 'rm -f "$pins"' EXIT
     grep -vE '^(torch|sympy)==' constraints.txt >"$pins" # torch pins sympy itself
-    pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint "$pins" "${bounds[@]}" --editable '.[cli,quant,dev]'
+    pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint "$pins" "${bounds[@]}" --editable '.[serve,quant,dev]'
 fi
 echo "${bounds[@]}"
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -m "not slow and not gpu" "$@"

@@ -16,6 +16,7 @@ VERBS = {
     "plan": "Plan",
     "generate": "Generate",
     "chat": "Chat",
+    "serve": "Serve",
     "info": "Info",
     "diff": "Diff",
     "check": "Check",
@@ -32,6 +33,8 @@ EXTRAS = {
     "datasets": "cli",
     "accelerate": "cli",
     "bitsandbytes": "quant",
+    "fastapi": "serve",
+    "uvicorn": "serve",
 }
 
 
