@@ -167,6 +167,13 @@ BUGS = [
         PEFT + " -k peft_reads",
     ),
     Bug(
+        "MLX-LM's factors as PEFT has them",
+        "io/layouts.py",
+        '".lora_b"): t.T.contiguous()',
+        '".lora_b"): t.contiguous()',
+        PEFT + " -k mlx",
+    ),
+    Bug(
         "rsLoRA of a folder is not read",
         "io/peft.py",
         'use_rslora=bool(config.get("use_rslora", False))',

@@ -166,3 +166,30 @@ def test_layers_called_by_numbers(tmp_path):
     x = torch.randn(3, 12)
     theirs = peft.PeftModel.from_pretrained(bare, tmp_path)
     torch.testing.assert_close(theirs(x), model(x), atol=1e-6, rtol=0)
+
+
+def test_what_diffusers_and_mlx_read(tmp_path):
+    from safetensors.torch import load_file
+
+    model = tiny()
+    ll.attach(model, ll.LoRAConfig(r=2, alpha=3, target_names=("q_proj",), layers=(1,)))
+    randomise(model)
+    ll.export(model, tmp_path / "peft")
+    ll.export(model, tmp_path / "diffusers", format="diffusers")
+    ll.export(model, tmp_path / "mlx", format="mlx")
+    want = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "diffusers" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(found[k.replace("base_model.model.", "transformer.")], t) for k, t in want.items())
+    assert len(found) == len(want) == 4 and not (tmp_path / "diffusers" / "adapter_config.json").exists()
+    mlx = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    path = "model.layers.1.self_attn.q_proj"
+    assert torch.equal(mlx[f"{path}.lora_a"], want[f"base_model.model.{path}.lora_A.weight"].T)
+    assert torch.equal(mlx[f"{path}.lora_b"], want[f"base_model.model.{path}.lora_B.weight"].T) and len(mlx) == 4
+    config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    assert config["lora_parameters"] == {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    assert config["num_layers"] == 2 and config["fine_tune_type"] == "lora"
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("q_proj",), train_modules=("norm",)), name="more")
+    with pytest.raises(ll.StateError, match="model.norm.weight"):
+        ll.export(model, tmp_path / "no", "more", format="mlx")
+    with pytest.raises(ll.FileError, match="'peft', 'diffusers', 'mlx'"):
+        ll.export(model, tmp_path / "no", "more", format="gguf")

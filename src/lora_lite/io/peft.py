@@ -32,14 +32,14 @@ from ..runtime.targets.choose import make_target
 from ..runtime.targets.structure import transformer_inside
 from ..runtime.view.expert import layer_views
 from .header import check_scale
+from .layouts import LAYOUTS, PREFIX, WEIGHTS
 from .native import check_keys, expected
 from .peft_experts import WRAPPED, Pair, expert_factors, packed, unpacked
 from .peft_whole import Values, called, full_values, patterns, split_whole, whole_targets
 from .places import replaced_folder
 from .tensors import write_tensors
 
-PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 KNOWN = (".lora_A", ".lora_B", ".weight", ".bias")
 """How the names of tensors end, those of modules saved whole included."""
 MAX_CONFIG = 16 << 20
@@ -54,21 +54,25 @@ REFUSED = {
 
 
 def export(
-    model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, format: Literal["peft"] = "peft"
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    format: Literal["peft", "diffusers", "mlx"] = "peft",
 ) -> Path:
-    """Write one adapter for PEFT, vLLM, llama.cpp and others: exact for every method whose update is of low rank.
+    """Write one adapter for other libraries: exact for every method whose update is of low rank.
 
     Args:
         folder: made if it is not there. An adapter in it is replaced at once, so that a killed process leaves the old
             or the new one; its other files stay.
-        format: "peft".
+        format: "peft", which vLLM, llama.cpp and others read as well; "diffusers", for `pipe.load_lora_weights` and
+            `unet.load_lora_adapter(folder, prefix="unet")`; "mlx", for MLX-LM's `adapter_path`.
 
     Raises:
         StateError: the method's update is not a pair of low-rank factors (merge it instead), or the model is merged.
         FileError: the folder cannot be written; what was in it is as it was.
     """
-    if format != "peft":
-        raise FileError(f"format must be 'peft', got {format!r}.")
+    if format not in LAYOUTS:
+        raise FileError(f"format must be one of {', '.join(map(repr, LAYOUTS))}, got {format!r}.")
     model = unwrap(model)
     record = record_of(model, name)
     not_merged(state_of(model), "ll.export")
@@ -81,17 +85,16 @@ def export(
         tensors |= full_values(model, record)
     config = _config(model, record, list(factors), parameters, r)
     tensors = _as_inside(model, config, tensors)
+    layout = LAYOUTS[format]
+    tensors, config = layout.written(model, tensors, config)
     folder = Path(folder)
-    with replaced_folder(folder, WEIGHTS) as new:
-        write_tensors(
-            new / WEIGHTS,
-            {f"{PREFIX}{key}": t for key, t in tensors.items()},
-            {"format": "pt", "written_by": f"lora_lite {__version__}"},
-        )
-        with (new / CONFIG).open("w") as f:
-            f.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+    with replaced_folder(folder, layout.weights) as new:
+        write_tensors(new / layout.weights, tensors, {"format": "pt", "written_by": f"lora_lite {__version__}"})
+        if config:
+            with (new / CONFIG).open("w") as f:
+                f.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
     return folder
 
 
