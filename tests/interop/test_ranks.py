@@ -17,6 +17,8 @@ pytestmark = pytest.mark.slow
 
 WORKER = str(Path(__file__).with_name("ranks_worker.py"))
 PATHS = os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)])
+CLOSE = 2e-5
+"""Of tensors that a step moves by up to 1e-2: AdamW divides gradients by their size, and with it their rounding."""
 ENV = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -50,20 +52,20 @@ def same(a: Path, b: Path, atol: float) -> None:
 def test_data_parallel_and_another_number_of_ranks(tmp_path):
     run(1, "plain", tmp_path / "one", 4)
     run(2, "plain", tmp_path / "two", 4)
-    same(tmp_path / "one", tmp_path / "two", 1e-6)
+    same(tmp_path / "one", tmp_path / "two", CLOSE)
     run(2, "plain", tmp_path / "first", 2)
     run(1, "plain", tmp_path / "then", 4, tmp_path / "first" / "checkpoint-2")
-    same(tmp_path / "one", tmp_path / "then", 1e-6)
+    same(tmp_path / "one", tmp_path / "then", CLOSE)
 
 
 @needs("torch", "2.7", "FSDP2 on a CPU")
 def test_fsdp2(tmp_path):
     run(1, "fsdp2", tmp_path / "one", 3)
     run(2, "fsdp2", tmp_path / "two", 3)
-    same(tmp_path / "one", tmp_path / "two", 1e-6)
+    same(tmp_path / "one", tmp_path / "two", CLOSE)
     run(1, "fsdp2", tmp_path / "on", 1, tmp_path / "two" / "adapter.safetensors")
     run(2, "fsdp2", tmp_path / "on2", 1, tmp_path / "one" / "adapter.safetensors")
-    same(tmp_path / "on", tmp_path / "on2", 1e-5)
+    same(tmp_path / "on", tmp_path / "on2", CLOSE)
 
 
 @pytest.mark.optional_backend("deepspeed")
@@ -71,6 +73,6 @@ def test_zero_3(tmp_path):
     pytest.importorskip("deepspeed")
     run(1, "plain", tmp_path / "one", 4)
     run(2, "zero3", tmp_path / "two", 4)
-    same(tmp_path / "one", tmp_path / "two", 1e-5)
+    same(tmp_path / "one", tmp_path / "two", CLOSE)
     names = {p.name for p in (tmp_path / "two" / "checkpoint-4").iterdir()}
     assert "adapter.safetensors" in names and not any(n.startswith("model") for n in names)
