@@ -29,7 +29,7 @@ def main(out: str = "runs/diffusion", steps: int = 5, base: str = BASE, subfolde
         print(f"step {step + 1}: loss {loss.item():.3f}")
 
     ll.save(unet, f"{out}/adapter.safetensors")  # for ll.load(unet, out)
-    ll.export(unet, f"{out}/diffusers", format="diffusers")  # for pipe.load_lora_weights(f"{out}/diffusers")
+    ll.export(unet, f"{out}/diffusers", format="diffusers")  # for pipe.load_lora_weights
     ll.merge(unet)  # without an adapter's cost, and for readers that know none
     unet.save_pretrained(f"{out}/merged")
 

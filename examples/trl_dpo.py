@@ -3,6 +3,7 @@ that the first margin is exactly 0."""
 
 import os
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -32,6 +33,7 @@ def main(out: str = "runs/dpo", steps: int = 20, start: str = "runs/sft") -> flo
         learning_rate=1e-3,
         logging_steps=1,
         report_to=[],
+        bf16=torch.cuda.is_available(),
     )
     trainer = ll.trainer(DPOTrainer)(
         model=model,

@@ -1,5 +1,6 @@
 """TRL's SFTTrainer: the model by its name, the adapter attached inside."""
 
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -18,6 +19,7 @@ def main(out: str = "runs/sft", steps: int = 20) -> None:
         learning_rate=3e-3,
         logging_steps=1,
         report_to=[],
+        bf16=torch.cuda.is_available(),
     )
     trainer = ll.trainer(SFTTrainer, ll.LoRAConfig(r=16))(
         model=str(BASE), args=args, train_dataset=Dataset.from_list(ROWS)

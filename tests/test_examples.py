@@ -93,7 +93,8 @@ def test_diffusion(tmp_path):
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 12)
     plain = bare(x, t, text).sample
     assert (merged(x, t, text).sample - plain).abs().max() > 1e-6
-    bare.load_lora_adapter(str(tmp_path / "out" / "diffusers"), prefix="unet")
+    name = "pytorch_lora_weights.safetensors"
+    bare.load_lora_adapter(str(tmp_path / "out" / "diffusers"), prefix="unet", weight_name=name)
     torch.testing.assert_close(bare(x, t, text).sample, merged(x, t, text).sample, atol=1e-5, rtol=1e-4)
 
 

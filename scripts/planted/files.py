@@ -167,6 +167,13 @@ BUGS = [
         PEFT + " -k peft_reads",
     ),
     Bug(
+        "packed rows are let through",
+        "interop/refused.py",
+        'if positions != "all":',
+        'if positions == "":',
+        "tests/interop/test_every_trainer.py -k packed",
+    ),
+    Bug(
         "MLX-LM's factors as PEFT has them",
         "io/layouts.py",
         '".lora_b"): t.T.contiguous()',

@@ -64,8 +64,9 @@ def export(
     Args:
         folder: made if it is not there. An adapter in it is replaced at once, so that a killed process leaves the old
             or the new one; its other files stay.
-        format: "peft", which vLLM, llama.cpp and others read as well; "diffusers", for `pipe.load_lora_weights` and
-            `unet.load_lora_adapter(folder, prefix="unet")`; "mlx", for MLX-LM's `adapter_path`.
+        format: "peft", which vLLM, llama.cpp and others read as well; "diffusers", one file for
+            `pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")`; "mlx", for MLX-LM's
+            `adapter_path`.
 
     Raises:
         StateError: the method's update is not a pair of low-rank factors (merge it instead), or the model is merged.
