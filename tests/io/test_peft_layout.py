@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
@@ -84,12 +83,15 @@ def test_peft_reads_what_we_write(tmp_path, kind):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"peft_type": "IA3"}, "peft_type"),
-        ({"use_dora": True}, "use_dora"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"bias": "all"}, "bias"),
+        ({"peft_type": "IA3"}, "no ia3_l"),
+        ({"peft_type": "LILY"}, "peft_type 'LILY'"),
+        ({"use_dora": True}, "no lora_magnitude_vector"),
+        ({"init_lora_weights": "pissa"}, "residual"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
         ({"r": "8"}, "r must be"),
-        ({"rank_pattern": {"(a+)+b": 3}}, "regular expression"),
+        ({"rank_pattern": {"(": 3}}, "not a regular expression"),
+        ({"rank_pattern": {r"(a)\1": 3}}, "not read at"),
+        ({"rank_pattern": {".*[qv]_proj": 3}}, "rank 4 in the file and 3"),
         ({"r": 5}, "rank 4"),
     ],
 )
@@ -100,7 +102,7 @@ def test_refuses_what_it_cannot_honour(tmp_path, change, word):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     model = tiny()
     keys, before = list(model.state_dict()), model(IDS).logits
-    with pytest.raises(ll.FileError, match=word.replace("(", r"\(")):
+    with pytest.raises(ll.FileError, match=word):
         ll.load(model, tmp_path)
     assert list(model.state_dict()) == keys and torch.equal(model(IDS).logits, before) and ll.adapters(model) == {}
 
@@ -128,68 +130,3 @@ def test_export_refuses_methods_without_factors(tmp_path):
         assert not (tmp_path / "out").exists()
     finally:
         del registry._TABLE["export_probe"]
-
-
-def test_export_refuses_targets_it_would_leave_out(tmp_path):
-    model = tiny()
-    ll.attach(model, ll.LoRAConfig(r=2, target_kinds=("linear", "embedding")))
-    with pytest.raises(ll.StateError, match="embed_tokens"):
-        ll.export(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-class Numbered(torch.nn.Module):
-    """Linear layers called by numbers, beside a module of the same name that is none, as in a diffusion model."""
-
-    def __init__(self):
-        super().__init__()
-        self.proj = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 6))
-        self.blocks = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Tanh())])
-
-    def forward(self, x):
-        return self.blocks[0](self.proj(x))
-
-
-def test_layers_called_by_numbers(tmp_path):
-    torch.manual_seed(0)
-    model = Numbered()
-    bare = copy.deepcopy(model)
-    ll.attach(model, ll.LoRAConfig(r=2, alpha=3, target_names=("proj.2",)))
-    randomise(model)
-    ll.export(model, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["2"]
-    ll.detach(model)
-    ll.attach(model, ll.LoRAConfig(r=2, alpha=3))
-    randomise(model)
-    ll.export(model, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["2", "proj.0"]
-    x = torch.randn(3, 12)
-    theirs = peft.PeftModel.from_pretrained(bare, tmp_path)
-    torch.testing.assert_close(theirs(x), model(x), atol=1e-6, rtol=0)
-
-
-def test_what_diffusers_and_mlx_read(tmp_path):
-    from safetensors.torch import load_file
-
-    model = tiny()
-    ll.attach(model, ll.LoRAConfig(r=2, alpha=3, target_names=("q_proj",), layers=(1,)))
-    randomise(model)
-    ll.export(model, tmp_path / "peft")
-    ll.export(model, tmp_path / "diffusers", format="diffusers")
-    ll.export(model, tmp_path / "mlx", format="mlx")
-    want = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    found = load_file(tmp_path / "diffusers" / "pytorch_lora_weights.safetensors")
-    assert all(torch.equal(found[k.replace("base_model.model.", "transformer.")], t) for k, t in want.items())
-    assert len(found) == len(want) == 4 and not (tmp_path / "diffusers" / "adapter_config.json").exists()
-    mlx = load_file(tmp_path / "mlx" / "adapters.safetensors")
-    path = "model.layers.1.self_attn.q_proj"
-    assert torch.equal(mlx[f"{path}.lora_a"], want[f"base_model.model.{path}.lora_A.weight"].T)
-    assert torch.equal(mlx[f"{path}.lora_b"], want[f"base_model.model.{path}.lora_B.weight"].T) and len(mlx) == 4
-    config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
-    assert config["lora_parameters"] == {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
-    assert config["num_layers"] == 2 and config["fine_tune_type"] == "lora"
-    ll.attach(model, ll.LoRAConfig(r=2, target_names=("q_proj",), train_modules=("norm",)), name="more")
-    with pytest.raises(ll.StateError, match="model.norm.weight"):
-        ll.export(model, tmp_path / "no", "more", format="mlx")
-    with pytest.raises(ll.FileError, match="'peft', 'diffusers', 'mlx'"):
-        ll.export(model, tmp_path / "no", "more", format="gguf")

@@ -17,7 +17,7 @@ from .kind import Kind
 from .record import Record, Target
 from .state import DEFAULT, SITE, STATE, ModelState, unwrap
 
-PAGES = ("forward", "forward_input", "weight", "factors", "by_feature", "act")
+PAGES = ("forward", "forward_input", "weight", "prefix", "tokens", "factors", "by_feature", "act")
 
 
 class Slot:
@@ -38,6 +38,8 @@ class Slot:
         "own_weight",
         "owners",
         "path",
+        "prefix",
+        "tokens",
         "weight",
     )
 
@@ -80,7 +82,10 @@ class Site:
         self.awaited = False
         """The running call must call this layer, see `call.vocabulary`."""
         self.found: object = None
-        """What its kind found out about the layer, see `Kind.inspect`."""
+        """What its kind found out about the layer, see `Kind.inspect`, once it was"""
+        self.inspected = True
+        self.ran = False
+        """Whether its hooks ever ran."""
         self.stacks: dict[tuple[object, ...], Stack] = {}
         """Factors of several adapters side by side, see `grouped`."""
 
