@@ -18,7 +18,7 @@ PIP = $(PY) -m pip --disable-pip-version-check --no-input install --quiet --quie
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 STAMP = $(VENV)/.ready
 
-.PHONY: help setup demo test slow gpu planted oldest lint format tables freeze clean
+.PHONY: help setup demo test slow gpu planted oldest newest lint format tables freeze clean
 
 help: ## this list
 	@echo "lora-lite: make COMMAND"
@@ -43,6 +43,9 @@ planted: $(STAMP) ## plant known bugs and see that the tests notice: minutes; AR
 
 oldest: ## the quick tests on the oldest torch that is promised, in .venv-oldest; several gigabytes
 	@TORCH_INDEX="$(TORCH_INDEX)" scripts/oldest.sh -n $(JOBS) $(ARGS)
+
+newest: ## the quick tests on the newest versions of everything, in .venv-newest; several gigabytes
+	@TORCH_INDEX="$(TORCH_INDEX)" scripts/newest.sh -n $(JOBS) $(ARGS)
 
 lint: $(STAMP) ## style and types, changes nothing
 	@$(PY) -m ruff check .
@@ -73,6 +76,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/3] torch, the large download: a minute or more"
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$$(grep '^torch==' constraints.txt)"
 	@echo "[3/3] lora-lite, with everything its demo and tests use"
-	@$(PIP) --editable '.[cli,quant,dev]'
+	@$(PIP) --editable '.[serve,quant,dev]'
 	@touch $@
 	@echo "ready"

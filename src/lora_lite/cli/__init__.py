@@ -16,6 +16,7 @@ VERBS = {
     "plan": "Plan",
     "generate": "Generate",
     "chat": "Chat",
+    "serve": "Serve",
     "info": "Info",
     "diff": "Diff",
     "check": "Check",
@@ -37,6 +38,8 @@ EXTRAS = {
     "accelerate": "cli",
     "bitsandbytes": "quant",
     "lm_eval": "eval",
+    "fastapi": "serve",
+    "uvicorn": "serve",
 }
 
 

@@ -20,6 +20,8 @@ UNREAD = {
     "alora_invocation_tokens": "activated LoRA",
     "megatron_config": "Megatron's layers",
 }
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""`task_type` -> the heads that PEFT trains whole beside the adapter, those of them that a model has."""
 
 
 def our_config(config: Any, model: nn.Module | None) -> ll.AdapterConfig:
@@ -58,7 +60,7 @@ def our_config(config: Any, model: nn.Module | None) -> ll.AdapterConfig:
         dropout=float(said.get("lora_dropout") or 0),
         target_names=_targets(said.get("target_modules"), model),
         exclude_names=_names(said.get("exclude_modules")),
-        train_modules=_names(said.get("modules_to_save")),
+        train_modules=_names([*(said.get("modules_to_save") or ()), *_heads(said.get("task_type"), model)]),
         rank_pattern=dict(said.get("rank_pattern") or {}),
         alpha_pattern={k: float(v) for k, v in (said.get("alpha_pattern") or {}).items()},
     )
@@ -81,6 +83,13 @@ def _starts() -> dict[Any, type[ll.AdapterConfig]]:
     }
 
 
+def _heads(task: Any, model: nn.Module | None) -> list[str]:
+    """The heads of this task that the model has."""
+    known = HEADS.get(str(getattr(task, "value", task)), ())
+    there = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()} if model is not None else set()
+    return [name for name in known if name in there]
+
+
 def _targets(said: str | Iterable[str] | None, model: nn.Module | None) -> tuple[str, ...] | None:
     """Patterns for PEFT's target_modules; what PEFT chooses for the model's type where there are none."""
     if said == "all-linear":
@@ -99,4 +108,4 @@ def _names(said: str | Iterable[str] | None) -> tuple[str, ...]:
     """A regular expression as it is, names as patterns of themselves."""
     if isinstance(said, str):
         return (said,)
-    return tuple(re.escape(name) for name in sorted(said or ()))
+    return tuple(re.escape(name) for name in sorted(set(said or ())))
