@@ -205,6 +205,13 @@ BUGS = [
         WRITING + " -k dora",
     ),
     Bug(
+        "ROAD's variant is not translated",
+        "interop/peft_config.py",
+        'int(str(said.get("variant", "road_1"))[-1])',
+        "4",
+        "tests/interop/test_peft_configs.py -k ROAD",
+    ),
+    Bug(
         "kohya's alpha is not read",
         "io/other_layouts.py",
         'f"^{path}": a for path, a in alphas.items()',
