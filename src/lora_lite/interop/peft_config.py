@@ -124,7 +124,7 @@ def _other(kind: str, said: dict[str, Any], model: nn.Module | None) -> ll.Adapt
     fields |= _turned(kind, said)
     if "alpha" in fields:
         fields["alpha"] = float(fields["alpha"])
-    lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+    lists: dict[str, Any] = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
     return method.config(**(fields | lists))
 
 
