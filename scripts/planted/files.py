@@ -212,6 +212,13 @@ BUGS = [
         WRITING + " -k dora",
     ),
     Bug(
+        "ROAD's variant is not translated",
+        "interop/peft_config.py",
+        'int(str(said.get("variant", "road_1"))[-1])',
+        "4",
+        "tests/interop/test_peft_configs.py -k ROAD",
+    ),
+    Bug(
         "kohya's alpha is not read",
         "io/other_layouts.py",
         'f"^{path}": a for path, a in alphas.items()',
@@ -340,7 +347,7 @@ BUGS = [
     Bug(
         "a head is exported as its difference",
         "io/peft_whole.py",
-        'kind.as_stored(module, w + change["lora_W"])',
+        'kind.as_stored(module, w + change["lora_W"] / own_scale(module))',
         'kind.as_stored(module, change["lora_W"])',
         "tests/parity/test_whole.py",
     ),
