@@ -1,4 +1,4 @@
-"""Run a command of lora-lite and keep its screen as an SVG, for the pages: terminal_picture.py OUT.svg plan --model M"""
+"""Run a command of lora-lite and keep its screen for the pages: terminal_picture.py OUT.svg plan --model M"""
 
 from __future__ import annotations
 
