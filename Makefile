@@ -18,7 +18,7 @@ PIP = $(PY) -m pip --disable-pip-version-check --no-input install --quiet --quie
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 STAMP = $(VENV)/.ready
 
-.PHONY: help setup demo test slow gpu planted oldest newest lint format tables freeze clean
+.PHONY: help setup demo test slow gpu planted oldest newest lint format tables site freeze clean
 
 help: ## this list
 	@echo "lora-lite: make COMMAND"
@@ -56,9 +56,13 @@ format: $(STAMP) ## rewrite the source in the project's style
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-tables: $(STAMP) ## write generated documents again: README, docs/api.md, what works where, costs, CONTRIBUTING
+tables: $(STAMP) ## write generated documents again: docs/methods.md, docs/api.md, what works where, costs, CONTRIBUTING
 	@for script in readme_tables rooms_table api_reference what_works_where cost_tables; do \
 		echo "scripts/$$script.py"; OMP_NUM_THREADS=1 $(PY) scripts/$$script.py || exit 1; done
+
+site: $(STAMP) ## the documentation site, into build/site
+	@$(PIP) 'mkdocs-material>=9.5'
+	@$(PY) -m mkdocs build --strict --quiet
 
 freeze: $(STAMP) ## the installed versions, in the form of constraints.txt
 	@$(PY) -m pip list --format=freeze --exclude-editable | sed 's/+.*//'

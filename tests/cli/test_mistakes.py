@@ -260,7 +260,6 @@ PYTHON = {
     "a name that hits nothing": (lambda: ll.attach(model(), ll.LoRAConfig(target_names=("qq",))), "matches none"),
     "no path": (lambda: ll.load(model(), None), "a path is needed"),
     "a number as path": (lambda: ll.save(adapted(), 3), "a path is needed"),
-    "a hub id": (lambda: ll.load(model(), "someone/some-lora"), "some-lora"),
     "nowhere to save": (lambda: ll.save(adapted(), "/proc/x/a.safetensors"), "could not be written"),
     "nowhere to export": (lambda: ll.export(adapted(), "/proc/x"), "could not be written"),
     "dtype of a file": (lambda: ll.save(adapted(), "x", dtype="float16"), "must be a torch.dtype"),

@@ -55,6 +55,7 @@ def export(
         raise FileError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
     if rank is not None and not (type(rank) is int and rank > 0):
         raise FileError(f"rank must be a whole number from 1 on, got {rank!r}.")
+    check_path(folder)
     model = unwrap(model)
     record = record_of(model, name)
     not_merged(state_of(model), "ll.export")
