@@ -86,10 +86,9 @@ def fake_mode() -> Any:
 
 
 def is_fake(t: Tensor) -> bool:
-    """Whether `t` was made under `fake_mode`."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(t, FakeTensor)
+    """Whether `t` was made under `fake_mode`, whose module is loaded then."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(t, module.FakeTensor)
 
 
 def storage_key(t: Tensor) -> int:

@@ -12,9 +12,10 @@ from ...core.errors import LoraLiteWarning, SelectionError, StateError
 from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
 from ..view import kept as memo
-from .batch import values_of
+from .batch import batch_first, values_of
+from .invoked import note_cache
 from .positions import locate
-from .vocabulary import watch_vocabulary
+from .vocabulary import await_head, check_head, watch_vocabulary
 
 
 def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -30,28 +31,32 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if state.call_grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)
+            if state.vocabulary:
+                await_head(model, state)
     call = locate(state, model, args, kwargs)
     if call is not state.call:  # an exporter follows no needless change
         state.call = call
     if state.rows is None:  # reading the size would make a compiled model depend on it
         return
-    state.batch = None
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            state.batch = int(value.shape[0])
-            break
+    first = batch_first(model, args, kwargs)
+    state.batch = None if first is None else int(first.shape[0])
 
 
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Raise when a reentrant checkpoint left the whole training call without a gradient."""
+    """Raise when a training call left something without a gradient: everything, by a reentrant checkpoint, or what
+    stands on a head that it did not call."""
     state: ModelState = model.__dict__[STATE]
     if state.call is not None:
         state.call = None
     if torch.compiler.is_compiling():
         return
+    if state.begun:
+        note_cache(state.begun, output)
     state.batch = state.memo = None
     state.in_call, had_grad = False, state.call_grad
     state.call_grad = False
+    if had_grad and state.vocabulary and model.training:
+        check_head(model, state)
     if not (had_grad and state.cut_by_checkpoint and model.training and torch.is_grad_enabled()):
         return
     if any(isinstance(v, Tensor) and v.requires_grad for v in values_of(output)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,20 @@ class Prompt:
         """(rows,) on the CPU; None: all tokens of a call that are no padding."""
         self.ends: int | None = None
         """Column at which the prompts of the present generation are known to be over."""
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """What a call leaves behind for those that continue its cache, of positions that begin at some tokens."""
+
+    cache: weakref.ref[object] | None
+    """The cache it filled; None where the call did not bring it."""
+    columns: int
+    """Number of columns so far."""
+    rows: Tensor
+    """(B,) bool, True where the tokens have occurred."""
+    tail: Tensor
+    """(B, k − 1), the last tokens, with which the next ones may complete an occurrence."""
 
 
 class Call:

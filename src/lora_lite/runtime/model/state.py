@@ -8,8 +8,8 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import SelectionError, StateError, did_you_mean
-from .call import Call, Chosen, Memo, Prompt, RowGroup, Rows, Selection
+from ...core.errors import ConfigError, SelectionError, StateError, did_you_mean
+from .call import Begun, Call, Chosen, Memo, Prompt, RowGroup, Rows, Selection
 from .merged import Merged
 from .record import Record
 
@@ -47,6 +47,8 @@ class ModelState:
         """Token positions in the running root call, for the adapters that ask for some."""
         self.previous: Tensor | None = None
         """Tokens of the last call, where the next one may show that they were a prompt growing without a cache."""
+        self.begun: dict[str, Begun] = {}
+        """Wording of positions -> what its last call left for one that continues the same cache."""
         self.memo: Memo | None = None
         """What pages keep from one step of cached decoding to the next, see `view.kept`; None where nothing may be
         kept."""
@@ -67,8 +69,22 @@ class ModelState:
         return {**ModelState().__dict__, **{k: self.__dict__[k] for k in kept}}
 
 
+def check_module(model: object) -> None:
+    """Refuse a tokenizer, a config, swapped arguments: every public entry comes through here.
+
+    Raises:
+        ConfigError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the first argument is the model, a torch.nn.Module, got {type(model).__name__}; the order is "
+            "ll.attach(model, cfg), ll.load(model, path)."
+        )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside torch.compile's and DistributedDataParallel's wrappers."""
+    """The user's module inside torch.compile's and DistributedDataParallel's wrappers; what is no module raises."""
+    check_module(model)
     while True:
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
