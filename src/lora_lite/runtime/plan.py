@@ -145,7 +145,10 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     unadapted += _not_offered(structure, variant, cfg, beside)
     base = {id(p): p for _, p in base_parameters(model)}  # a tied parameter counts once
     rows = [_row(place, variant) for place in chosen]
-    notes = tied_notes(model, chosen) + _kind_notes(chosen) + _weight_notes(variant, targets) + _ignored(variant, cfg)
+    notes = (
+        tied_notes(model, chosen) + _kind_notes(chosen) + _weight_notes(variant, targets) + _start_note(targets, cfg)
+    )
+    notes += _ignored(variant, cfg)
     made = Plan(cfg, targets, hits, unadapted, sum(map(_numel, base.values())), rows, notes)
     if made.trainable > made.base_params:
         notes.append(f"more is trained than the base has: a rank of {cfg.r} is above the width of its layers")
@@ -210,6 +213,12 @@ def _weight_notes(variant: type[Variant], targets: list[Target]) -> list[str]:
         f"them ({size_text(sum(sizes))} over all layers) for the backward pass, with gradient checkpointing those of "
         "one block at a time"
     ]
+
+
+def _start_note(targets: list[Target], cfg: AdapterConfig) -> list[str]:
+    """What a start that takes long says of itself."""
+    note = cfg.start_note([(t.d_in, t.d_out) for t in targets if t.variant.name == cfg.variant])
+    return [] if note is None else [note]
 
 
 def _numel(p: torch.Tensor) -> int:
