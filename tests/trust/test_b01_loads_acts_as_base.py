@@ -30,7 +30,10 @@ def test_what_was_trained_is_what_is_loaded(case, tmp_path):
     y, path = saved(case, tmp_path)
     fresh = case.model()
     ll.load(fresh, path)
-    assert torch.equal(run(fresh, case.x()), y)
+    if case.variant.compact is None:
+        assert torch.equal(run(fresh, case.x()), y)
+    else:  # the file holds the live triplets alone: the same sums in shorter products
+        torch.testing.assert_close(run(fresh, case.x()), y, atol=1e-6, rtol=0)
 
 
 def rename_a_parent(head, tensors, path):

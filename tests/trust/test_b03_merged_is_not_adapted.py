@@ -9,12 +9,12 @@ from torch import nn
 import lora_lite as ll
 from lora_lite.testing.case import randomise, run
 from lora_lite.testing.toy import Conv1D
-from methods import every_method, merges
+from methods import OF_EACH_KIND, every_method, merges
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
-@every_method(merges)
+@every_method(merges, quick=OF_EACH_KIND)
 def test_logits_of_the_whole_model(case, bias, kind):
     case.bias = bias
     model, x = case.model(kind=kind), case.x()
@@ -40,7 +40,7 @@ def test_bfloat16_departs_by_its_rounding_only(case):
     assert float((run(model, x).float() - want).abs().max()) <= 12 * case.eps * float(exact.abs().max())
 
 
-@every_method(merges)
+@every_method(merges, quick=OF_EACH_KIND)
 def test_two_adapters_in_both_orders_are_both_active(case):
     x = case.x()
     for order in (("a", "b"), ("b", "a")):

@@ -12,7 +12,7 @@ from methods import OF_EACH_KIND, every_method, merges
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_method(merges, quick=OF_EACH_KIND)
+@every_method(merges, quick=("lora", "dora", "road"))
 def test_twenty_cycles_leave_the_bits(case, dtype):
     case = type(case)(case.variant, dtype, True, case.options)
     model, x = case.random(), case.x()
@@ -32,7 +32,7 @@ def rounded(w, bits):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@every_method(merges)
+@every_method(merges, quick=OF_EACH_KIND)
 def test_packed_weights_are_merged_on_request_and_the_error_is_the_real_one(case, bits):
     model, x = case.model(kind=FakeQuantLinear), case.x()
     for layer in model.modules():

@@ -14,7 +14,7 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite.io.native import read
-from methods import every_method
+from methods import OF_EACH_KIND, every_method
 
 
 class DistributedDataParallel(nn.Module):
@@ -25,7 +25,7 @@ class DistributedDataParallel(nn.Module):
         self.module = module
 
 
-@every_method()
+@every_method(quick=OF_EACH_KIND)
 def test_wrapped_and_compiled_models_write_the_plain_file(case, tmp_path):
     model = case.random()
     plain = ll.save(model, tmp_path / "plain").read_bytes()
@@ -79,6 +79,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_every_rank_fills_its_shard(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -9,7 +9,7 @@ from torch import nn
 import lora_lite as ll
 from lora_lite.io.native import read
 from lora_lite.testing.case import randomise, run, train
-from methods import every_method, plain, trains
+from methods import OF_EACH_KIND, every_method, plain, trains
 
 
 def with_strangers(case):
@@ -45,7 +45,7 @@ def test_a_trainable_tensor_outside_of_the_file_is_named(case, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@every_method(lambda case: plain(case) and case.linear and not case.variant.needs_data)
+@every_method(lambda case: plain(case) and case.linear and not case.variant.needs_data, quick=OF_EACH_KIND)
 def test_a_head_trained_beside_the_method_comes_back(case, tmp_path):
     model = case.model().train()
     ll.attach(model, case.cfg(train_modules=("head",)))

@@ -7,7 +7,7 @@ import torch
 
 import lora_lite as ll
 from lora_lite.testing.case import run
-from methods import every_method, plain
+from methods import OF_EACH_KIND, every_method, plain
 
 
 def flags(model):
@@ -40,7 +40,7 @@ def test_scopes_and_names_leave_the_flags_alone(case):
     assert flags(model) == {"c": want["a"], "b": want["b"]}
 
 
-@every_method(plain)
+@every_method(plain, quick=OF_EACH_KIND)
 def test_only_the_active_trainable_adapter_is_written(case):
     """Everything is handed to one optimiser; adapter b alone moves, and the base never does."""
     model = case.random("a", "b").train()

@@ -7,7 +7,7 @@ import torch
 
 import lora_lite as ll
 from lora_lite.testing.toy import batches
-from methods import every_method, trains
+from methods import OF_EACH_KIND, every_method, trains
 
 STEPS = 8
 
@@ -28,7 +28,7 @@ def optimiser(case, model):
     return opt
 
 
-@every_method(trains)
+@every_method(trains, quick=OF_EACH_KIND)
 def test_half_and_half_is_the_whole(case, tmp_path):
     dropout = {} if "dropout" in case.variant.ignores else {"dropout": 0.2}  # which draws from the random state
     whole = case.fresh(**dropout).train()

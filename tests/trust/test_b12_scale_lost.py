@@ -12,7 +12,7 @@ import lora_lite as ll
 from lora_lite.io.native import read
 from lora_lite.testing.case import randomise, run
 from lora_lite.testing.toy import Snapshot
-from methods import every_method
+from methods import OF_EACH_KIND, every_method
 
 PATTERNS = {"alpha_pattern": {r"layers\.0\..*": 11.0, r"layers\.1\.up": 0.5}}
 
@@ -65,7 +65,7 @@ def test_unknown_words_of_a_later_version(case, tmp_path):
     assert not (d := before.difference(model)), d
 
 
-@every_method(lambda case: case.linear)
+@every_method(lambda case: case.linear, quick=OF_EACH_KIND)
 def test_another_base_raises(case, tmp_path):
     path = ll.save(case.random(), tmp_path / "x")
     other = case.model()

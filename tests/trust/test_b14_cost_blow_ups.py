@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lora_lite as ll
-from lora_lite.testing.toy import batches
-from methods import every_method, trains
+from methods import every_method
 
 D = 64
 
@@ -30,8 +30,8 @@ class Wide(nn.Module):
         return x
 
 
-DENSE = {"abba", "loha", "kradapter", "whole", "fourierft", "waveft", "c3a", "shira"}
-"""Methods whose update is a matrix by nature: a product of entries, a spectrum, all entries."""
+DENSE = {"fourierft", "hira", "kradapter", "randlora", "shira", "vblora", "waveft", "whole"}
+"""Methods with tensors as large as a weight by nature: a spectrum, entries one by one, bases, a bank of vectors."""
 
 
 def adapted(case, d: int = D):
@@ -75,8 +75,7 @@ def test_what_is_kept_for_backward_is_a_small_multiple_of_lora(case):
     """At most three times what LoRA keeps, on a batch of as many tokens as the layers are wide."""
     x = torch.randn(4, D // 4, D)
     lora = kept(adapted(ll.testing.Case(ll.get_variant("lora"))), x)
-    allowed = 3 * lora if case.variant.name not in DENSE else 3 * lora + 8 * 4 * 4 * D * D
-    assert kept(adapted(case), x) <= allowed
+    assert kept(adapted(case), x) <= 3 * lora
 
 
 class Largest(TorchDispatchMode):
@@ -86,20 +85,21 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor) and t._base is None:  # a view makes nothing
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:  # a view makes nothing
                 self.numel = max(self.numel, t.numel())
         return out
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "hra", "oft", "boft", "pissa", "delora", "vera"][:-1])
-def test_no_dense_update_in_a_training_step(name):
-    """Two tokens through layers of 64 x 64: nothing of the size of a weight is made, forward or backward."""
-    model = adapted(ll.testing.Case(ll.get_variant(name)))
-    x = torch.randn(1, 2, D)
+@every_method(fits)
+def test_no_dense_update_in_a_training_step(case):
+    """Two tokens through layers of 64 x 64: nothing of the size of a weight is made, forward or backward, but for the
+    methods that are named here."""
+    model = adapted(case)
     with Largest() as made:
-        model(x).square().sum().backward()
-    assert made.numel < D * D
+        model(torch.randn(1, 2, D)).square().sum().backward()
+    assert (made.numel >= D * D) == (case.variant.name in DENSE)
 
 
 @pytest.mark.slow
@@ -118,10 +118,3 @@ def test_a_start_takes_seconds_on_a_large_layer(case):
     except ll.ConfigError as e:
         pytest.skip(f"does not take this size: {e}")
     assert time.process_time() - start < 20
-
-
-@every_method(lambda case: trains(case) and case.variant.site == "linear")
-def test_the_cost_on_paper_exists(case):
-    """`ll.cost` says beforehand what a step keeps: positive numbers for every method that trains."""
-    cost = ll.cost(case.model(), case.cfg(), batches()[0])
-    assert cost is not None and str(cost)

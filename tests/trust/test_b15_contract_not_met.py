@@ -14,7 +14,7 @@ import torch
 import lora_lite as ll
 from lora_lite.testing.case import run
 from lora_lite.testing.toy import Snapshot
-from methods import every_method
+from methods import OF_EACH_KIND, every_method
 
 
 @every_method(lambda case: case.variant.on_step is not None)
@@ -62,7 +62,7 @@ def digest(case, **changes) -> str:
     return hashlib.sha256(b"".join(k.encode() + v.numpy().tobytes() for k, v in sorted(state.items()))).hexdigest()
 
 
-@every_method(lambda case: case.linear and case.variant.group_init is None)
+@every_method(lambda case: case.linear and case.variant.group_init is None, quick=OF_EACH_KIND)
 def test_the_order_of_the_patterns_changes_nothing(case):
     names = ("up", "down")
     torch.manual_seed(7)
@@ -75,7 +75,7 @@ PROCESS = """
 import sys, torch
 torch.manual_seed(int(sys.argv[1])); torch.set_num_threads(1)
 import lora_lite as ll
-from methods import every_method
+from methods import OF_EACH_KIND, every_method
 from trust_digest import digest
 for p in every_method().args[1]:
     print(p.id, digest(p.values[0]))

@@ -14,7 +14,7 @@ import lora_lite as ll
 from lora_lite.io.native import read
 from lora_lite.testing.case import run
 from lora_lite.testing.toy import Snapshot
-from methods import every_method
+from methods import OF_EACH_KIND, every_method
 
 JUNK = [
     None, True, -1, 0, 10**9, 10**30, 0.5, float("nan"), float("inf"), -float("inf"), 1e308, "", "load", "x" * 10_000,
@@ -23,7 +23,7 @@ JUNK = [
 MORE = {"variant": ["os.system", "__class__", "torch.load"], "dtype": ["load", "Tensor", "__dict__", "int64"]}
 
 
-@every_method()
+@every_method(quick=OF_EACH_KIND)
 def test_a_config_of_strangers_is_plain_data(case):
     """Every field of every method: it takes the value or says why not, and never builds anything."""
     good = case.cfg().to_dict()
@@ -36,7 +36,7 @@ def test_a_config_of_strangers_is_plain_data(case):
             json.dumps(cfg.to_dict(), allow_nan=False)  # and what it takes goes into a file again
 
 
-@every_method(quick=("lora", "dora", "loreft"))
+@every_method(quick=("lora",))
 def test_a_file_with_such_a_config(case, tmp_path):
     head, tensors = read(ll.save(case.random(), tmp_path / "x"))
     x, model = case.x(), case.model()

@@ -22,7 +22,7 @@ def refused(model, path):
     assert not (d := before.difference(model)), d
 
 
-@every_method()
+@every_method(quick=OF_EACH_KIND)
 def test_one_number_that_is_not_finite(case, tmp_path):
     head, tensors = read(ll.save(case.random(), tmp_path / "x"))
     head.pop("checksum", None)

@@ -61,10 +61,11 @@ def test_a_save_killed_anywhere(tmp_path):
     assert threading.active_count() == 1 or sys.platform != "darwin"
     old, new, x = adapted(1), adapted(2), ll.testing.Case(ll.get_variant("lora")).x()
     path = ll.save(old, tmp_path / "x")
+    ll.save(old, tmp_path / "other")
     total = lines_of(lambda: ll.save(new, tmp_path / "other"))
     want = {"old": run(old, x), "new": run(new, x)}
     found, kills = set(), 0
-    for stop in range(1, total + 1, max(1, total // 40)):
+    for stop in sorted({*range(1, total + 1, max(1, total // 40)), *range(total - 8, total + 1)}):
         path.write_bytes(ll.save(old, tmp_path / "again").read_bytes())
         kills += killed(lambda: ll.save(new, path), stop)
         fresh = toy()
