@@ -38,7 +38,8 @@ from samples import OPTIONS
 
 NAMES = ("default", "a", "b", "c-1")
 PLACES: list[dict[str, Any]] = [
-    {}, {"target_names": ("up",)}, {"target_names": (r"layers\.1\.down",)}, {"layers": (0,)}, {"target_names": ("head", "down")},
+    {}, {"target_names": ("up",)}, {"target_names": (r"layers\.1\.down",)}, {"layers": (0,)},
+    {"target_names": ("head", "down")},
 ]  # fmt: skip
 OTHER_KINDS: list[dict[str, Any]] = [
     {"target_kinds": ("conv",), "target_names": ("mix",)},
@@ -83,7 +84,7 @@ def calibration() -> list[dict[str, Tensor]]:
 
 @functools.cache
 def methods() -> dict[str, dict[str, Any]]:
-    """Name -> the fields with which it takes layers of the toy's size, for every method that stands on linear layers."""
+    """Name -> the fields with which it takes layers of the toy's size; all methods that stand on linear layers."""
     found = {}
     for variant in ll.variants():
         case = Case(variant, options=dict(OPTIONS.get(variant.name, {})))
@@ -169,6 +170,12 @@ class Replayed:
     def method(self) -> str:
         return self.config["variant"]
 
+    def scale(self, path: str) -> float:
+        """alpha / r, or alpha / √r, from what the config says of this target."""
+        said = {**self.config, **self.targets[path].get("config", {})}
+        r = said["r"]
+        return (said["alpha"] or r) / (r**0.5 if said.get("use_rslora") else r)
+
     def of_target(self, path: str) -> dict[str, Tensor]:
         """Short name -> tensor, those that it shares with other targets among them."""
         own = {k.removeprefix(f"{path}."): t for k, t in self.tensors.items() if k.startswith(f"{path}.lora_")}
@@ -205,7 +212,7 @@ class Replay:
     def update(self, one: Replayed, path: str) -> Tensor:
         """s B A."""
         t = one.of_target(path)
-        return one.targets[path]["scale"] * t["lora_B"] @ t["lora_A"]
+        return one.scale(path) * t["lora_B"] @ t["lora_A"]
 
     def linear(self, path: str, x: Tensor, active: dict[str, float]) -> Tensor:
         """Every input is rewritten first, then every output."""
@@ -233,7 +240,7 @@ class Replay:
         if one.method in PAPERS:
             letters = {k.removeprefix("lora_"): t for k, t in one.of_target(path).items()}
             b = torch.zeros(len(layer.weight), dtype=y.dtype) if layer.bias is None else layer.bias
-            return papers.output_of(one.method, letters, one.targets[path]["scale"], x, y, layer.weight, b)
+            return papers.output_of(one.method, letters, one.scale(path), x, y, layer.weight, b)
         return y if variant.forward is None else variant.forward(layer, x, y)
 
 
@@ -306,6 +313,8 @@ class Program:
         fields = {**methods()[method], **self.random.choice(PLACES)}
         if method == "lora" and self.random.random() < 0.5:
             fields |= self.random.choice(OTHER_KINDS)
+        if method == "lora" and self.random.random() < 0.5:
+            fields["use_rslora"] = True
         if "lora" in method and self.random.random() < 0.5:
             fields["alpha_pattern"] = {"up|mix": 1.5}
         variant = ll.get_variant(method)

@@ -13,7 +13,7 @@ from lora_lite.runtime.model.site import owned_tensors
 from lora_lite.runtime.model.state import record_of
 from lora_lite.testing.case import train
 from lora_lite.testing.toy import Output, Toy, batches
-from methods import every_method, trains
+from methods import OF_EACH_KIND, every_method, trains
 
 
 class Checkpointed(Toy):
@@ -31,9 +31,18 @@ class Checkpointed(Toy):
         return Output(loss=F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100), logits=logits)
 
 
-@pytest.mark.parametrize("how", ["plain", "reentrant", "non_reentrant"])
 @every_method(trains)
-def test_every_target_moves_and_the_loss_falls(case, how):
+def test_every_target_moves_and_the_loss_falls(case):
+    learns(case, "plain")
+
+
+@pytest.mark.parametrize("how", ["reentrant", "non_reentrant"])
+@every_method(trains, quick=OF_EACH_KIND)
+def test_also_where_blocks_are_recomputed(case, how):
+    learns(case, how)
+
+
+def learns(case, how):
     model = case.fresh().train()
     if how != "plain":
         model.__class__, model.reentrant = Checkpointed, how == "reentrant"

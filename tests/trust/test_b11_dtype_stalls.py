@@ -15,7 +15,7 @@ from methods import OF_EACH_KIND, every_method, plain
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_method(plain, quick=OF_EACH_KIND)
+@every_method(plain, quick=("lora", "dora", "ia3"))
 def test_fifty_steps_of_a_small_learning_rate_move_everything(case, dtype):
     """99 % of the elements, at a rate that half-precision tensors of the size of weights do not notice."""
     case = Case(case.variant, dtype, True, case.options)
