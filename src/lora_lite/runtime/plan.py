@@ -181,7 +181,7 @@ def _not_offered(
     """(path, reason) of the layers of other kinds and of bare parameters."""
     others = [s for s in structure.places if s.kind not in cfg.target_kinds and kind_named(s.kind).offered]
     left = []
-    if not kind_named(variant.site).stream:
+    if not kind_named(variant.site).apart:
         left = [(s.path, f"{s.kind}; add it with target_kinds") for s in others if s.path not in beside]
     return left + [
         (path, f"bare parameter of shape {'x'.join(map(str, shape))}, not a linear layer")
@@ -191,7 +191,7 @@ def _not_offered(
 
 def _row(place: Place, variant: type[Variant]) -> tuple[str, str, int | None, str, bool]:
     """What the table says of a target beyond its shape."""
-    quantised = not kind_named(variant.site).stream and is_quantised(place.module)
+    quantised = not kind_named(variant.site).apart and is_quantised(place.module)
     return type(place.module).__name__, place.role, place.layer, _dtype_name(place.module), quantised
 
 
