@@ -12,23 +12,22 @@ import lora_lite as ll
 from lora_lite.runtime.model.site import owned_tensors
 from lora_lite.runtime.model.state import record_of
 from lora_lite.testing.case import train
-from lora_lite.testing.toy import Output, Toy, batches
+from lora_lite.testing.toy import batches
 from methods import OF_EACH_KIND, every_method, trains
 
 
-class Checkpointed(Toy):
-    """The toy, with the blocks recomputed in backward."""
+def recomputed(model, reentrant):
+    """The toy, with its blocks run again in backward."""
 
-    reentrant = False
+    def through(h, *more):
+        if reentrant and h.is_leaf:
+            h = h.requires_grad_()  # what `enable_input_require_grads` does
+        for layer in model.layers:
+            checked = model.gradient_checkpointing and torch.is_grad_enabled()
+            h = checkpoint(layer, h, *more, use_reentrant=reentrant) if checked else layer(h, *more)
+        return h
 
-    def forward(self, x=None, attention_mask=None, labels=None, input_ids=None):
-        if not torch.is_grad_enabled():
-            return super().forward(x, attention_mask, labels, input_ids)
-        x = x.requires_grad_(self.reentrant and x.is_leaf)  # what `enable_input_require_grads` does for a reentrant one
-        for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=self.reentrant)
-        logits = self.head(x)
-        return Output(loss=F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100), logits=logits)
+    model.through, model.gradient_checkpointing = through, True
 
 
 @every_method(trains)
@@ -45,7 +44,7 @@ def test_also_where_blocks_are_recomputed(case, how):
 def learns(case, how):
     model = case.fresh().train()
     if how != "plain":
-        model.__class__, model.reentrant = Checkpointed, how == "reentrant"
+        recomputed(model, how == "reentrant")
     before = {k: t.clone() for k, t in ll.adapter_state_dict(model).items()}
     start = loss(model)
     train(case, model, steps=3, lr=1e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite.io.native import read
+from lora_lite.runtime.model.site import owned_tensors, place
+from lora_lite.runtime.model.state import record_of
 from methods import OF_EACH_KIND, every_method
 
 
@@ -42,15 +45,15 @@ def test_an_empty_or_missing_tensor_is_not_saved(case, tmp_path):
     """As ZeRO-3 leaves parameters whose owner is another process."""
     for damage in ("empty", "gone"):
         model = case.random()
-        target = ll.adapters(model)["default"].targets[0]
-        layer = model.get_submodule(target)
-        store = next(t for t in (layer._parameters, layer._buffers) if any(k.startswith("lora_") for k in t))
-        short = next(k for k in store if k.startswith("lora_"))
+        target, short = next((t, short) for t, short, _, _ in owned_tensors(model, record_of(model)))
+        path, attribute = place(target, short, "default")
+        layer = model.get_submodule(path)
+        store = next(table for table in (layer._parameters, layer._buffers) if attribute in table)
         if damage == "empty":
-            store[short].data = store[short].data.new_empty(0)
+            store[attribute].data = store[attribute].data.new_empty(0)
         else:
-            del store[short]
-        with pytest.raises(ll.LoraLiteError, match=f"{target}.{short}".replace(".", r"\.")):
+            del store[attribute]
+        with pytest.raises(ll.LoraLiteError, match=re.escape(target.path)):
             ll.save(model, tmp_path / "never")
         assert not list(tmp_path.iterdir())
 

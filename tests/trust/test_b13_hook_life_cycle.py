@@ -74,7 +74,7 @@ def test_layers_are_called_by_keyword(case):
 
 
 class Fails(nn.Module):
-    def forward(self, x):
+    def forward(self, x, *more):
         raise RuntimeError("planted")
 
 
