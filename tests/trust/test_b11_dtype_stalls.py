@@ -13,8 +13,9 @@ from lora_lite.testing.case import Case, run
 from lora_lite.testing.toy import batches
 from methods import OF_EACH_KIND, every_method, plain
 
-RECTIFIED = {"p_tuning"}
-"""Methods with hidden units of which some are shut, so that no gradient reaches their weights."""
+REACHED = {"p_tuning": 0.7, "unilora": 0.7, "vblora": 0.02}
+"""Share of the elements that a gradient reaches at all, where it is not 99 %: hidden units that are shut, entries that
+no layer draws, vectors of a bank that are not among the chosen ones."""
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -39,7 +40,7 @@ def test_fifty_steps_of_a_small_learning_rate_move_everything(case, dtype):
         sum(int(t.sum()) for t in found.values()) for found in ({k: before[k] != after[k] for k in trained}, reached)
     )
     assert moved >= 0.99 * learning
-    assert learning >= (0.7 if case.variant.name in RECTIFIED else 0.99) * sum(p.numel() for p in trained.values())
+    assert learning >= REACHED.get(case.variant.name, 0.99) * sum(p.numel() for p in trained.values())
     assert all(before[k].dtype == torch.float32 for k in trained)
 
 

@@ -99,6 +99,7 @@ def test_an_exception_inside_a_call_leaves_no_state(case):
     assert model.layers[1].forward == inner
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # asked by the compiler
 @every_method(quick=("lora",))
 def test_attaching_after_a_compiled_call_acts(case):
     torch.compiler.reset()
