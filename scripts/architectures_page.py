@@ -61,7 +61,7 @@ def counted(name: str) -> int:
 def pinned() -> str:
     """The versions of constraints.txt, with which the page is made."""
     text = (ROOT / "constraints.txt").read_text()
-    found = {p: re.search(rf"^{p}==(\S+)$", text, re.M) for p in ("torch", "transformers")}
+    found = {p: re.search(rf"^{p}==([\d.]+)", text, re.M) for p in ("torch", "transformers")}
     return ", ".join(f"{p} {m[1]}" for p, m in found.items() if m is not None)
 
 
