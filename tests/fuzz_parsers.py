@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import re
 import sys
 import tempfile
 import warnings
@@ -37,6 +38,7 @@ class Parsers:
         from lora_lite.testing.toy import Snapshot, toy
 
         self.ll, self.save, self.folder = ll, save, folder
+        self.said, self.random_state = "", torch.get_rng_state
         self.model = toy()
         ll.attach(self.model, ll.LoRAConfig(r=2, alpha=5, alpha_pattern={"up": 3.0}, target_names=("up", "down")))
         randomise(self.model)
@@ -78,12 +80,13 @@ class Parsers:
             path = self.place(data)
         except (UnicodeError, ValueError):  # what safetensors does not write
             return False
+        self.before.rng = self.random_state()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 self.ll.load(self.model, path)
-            except self.ll.LoraLiteError:
-                loaded = False
+            except self.ll.LoraLiteError as e:
+                loaded, self.said = False, str(e)
             else:
                 loaded = True
                 self.ll.detach(self.model)
@@ -119,17 +122,21 @@ def search(seconds: int, corpus: Path) -> None:
 
 
 def keep(corpus: Path, most: int = 96, longest: int = 3000) -> None:
-    """The shortest inputs of which each executes lines that those before it do not."""
+    """The shortest inputs of which each does what those of its kind before it do not: it executes other lines, or gets
+    another answer."""
     folder = tempfile.mkdtemp()
-    parsers, seen, kept = Parsers(Path(folder)), set[tuple[str, int]](), list[bytes]()
+    parsers, seen, kept = Parsers(Path(folder)), set[Any](), list[bytes]()
     for path in sorted(corpus.iterdir(), key=lambda p: (p.stat().st_size, p.name)):
         data = path.read_bytes()
-        new = lines_of(parsers, data) - seen
+        parsers.said = ""
+        lines = lines_of(parsers, data)
+        answer = re.sub(r"[^a-z ]", "", parsers.said.replace(folder, ""))[:300]
+        new = {(data[:1], place) for place in (*lines, answer)} - seen
         if new and len(data) <= longest and len(kept) < most:
             seen |= new
             kept.append(data)
     CORPUS.write_text(json.dumps([base64.b64encode(d).decode() for d in kept], indent=0) + "\n")
-    print(f"{len(kept)} inputs, {sum(map(len, kept))} bytes, {len(seen)} lines")
+    print(f"{len(kept)} inputs, {sum(map(len, kept))} bytes, {len(seen)} lines and answers")
 
 
 def lines_of(parsers: Parsers, data: bytes) -> set[tuple[str, int]]:

@@ -628,12 +628,16 @@ def program(seed: int, steps: int, counts: Counter[str]) -> None:
             raise AssertionError(f"seed {seed}: {type(e).__name__}: {e}\n{told}") from e
 
 
-def replayed(seconds: float, seed: int = 0, steps: int = 30, programs: int | None = None) -> Counter[str]:
-    """Programs from `seed` on until the time is over, one at least; how often each step was taken."""
+def replayed(
+    seconds: float, seed: int = 0, steps: int = 30, programs: int | None = None, least: int = 8
+) -> Counter[str]:
+    """Programs from `seed` on until the time is over, `least` at least; how often each step was taken."""
     counts: Counter[str] = Counter()
     end = time.monotonic() + seconds
     first = seed
-    while seed == first or (time.monotonic() < end and (programs is None or seed < first + programs)):
+    while seed < first + min(least, programs or least) or (
+        time.monotonic() < end and (programs is None or seed < first + programs)
+    ):
         program(seed, steps, counts)
         seed += 1
     print(f"seeds {first} to {seed - 1}, {steps} steps each: {sum(counts.values())} steps {dict(counts)}")
