@@ -94,6 +94,7 @@ class Native:
 
     def write(self, config: Any = None, tensors: dict[str, Tensor] | None = None) -> Path:
         raw = config if isinstance(config, str) else text(self.config if config is None else config)
+        raw = raw.encode("utf-8", "replace").decode()  # a header is UTF-8, or nobody reads the file
         save_file(self.tensors if tensors is None else tensors, self.path, {"lora_lite": raw})
         return self.path
 

@@ -1,10 +1,11 @@
 """Adapters on fused experts (`bank`): while the experts run, their module finds adapted weights in place of the stored
 ones.
 
-W'_e is read off the method's page, as merging does. The stored parameter is not touched: the adapted tensor stands
-before it as a plain attribute of the module, from the pre-hook to the post-hook, which runs after an exception too. One
-dense weight per expert is built in every call and has the base's dtype: an update that is smaller than half a step of a
-bf16 weight is rounded away, as merging would.
+The stored parameter is not touched: the adapted tensor stands before it as a plain attribute of the module, from the
+pre-hook to the post-hook, which runs after an exception too. Methods with `factors` cost two thin products beside each
+of the base's (`view/unformed.py`). The weights W'_e of the others are read off the method's page, as merging does: one
+dense weight per expert is built in every call and has the base's dtype, so an update that is smaller than half a step
+of a bf16 weight is rounded away, as merging would.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from ..model.call import Chosen
 from ..model.site import Site
 from ..model.state import SITE
 from ..view.expert import adapted
-from .recompute import selection_of
+from .acting import note_run
+from .recompute import note_gradient, selection_of
 from .rows import row_groups
 
 
@@ -62,6 +64,10 @@ def experts_post_hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     _step_aside(owner)
     if output is None:  # an exception is on its way
         return None
+    for bank in _owned(owner):
+        note_run(bank.__dict__[SITE])
+        if bank.__dict__[SITE].state.call_grad:
+            note_gradient(bank.__dict__[SITE])
     site: Site = _owned(owner)[0].__dict__[SITE]
     _, rows, _ = selection_of(site.state)
     return None if rows is None else _by_rows(owner, site, rows, args, kwargs, output)
