@@ -21,7 +21,7 @@ from ..runtime.layers.kinds import DEFAULT_KIND, KINDS, kind_named
 from ..runtime.model.kind import Kind
 from ..runtime.model.record import Record, Target
 from ..runtime.targets.choose import add_shared, make_target
-from ..runtime.targets.structure import block_width, describe
+from ..runtime.targets.structure import describe
 from .tensors import checksum
 
 FORMAT = 1
@@ -165,9 +165,7 @@ def _widths(model: nn.Module, cfg: AdapterConfig) -> dict[str, Size]:
     """Path -> size of each block, for a method that stands on the stream after blocks."""
     if not kind_named(get_variant(cfg.variant).site).stream:
         return {}
-    structure = describe(model)
-    widths = {path: block_width(block, structure.d_model or 0) for path, _, block in structure.blocks}
-    return {path: (d, d) for path, d in widths.items()}
+    return {block.path: (block.width or 0, block.width or 0) for block in describe(model).streams}
 
 
 def _target(path: str, entry: dict[str, Any], module: nn.Module, cfg: AdapterConfig, widths: dict[str, Size]) -> Target:

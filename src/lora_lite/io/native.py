@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +21,12 @@ from ..core.errors import (
     did_you_mean,
     listing,
 )
-from ..core.files import opened, read_tensors, reading
+from ..core.files import check_path, opened, read_tensors, reading
 from ..core.spec import ParamSpec
+from ..runtime.call.acting import warn_idle
+from ..runtime.commit import commit
 from ..runtime.compact import compacted
+from ..runtime.handle import Adapter
 from ..runtime.layers.offload import brought_back, is_away
 from ..runtime.layers.read import fingerprint
 from ..runtime.layers.tensors import is_sharded
@@ -32,6 +35,8 @@ from ..runtime.model.site import owned_tensors, tensor_on
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from ..runtime.model.surroundings import own_surroundings
 from ..runtime.start.staging import StagedTarget, filled, modules_of
+from ..runtime.targets.loaded import check_loaded
+from ..runtime.targets.structure import describe
 from .gather import full_tensor
 from .header import check_sums, header, read_header, record_from_header
 from .tensors import write_tensors
@@ -70,6 +75,9 @@ def save(
     not_merged(state, "ll.save, or save the merged model itself with its own save_pretrained")
     _check_schedule(record)
     _check_strangers(model)
+    check_path(path)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise FileError(f"dtype must be a torch.dtype such as torch.float16, got {dtype!r}.")
     path = _file_name(path)
     tensors = adapter_state_dict(model, record.name)
     if compact and record.variant.compact is not None and 0 < record.total_steps <= record.steps:
@@ -77,6 +85,7 @@ def save(
     if dtype is not None:
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     _check_finite(record, tensors)
+    warn_idle(model, state_of(model).records[record.name])
     write_tensors(path, tensors, {"lora_lite": json.dumps(header(record, tensors), sort_keys=True)})
     return path
 
@@ -116,13 +125,21 @@ def _check_finite(record: Record, tensors: dict[str, Tensor]) -> None:
         )
 
 
+def load_native(
+    model: nn.Module, path: str | os.PathLike[str], name: str, trainable: bool, base_check: BaseCheck
+) -> Adapter:
+    """Attach an adapter from a file written by `save`."""
+    return commit(model, *read_native(model, path, name, base_check), trainable)
+
+
 def read_native(
     model: nn.Module, path: str | os.PathLike[str], name: str, base_check: BaseCheck
 ) -> tuple[Record, list[StagedTarget]]:
-    """An adapter from a file written by `save`, ready to be put on the model, which is only looked at."""
+    """The adapter of a file, ready to be put on the model, which is only looked at."""
     head = read_header(path)
     with reading(path):
         record = record_from_header(model, head, name, str(path))
+        check_loaded(describe(model), record.targets.values())
         with opened(path) as f:  # nothing is read that would not be used
             _check_names(expected(record), f.keys(), str(path))
         tensors = read_tensors(path)
@@ -177,6 +194,8 @@ def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str,
         FileError: keys or shapes do not agree exactly; nothing is copied then.
     """
     record = record_of(model, name)
+    if not isinstance(state, Mapping):
+        raise FileError(f"a state dict is needed, as ll.adapter_state_dict gives it; got {type(state).__name__}.")
     own = {target.key(short): tensor for target, short, _, tensor in owned_tensors(model, record)}
     check_keys(expected(record), state, "the state dict")
     if any(is_sharded(t) for t in own.values()):

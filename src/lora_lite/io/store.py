@@ -15,13 +15,15 @@ from ..core.errors import ConfigError, FileError, SelectionError, did_you_mean
 from ..runtime.commit import check_attachable, commit, detach
 from ..runtime.model.record import Record
 from ..runtime.model.state import state_of, unwrap
+from ..runtime.model.surroundings import own_surroundings
 from ..runtime.select import active as active_scope
 from ..runtime.select import rows as rows_scope
 from ..runtime.start.staging import StagedTarget
-from .load import staged
-from .native import BaseCheck
+from .load import load
+from .native import BaseCheck, read_native
 
-Staged = tuple[Record, list[StagedTarget]]
+Staged = tuple[Record, list[StagedTarget]] | None
+"""An adapter that is ready to be put on the model; None for other layouts than ours, which are read when it is."""
 
 
 class AdapterStore:
@@ -131,16 +133,19 @@ class AdapterStore:
             self._resident[name] = self._resident.pop(name)
             return
         self.misses += 1
-        record, views = self._future(name).result()  # another block may have evicted it since
+        read = self._future(name).result()  # another block may have evicted it since
         for gone in [n for n in self._resident if not self._is_resident(n)]:
             del self._resident[gone]
         state = state_of(self.model, create=True)
         active = state.active
         with self._still:
-            check_attachable(self.model, name)
-            commit(self.model, record, views, trainable=False)
+            if read is None:
+                load(self.model, self._path(name), name, base_check=self.base_check)
+            else:
+                check_attachable(self.model, name)
+                commit(self.model, *read, trainable=False)
             state_of(self.model).active = active
-            self._resident[name] = record
+            self._resident[name] = state_of(self.model).records[name]
             while len(self._resident) > self.limit:
                 oldest = next(n for n in self._resident if n not in wanted)
                 detach(self.model, oldest)
@@ -166,8 +171,10 @@ class AdapterStore:
 
     def _read(self, name: str) -> Staged:
         path = self._path(name)
-        with self._still:
-            return staged(self.model, path, name, self.base_check)
+        if path.is_dir():
+            return None
+        with self._still, own_surroundings():
+            return read_native(self.model, path, name, self.base_check)
 
     def _path(self, name: str) -> Path:
         plain = bool(name) and all(c.isalnum() or c in "_-" for c in name)

@@ -74,12 +74,12 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
             yield value
 
 
-def laid_out_as(new: Tensor, old: Tensor) -> Tensor:
-    """`new` with the strides of `old`, which code behind a layer may rely on: a `view`, and kernels that are chosen by
+def laid_out_as(new: Tensor, like: Tensor) -> Tensor:
+    """`new` with the strides of `like`, which code behind a layer may rely on: a `view`, and kernels that are chosen by
     the memory format."""
-    if new.stride() == old.stride() or new.shape != old.shape or 0 in old.stride():  # of which several share memory
+    if new.stride() == like.stride() or new.shape != like.shape or 0 in like.stride():  # several share memory there
         return new
-    return torch.empty_strided(old.shape, old.stride(), dtype=new.dtype, device=new.device).copy_(new)
+    return torch.empty_strided(like.shape, like.stride(), dtype=new.dtype, device=new.device).copy_(new)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
