@@ -3,6 +3,7 @@
 from .abba import ABBAConfig as ABBAConfig
 from .ablation import AblationConfig as AblationConfig
 from .adalora import AdaLoRAConfig as AdaLoRAConfig
+from .adamss import AdaMSSConfig as AdaMSSConfig
 from .adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from .alora import ALoRAConfig as ALoRAConfig
 from .antipasto import AntiPaSTOConfig as AntiPaSTOConfig
@@ -23,6 +24,8 @@ from .ether import ETHERConfig as ETHERConfig
 from .ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from .eva import EVAConfig as EVAConfig
 from .fourierft import FourierFTConfig as FourierFTConfig
+from .frod import FRoDConfig as FRoDConfig
+from .glora import GLoRAConfig as GLoRAConfig
 from .goft import GOFTConfig as GOFTConfig
 from .gralora import GraLoRAConfig as GraLoRAConfig
 from .hira import HiRAConfig as HiRAConfig
@@ -31,6 +34,7 @@ from .ia3 import IA3Config as IA3Config
 from .ia3_ff import IA3FFConfig as IA3FFConfig
 from .kasa import KaSAConfig as KaSAConfig
 from .kradapter import KRAdapterConfig as KRAdapterConfig
+from .lily import LilyConfig as LilyConfig
 from .loha import LoHaConfig as LoHaConfig
 from .lokr import LoKrConfig as LoKrConfig
 from .lora import LoRAConfig as LoRAConfig
@@ -48,11 +52,13 @@ from .multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPro
 from .noreft import NoReFTConfig as NoReFTConfig
 from .oft import OFTConfig as OFTConfig
 from .olora import OLoRAConfig as OLoRAConfig
+from .osf import OSFConfig as OSFConfig
 from .p_tuning import PTuningConfig as PTuningConfig
 from .pca_steering import PCASteeringConfig as PCASteeringConfig
 from .peanut import PEANuTConfig as PEANuTConfig
 from .pissa import PiSSAConfig as PiSSAConfig
 from .polar import PoLARConfig as PoLARConfig
+from .poly import PolyConfig as PolyConfig
 from .prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .psoft import PSOFTConfig as PSOFTConfig
