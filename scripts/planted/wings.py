@@ -239,9 +239,23 @@ BUGS = [
     Bug(
         "the experts' factors without the adapter's weight",
         "runtime/view/expert.py",
-        "return torch.baddbmm(w, (weight * B).to(w.dtype), A.to(w.dtype))",
-        "return torch.baddbmm(w, B.to(w.dtype), A.to(w.dtype))",
+        "left.append((weight * B).to(w.dtype))",
+        "left.append(B.to(w.dtype))",
         R + "test_experts.py -k several",
+    ),
+    Bug(
+        "a transposed stack keeps its factors",
+        "runtime/view/unformed.py",
+        "Unformed.of(self.plain.mT, self.right.mT, self.left.mT)",
+        "Unformed.of(self.plain.mT, self.left.mT.mT, self.right)",
+        R + "test_unformed.py",
+    ),
+    Bug(
+        "one expert's weight is the plain one",
+        "runtime/view/unformed.py",
+        "return t.each(lambda part: part[index])",
+        "return t.plain[index]",
+        R + "test_unformed.py",
     ),
     Bug(
         "what was kept outlives a written tensor",

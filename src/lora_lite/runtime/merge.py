@@ -94,7 +94,7 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
     outside_scope(state, "ll.merge")
     if not chosen:
         raise StateError("no adapter is active; activate one, or name it: ll.merge(model, name=...).")
-    targets = _mergeable(model, state, chosen, dequantize)
+    targets = mergeable(model, state, chosen, dequantize)
     before = None if check is None else (_outputs(model, check, dict(chosen)), _outputs(model, check, None))
     merged = Merged(chosen)
     report = MergeReport([n for n, _ in chosen], len(targets), {}, {}, [])
@@ -273,7 +273,7 @@ def _restore(model: nn.Module, merged: Merged) -> None:
 Mergeable = list[tuple[str, nn.Module, Site]]
 
 
-def _mergeable(model: nn.Module, state: ModelState, chosen: Chosen, dequantize: bool) -> Mergeable:
+def mergeable(model: nn.Module, state: ModelState, chosen: Chosen, dequantize: bool) -> Mergeable:
     """(path, layer, site) of every layer to write, or the reason why not all of them can be written."""
     records = [state.records[n] for n, _ in chosen]
     for record in records:

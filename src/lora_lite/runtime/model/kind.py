@@ -140,7 +140,7 @@ class Kind:
         """The places that a method of this kind means when the config names none."""
         return places
 
-    def notes(self, modules: Sequence[nn.Module]) -> list[str]:
+    def notes(self, modules: Sequence[nn.Module], variant: Any) -> list[str]:
         """What one should know before such layers are adapted."""
         return []
 
