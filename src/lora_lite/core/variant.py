@@ -71,7 +71,8 @@ class Variant:
     site: ClassVar[str] = "linear"
     """Where it hooks: "linear", "block" (the residual stream after a decoder block), "embedding" (the input embedding
     unless named), "attention" (x: queries, y: what they attend to, (B, T, heads · head width) both, before the output
-    projection; d_in is the width of the stream, d_out that of keys and values)."""
+    projection; d_in is the width of the stream, d_out that of keys and values), "module" (what goes into a
+    module that the config names, and what comes out)."""
     needs_weight: ClassVar[bool] = False
     """Reads `layer.weight`, at the start or in `forward`: `attach` then refuses a quantised target unless the config
     says `dequantize=True`, before it spends time on data."""

@@ -50,6 +50,8 @@ class Case:
             "positions" in self.variant.config.__dataclass_fields__
         ):  # the toy's tokens do not mix, and its calls hold no prompt
             self.options = {"positions": "all", **self.options}
+        if kind_named(self.variant.site).named:  # the toy's blocks are all the modules that it has
+            self.options = {"target_names": (r"layers\.\d",), **self.options}
         if self.linear and DEFAULT_KIND not in self.variant.config().target_kinds:
             self.options = {"target_kinds": (DEFAULT_KIND,), **self.options}
         if self.linear and self.variant.config().target_roles is not None:  # the checks count four layers

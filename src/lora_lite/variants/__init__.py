@@ -10,9 +10,11 @@ from .antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from .bd_lora import BDLoRAConfig as BDLoRAConfig
 from .bitfit import BitFitConfig as BitFitConfig
 from .boft import BOFTConfig as BOFTConfig
+from .bottleneck import BottleneckConfig as BottleneckConfig
 from .c3a import C3AConfig as C3AConfig
 from .caa import CAAConfig as CAAConfig
 from .cartridge import CartridgeConfig as CartridgeConfig
+from .compacter import CompacterConfig as CompacterConfig
 from .corda import CorDAConfig as CorDAConfig
 from .cpt import CPTConfig as CPTConfig
 from .deft import DEFTConfig as DEFTConfig
@@ -30,6 +32,7 @@ from .goft import GOFTConfig as GOFTConfig
 from .gralora import GraLoRAConfig as GraLoRAConfig
 from .hira import HiRAConfig as HiRAConfig
 from .hra import HRAConfig as HRAConfig
+from .hydralora import HydraLoRAConfig as HydraLoRAConfig
 from .ia3 import IA3Config as IA3Config
 from .ia3_ff import IA3FFConfig as IA3FFConfig
 from .kasa import KaSAConfig as KaSAConfig
@@ -46,6 +49,7 @@ from .loreft import LoReFTConfig as LoReFTConfig
 from .mica import MiCAConfig as MiCAConfig
 from .milora import MiLoRAConfig as MiLoRAConfig
 from .miss import MiSSConfig as MiSSConfig
+from .molora import MoLORAConfig as MoLORAConfig
 from .mora import MoRAConfig as MoRAConfig
 from .moslora import MoSLoRAConfig as MoSLoRAConfig
 from .multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
@@ -54,6 +58,7 @@ from .oft import OFTConfig as OFTConfig
 from .olora import OLoRAConfig as OLoRAConfig
 from .osf import OSFConfig as OSFConfig
 from .p_tuning import PTuningConfig as PTuningConfig
+from .parallel_adapter import ParallelAdapterConfig as ParallelAdapterConfig
 from .pca_steering import PCASteeringConfig as PCASteeringConfig
 from .peanut import PEANuTConfig as PEANuTConfig
 from .pissa import PiSSAConfig as PiSSAConfig

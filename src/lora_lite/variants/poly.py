@@ -29,7 +29,8 @@ class PolyConfig(AdapterConfig):
 
 @register
 class Poly(Variant):
-    """Polytropon and multi-head routing: each task mixes K shared low-rank skills, per split of the features.
+    """Poly (Polytropon) and MHR (multi-head routing): each task mixes K shared low-rank skills, per split of the
+    features.
 
     y' = y + s B_t A_t drop(x), A_t = Σ_k w_tqk A_qk on split q of the inputs, B_t likewise on the outputs, w = σ(l)/Σ_k
     σ(l), l (tasks, splits, K) ~ U(±1e-3), in training with logistic noise on l (relaxed Bernoulli, temperature 1); A

@@ -65,6 +65,8 @@ def places_of(structure: Structure, variant: type[Variant], cfg: AdapterConfig) 
 
 def _places_apart(structure: Structure, kind: Kind, variant: type[Variant]) -> list[Place]:
     found = [s for s in structure.places if s.kind == kind.name]
+    if kind.named:
+        found = [dataclasses.replace(s, kind=kind.name) for s in structure.composite]
     if not found:
         raise TargetError(f"variant {variant.name!r} stands on {kind.name}, and {kind.absent}")
     return found

@@ -61,6 +61,8 @@ class Structure:
     raw: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     """(path, shape) of parameters with two or more dimensions that no linear-like layer, embedding, norm or bank of
     experts owns."""
+    composite: list[Place] = field(default_factory=list)
+    """Every module with modules inside but the model itself, as wide as the stream: what a config may name."""
     aliases: dict[int, list[str]] = field(default_factory=dict)
     """id of a module -> all its paths, where there are several."""
 
@@ -77,7 +79,20 @@ def describe(model: nn.Module) -> Structure:
     owned |= {id(t) for m in layers for t in (getattr(m, "weight", None), bias_of(m))}
     raw = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in owned]
     n_layers = max((len(stack) for _, stack in stacks), default=0)
-    return Structure(places, d_model, n_layers, blocks, raw, _aliases(model))
+    return Structure(places, d_model, n_layers, blocks, raw, _composite(model, stacks, d_model), _aliases(model))
+
+
+def _composite(model: nn.Module, stacks: Stacks, d_model: int | None) -> list[Place]:
+    """Every module with modules inside but the model and lists of modules."""
+    if d_model is None:
+        return []
+    inside = [(path, m) for path, m in model.named_modules() if path and any(True for _ in m.children())]
+    lists = (nn.ModuleList, nn.ModuleDict)
+    return [
+        Place(path, m, d_model, d_model, _block_index(path, stacks), "inner")
+        for path, m in inside
+        if not isinstance(m, lists)
+    ]
 
 
 def _places(model: nn.Module, stacks: Stacks, d_model: int | None, widths: dict[str, int | None]) -> list[Place]:
