@@ -53,8 +53,8 @@ format: $(STAMP) ## rewrite the source in the project's style
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-tables: $(STAMP) ## write generated documents again: README, docs/api.md, what works where, costs, CONTRIBUTING
-	@for script in readme_tables rooms_table api_reference what_works_where cost_tables; do \
+tables: $(STAMP) ## write generated documents again: README, docs/api.md, methods, what works where, costs, CONTRIBUTING
+	@for script in readme_tables rooms_table api_reference methods_page what_works_where cost_tables; do \
 		echo "scripts/$$script.py"; OMP_NUM_THREADS=1 $(PY) scripts/$$script.py || exit 1; done
 
 freeze: $(STAMP) ## the installed versions, in the form of constraints.txt

@@ -30,14 +30,14 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["readme_tables", "rooms_table", "api_reference"])
+@pytest.mark.parametrize("name", ["readme_tables", "rooms_table", "api_reference", "methods_page"])
 def test_generated_text_is_current(name, monkeypatch, capsys):
     module = script(name, monkeypatch)
     monkeypatch.setattr(sys, "argv", [name, "--check"])
     assert module.main() == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["readme_tables", "rooms_table", "api_reference"])
+@pytest.mark.parametrize("name", ["readme_tables", "rooms_table", "api_reference", "methods_page"])
 def test_stale_text_is_noticed_and_the_command_named(name, monkeypatch, capsys, tmp_path):
     module = script(name, monkeypatch)
     copy = tmp_path / "page.md"
@@ -52,8 +52,14 @@ def test_one_command_writes_all_of_them():
     recipe = re.search(r"^tables:.*?\n\n", (ROOT / "Makefile").read_text(), re.M | re.S)
     assert recipe is not None
     writers = {p.stem for p in (ROOT / "scripts").glob("*.py") if re.match(r'"""Write ', p.read_text())}
-    assert writers == {"readme_tables", "rooms_table", "api_reference", "what_works_where", "cost_tables"}
+    known = {"readme_tables", "rooms_table", "api_reference", "methods_page", "what_works_where", "cost_tables"}
+    assert writers == known
     assert all(name in recipe[0] for name in writers)
+
+
+def test_every_method_has_a_family():
+    own = [v for v in ll.variants() if v.__module__.startswith("lora_lite.")]
+    assert not [v.name for v in own if v.family == ll.Variant.family]
 
 
 def test_every_room_and_wing_has_a_line():

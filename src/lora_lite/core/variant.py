@@ -68,6 +68,8 @@ class Variant:
     """One line for tables; the first paragraph of the docstring by default."""
     paper: ClassVar[str] = ""
     """arXiv id or another citable source."""
+    family: ClassVar[str] = "others"
+    """The heading under which docs/methods.md lists it."""
     site: ClassVar[str] = "linear"
     """Where it hooks: "linear", "block" (the residual stream after a decoder block), "embedding" (the input embedding
     unless named), "attention" (x: queries, y: what they attend to, (B, T, heads · head width) both, before the output

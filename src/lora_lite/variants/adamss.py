@@ -43,6 +43,7 @@ class AdaMSS(Variant):
     name = "adamss"
     config = AdaMSSConfig
     paper = "openreview 8ZdWmpYxT0"
+    family = "low rank from the weight or from data"
     needs_weight = True
     ignores = ("alpha",)
     lr = 5e-3

@@ -29,6 +29,7 @@ class Bottleneck(Variant):
     name = "bottleneck"
     config = BottleneckConfig
     paper = "1902.00751"
+    family = "bottlenecks"
     affine = False
     lr = 1e-3
 

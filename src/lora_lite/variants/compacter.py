@@ -34,6 +34,7 @@ class Compacter(Variant):
     name = "compacter"
     config = CompacterConfig
     paper = "2106.04647"
+    family = "bottlenecks"
     affine = False
     lr = 3e-3
 

@@ -44,6 +44,7 @@ class FRoD(Variant):
     name = "frod"
     config = FRoDConfig
     paper = "10.1609/aaai.v40i31.39813"
+    family = "shared or random bases"
     needs_weight = True
     ignores = ("r", "alpha")
     lr = 1e-3

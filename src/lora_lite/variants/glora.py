@@ -45,6 +45,7 @@ class GLoRA(Variant):
     name = "glora"
     config = GLoRAConfig
     paper = "2306.07967"
+    family = "with the weight"
     needs_weight = True
     ignores = ("alpha",)
     lr = 5e-4

@@ -36,6 +36,7 @@ class HydraLoRA(Variant):
     name = "hydralora"
     config = HydraLoRAConfig
     paper = "2404.19245"
+    family = "mixtures and tasks"
     affine = False
     lr = 2e-4
 

@@ -42,6 +42,7 @@ class Lily(Variant):
     name = "lily"
     config = LilyConfig
     paper = "2407.09946"
+    family = "mixtures and tasks"
     affine = False
     lr = 1e-3
 

@@ -45,6 +45,7 @@ class MoLORA(Variant):
     name = "molora"
     config = MoLORAConfig
     paper = "2309.05444"
+    family = "mixtures and tasks"
     affine = False
     lr = 2e-4
 

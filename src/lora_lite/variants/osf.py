@@ -40,6 +40,7 @@ class OSF(Variant):
     name = "osf"
     config = OSFConfig
     paper = "2504.07097"
+    family = "low rank from the weight or from data"
     needs_weight = True
     ignores = ("alpha",)
     lr = 5e-4

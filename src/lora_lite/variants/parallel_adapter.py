@@ -31,6 +31,7 @@ class ParallelAdapter(Variant):
     name = "parallel_adapter"
     config = ParallelAdapterConfig
     paper = "2110.04366"
+    family = "bottlenecks"
     site = "module"
     affine = False
     lr = 1e-3

@@ -42,6 +42,7 @@ class Poly(Variant):
     name = "poly"
     config = PolyConfig
     paper = "2202.13914"
+    family = "mixtures and tasks"
     noisy = True
     lr = 5e-4
 
