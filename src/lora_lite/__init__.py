@@ -31,6 +31,7 @@ from .io.peft import export as export
 from .runtime.attach import attach as attach
 from .runtime.check import check as check
 from .runtime.combine import combine as combine
+from .runtime.combine import factors as factors
 from .runtime.commit import detach as detach
 from .runtime.commit import rename as rename
 from .runtime.compact import compact as compact

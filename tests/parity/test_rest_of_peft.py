@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import peft
 import pytest
@@ -179,3 +179,64 @@ def test_poly(splits):
         compare(mine, theirs, link)
     with pytest.raises(ll.SelectionError, match="task_ids"):
         mine(torch.randn(2, 5, 24, dtype=torch.float64))
+
+
+def test_arrow():
+    """PEFT finds the keys by power iteration and normalises among all experts, of which the best are left."""
+    from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+
+    model = Two(24, 36, torch.float64)
+    names = ["a", "b", "c"]
+    for i, name in enumerate(names):
+        ll.attach(model, ll.LoRAConfig(r=4, alpha=6, dtype="float64", target_names=("up",)), name=name)
+        randomise(model, seed=i)
+    experts = [ll.factors(model, name) for name in names]
+    cfg = ll.ArrowConfig(top=2, temperature=0.5, dtype="float64", target_names=("up",))
+    ll.attach(model, cfg, experts, name="arrow")
+    up = model.up
+    config = SimpleNamespace(
+        top_k=2, router_temperature=0.5, rng_seed=0, task_adapter_names=names, gks_adapter_names=[], use_gks=False
+    )
+    theirs = ArrowLoraLinearLayer(24, config)
+    A = {n: SimpleNamespace(weight=e["up"][0].detach()) for n, e in zip(names, experts, strict=True)}
+    B = {n: SimpleNamespace(weight=e["up"][1].detach()) for n, e in zip(names, experts, strict=True)}
+    keys = getattr(up, "lora_v@arrow")
+    for mine, name in zip(keys, names, strict=True):  # its 15 rounds are not enough here
+        key = theirs.top_right_singular_vec_from_BA(A[name].weight, B[name].weight, iters=1000)
+        assert abs(abs(float(mine @ key.double())) - 1) < 1e-5
+    theirs.prototypes = keys
+    x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
+    with ll.active(model, None):
+        bare = up(x)
+    want = bare + theirs(x, A, B, lambda v: v, dict.fromkeys(names, 1.0))
+    w = torch.randn_like(want)
+    got = up(x)
+    assert relative(got, want) < 1e-9 and relative(got, bare) > 1e-2
+    at = [torch.autograd.grad((out * w).sum(), x, retain_graph=True)[0] for out in (got, want)]
+    assert relative(*at) < 1e-9
+
+
+def test_arrow_says_what_it_is_made_of():
+    model = Two(24, 36, torch.float32)
+    with pytest.raises(ll.ConfigError, match=r"ll.factors\(model, name\)"):
+        ll.attach(model, ll.ArrowConfig(), [torch.zeros(3, 24)])
+    with pytest.raises(ll.ConfigError, match="up: an expert brings"):
+        ll.attach(model, ll.ArrowConfig(), [{"up": (torch.zeros(2, 3), torch.zeros(36, 2))}])
+    ll.attach(model, ll.IA3Config(target_names=("up",)))
+    with pytest.raises(ll.StateError, match="no pair of low-rank factors"):
+        ll.factors(model)
+
+
+@pytest.mark.parametrize("groups", [4, 5])
+def test_velora(groups):
+    """In training; PEFT normalises in fp32."""
+    config = peft.tuners.lora.config.VeloraConfig(num_groups=groups, scale=0.7)
+    mine, theirs = pair(
+        ll.VeLoRAConfig(r=4, alpha=6, groups=groups, gradient_scale=0.7, dtype="float64"),
+        peft.LoraConfig(r=4, lora_alpha=6, velora_config=config),
+    )
+
+    def link(layer):
+        return {"lora_A.default.weight": layer.lora_A, "lora_B.default.weight": layer.lora_B}
+
+    compare(mine, theirs, link, tolerance=1e-5)

@@ -78,8 +78,9 @@ class Variant:
     needs_weight: ClassVar[bool] = False
     """Reads `layer.weight`, at the start or in `forward`: `attach` then refuses a quantised target unless the config
     says `dequantize=True`, before it spends time on data."""
-    needs_data: ClassVar[Literal["", "batches", "pairs"]] = ""
-    """`attach` without `calibration_data` raises; "pairs" are contrast pairs (positive batch, negative batch)."""
+    needs_data: ClassVar[Literal["", "batches", "pairs", "adapters"]] = ""
+    """`attach` without `calibration_data` raises; "pairs" are contrast pairs (positive batch, negative batch);
+    "adapters" are low-rank updates of other adapters, as `ll.factors` gives them."""
     affine: ClassVar[bool] = True
     """For fixed adapter tensors the new output is an affine function of x: so it can be merged."""
     identity_bound: ClassVar[float] = 0.0

@@ -7,6 +7,7 @@ from .adamss import AdaMSSConfig as AdaMSSConfig
 from .adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from .alora import ALoRAConfig as ALoRAConfig
 from .antipasto import AntiPaSTOConfig as AntiPaSTOConfig
+from .arrow import ArrowConfig as ArrowConfig
 from .bd_lora import BDLoRAConfig as BDLoRAConfig
 from .bitfit import BitFitConfig as BitFitConfig
 from .boft import BOFTConfig as BOFTConfig
@@ -52,7 +53,9 @@ from .miss import MiSSConfig as MiSSConfig
 from .molora import MoLORAConfig as MoLORAConfig
 from .mora import MoRAConfig as MoRAConfig
 from .moslora import MoSLoRAConfig as MoSLoRAConfig
+from .mtl_lora import MTLLoRAConfig as MTLLoRAConfig
 from .multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from .nola import NoLAConfig as NoLAConfig
 from .noreft import NoReFTConfig as NoReFTConfig
 from .oft import OFTConfig as OFTConfig
 from .olora import OLoRAConfig as OLoRAConfig
@@ -84,6 +87,7 @@ from .tinylora import TinyLoRAConfig as TinyLoRAConfig
 from .token_rows import TokenRowsConfig as TokenRowsConfig
 from .unilora import UniLoRAConfig as UniLoRAConfig
 from .vblora import VBLoRAConfig as VBLoRAConfig
+from .velora import VeLoRAConfig as VeLoRAConfig
 from .vera import VeRAConfig as VeRAConfig
 from .waveft import WaveFTConfig as WaveFTConfig
 from .whole import WholeConfig as WholeConfig
