@@ -74,13 +74,13 @@ class Arrow(Variant):
                 targets.remove(layer)
                 continue
             r = max(len(pair[0]) for pair in pairs if pair is not None)
-            layer.resize(r=r, experts=len(pairs), top=min(cfg.top, len(pairs)))
+            layer.resize(r=r, experts=len(pairs))
             found = [_expert(layer, pair) for pair in pairs]
             layer.lora_A, layer.lora_B, layer.lora_v = (torch.stack(side) for side in zip(*found, strict=True))
 
     @staticmethod
     def forward(layer: Layer[ArrowConfig], x: Tensor, y: Tensor) -> Tensor:
-        E, top = layer.cfg.experts, layer.cfg.top
+        E, top = layer.cfg.experts, min(layer.cfg.top, layer.cfg.experts)
         scores = (x @ layer.lora_v.mT).abs() / layer.cfg.temperature
         least = scores.topk(top, -1).values[..., -1:]
         p = scores.masked_fill(scores < least, -torch.inf).softmax(-1)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core import ConfigError, Layer, ParamSpec, Variant, register
-from ..ops.lowrank import add_lowrank
+from ..ops.lowrank import add_lowrank, shrink
 from ._lowrank import ScaledConfig
 
 
@@ -64,7 +64,7 @@ class Lily(Variant):
 
     @staticmethod
     def forward(layer: Layer[LilyConfig], x: Tensor, y: Tensor) -> Tensor:
-        z = layer.dropout(x) @ layer.lora_A.mT
+        z = shrink(layer.dropout(x), layer.lora_A)
         p = (z @ layer.lora_R.mT).softmax(-1)
         mixed = (p[..., None] * z[..., None, :]).flatten(-2)
         return add_lowrank(y, mixed, layer.lora_B.transpose(0, 1).flatten(1), layer.cfg.scale)

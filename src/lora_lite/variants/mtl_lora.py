@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import ConfigError, Layer, ParamSpec, Variant, register
+from ..ops.lowrank import lowrank_update
 from ._lowrank import ScaledConfig
 
 
@@ -62,10 +63,13 @@ class MTLLoRA(Variant):
         tasks: Any = layer.context("task_ids") if cfg.tasks > 1 else 0
         p = (layer.lora_w[tasks] / cfg.temperature).softmax(-1)
         B = torch.einsum("...n,nor->...or", p, layer.lora_B)
+        B = B @ layer.lora_L[tasks]
+        if cfg.tasks == 1:
+            return lowrank_update(y, layer.dropout(x), layer.lora_A, B, cfg.scale)
         z = layer.dropout(x) @ layer.lora_A.mT
-        if cfg.tasks > 1 and x.dim() < 3:  # one token per row
-            return y + cfg.scale * ((z[:, None] @ layer.lora_L[tasks].mT) @ B.mT)[:, 0]
-        return y + cfg.scale * ((z @ layer.lora_L[tasks].mT) @ B.mT)
+        if x.dim() < 3:  # one token per row
+            return y + cfg.scale * (z[:, None] @ B.mT)[:, 0]
+        return y + cfg.scale * (z @ B.mT)
 
 
 def _eyes(t: Tensor, g: torch.Generator) -> None:

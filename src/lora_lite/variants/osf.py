@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
+from ..core.config import MAX_RANK
 from ..ops.linalg import thin_svd
 from ..ops.lowrank import deviation_factors, deviation_update
 
@@ -15,14 +16,8 @@ from ..ops.lowrank import deviation_factors, deviation_update
 @dataclass(frozen=True, kw_only=True)
 class OSFConfig(AdapterConfig):
     variant: str = "osf"
-    r: int = 0
-    """Smallest triplets that are trained; 0: half of them, PEFT's default."""
-
-    def validate(self) -> None:
-        if self.r < 0:
-            raise ConfigError(f"OSFConfig.r is a number of triplets, or 0 for half of them, got {self.r}.")
-        if self.r:
-            super().validate()
+    r: int = MAX_RANK
+    """Smallest triplets that are trained; half of them where a weight has no more, as by default and in PEFT."""
 
 
 @register
@@ -49,9 +44,9 @@ class OSF(Variant):
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: OSFConfig) -> dict[str, ParamSpec]:
         n = min(d_in, d_out)
-        r = cfg.r or n - n // 2
+        r = cfg.r if cfg.r < n else max(1, n // 2)
         if r >= n:
-            raise ConfigError(f"r = {r} leaves none of the {n} triplets of a {d_in}->{d_out} weight; lower r.")
+            raise ConfigError(f"a {d_in}->{d_out} weight has one triplet, and one must stay; add it to exclude_names.")
         shapes = {"U": (d_out, r), "S": (r,), "V": (r, d_in)}
         specs = {f"lora_{k}": ParamSpec(shape, decay=False) for k, shape in shapes.items()}
         specs |= {f"lora_{k}0": ParamSpec(shape, init="empty", as_buffer=True) for k, shape in shapes.items()}

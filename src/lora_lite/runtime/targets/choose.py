@@ -109,6 +109,10 @@ def _raise_none_chosen(left: list[tuple[str, str]], cfg: AdapterConfig) -> NoRet
     cure = "lora_lite adapts linear-like layers; this model has none."
     if left:
         cure = f"Print ll.plan(model, ll.{type(cfg).__name__}()) to see names and roles."
+        if cfg.target_roles is not None:
+            cure += (
+                f" target_roles={cfg.target_roles} with target_kinds={cfg.target_kinds}: target_roles=None takes all."
+            )
     raise TargetError(
         f"the config chooses none of the model's {len(left)} layers "
         f"({', '.join(f'{n} {r}' for r, n in why.most_common(3)) or 'none found'}). {cure}"
