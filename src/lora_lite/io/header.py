@@ -167,9 +167,9 @@ def _widths(model: nn.Module, cfg: AdapterConfig) -> dict[str, Size]:
     if not (kind.stream or kind.named):
         return {}
     structure = describe(model)
-    d = structure.d_model or 0
-    paths = [place.path for place in structure.composite] if kind.named else [path for path, _, _ in structure.blocks]
-    return dict.fromkeys(paths, (d, d))
+    if kind.named:
+        return {place.path: (place.d_in, place.d_out) for place in structure.composite}
+    return {block.path: (block.width or 0, block.width or 0) for block in structure.stacked}
 
 
 def _target(path: str, entry: dict[str, Any], module: nn.Module, cfg: AdapterConfig, widths: dict[str, Size]) -> Target:

@@ -21,7 +21,8 @@ from ..model.call import Chosen
 from ..model.site import Site
 from ..model.state import SITE
 from ..view.expert import adapted
-from .recompute import selection_of
+from .acting import note_run
+from .recompute import note_gradient, selection_of
 from .rows import row_groups
 
 
@@ -63,6 +64,10 @@ def experts_post_hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     _step_aside(owner)
     if output is None:  # an exception is on its way
         return None
+    for bank in _owned(owner):
+        note_run(bank.__dict__[SITE])
+        if bank.__dict__[SITE].state.call_grad:
+            note_gradient(bank.__dict__[SITE])
     site: Site = _owned(owner)[0].__dict__[SITE]
     _, rows, _ = selection_of(site.state)
     return None if rows is None else _by_rows(owner, site, rows, args, kwargs, output)

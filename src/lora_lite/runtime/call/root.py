@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...core.errors import LoraLiteWarning, SelectionError, StateError
+from ...core.errors import LoraLiteWarning, StateError
 from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
 from ..view import kept as memo
-from .batch import batch_first, values_of
+from . import acting
+from .batch import batch_first
 from .context import with_context
 from .invoked import note_cache
 from .positions import locate
+from .recompute import check_fed
 from .virtual import lead
 from .vocabulary import await_head, check_head, watch_vocabulary
 
@@ -28,10 +31,11 @@ def root_pre_hook(
     state: ModelState = model.__dict__[STATE]
     if not torch.compiler.is_compiling():
         state.in_call, state.call_grad = True, torch.is_grad_enabled()
-        state.cut_by_checkpoint = False
+        state.fed, state.cut = set(), {}
         memo.begin(state, model, kwargs)
         if state.vocabulary:
             watch_vocabulary(model, state)
+        acting.begin(model, state)
         if state.call_grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)
@@ -49,29 +53,27 @@ def root_pre_hook(
 
 
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Raise when a training call left something without a gradient: everything, by a reentrant checkpoint, or what
-    stands on a head that it did not call."""
+    """Raise when a training call left something without a gradient: targets, by a reentrant checkpoint, or what stands
+    on a head that it did not call."""
     state: ModelState = model.__dict__[STATE]
     if state.call is not None:
         state.call = None
     if torch.compiler.is_compiling():
         return
-    if state.begun:
+    failed = output is None and sys.exc_info()[0] is not None
+    idle = acting.end(model, state, failed)
+    if state.begun and not failed:
         note_cache(state.begun, output)
     state.batch = state.memo = None
     state.in_call, had_grad = False, state.call_grad
     state.call_grad = False
+    if failed:  # an exception is on its way
+        return
     if had_grad and state.vocabulary and model.training:
         check_head(model, state)
-    if not (had_grad and state.cut_by_checkpoint and model.training and torch.is_grad_enabled()):
-        return
-    if any(isinstance(v, Tensor) and v.requires_grad for v in values_of(output)):
-        return
-    raise SelectionError(
-        "gradient checkpointing with use_reentrant=True runs the blocks without gradient because no input requires "
-        "one, so no adapter would train. Call model.enable_input_require_grads(), or enable checkpointing with "
-        "use_reentrant=False."
-    )
+    acting.tell(idle)
+    if had_grad and state.cut and model.training and torch.is_grad_enabled():
+        check_fed(state)
 
 
 def _watch_schedules(state: ModelState) -> None:

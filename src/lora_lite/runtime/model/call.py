@@ -6,7 +6,7 @@ import weakref
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Chosen = tuple[tuple[str, float], ...]
 """Adapters with their weights, in attach order."""
@@ -78,6 +78,22 @@ def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
         return False
     both = [(u, v) for u, v in zip(a, b, strict=True) if u is not v]
     return all(torch.equal(u, v) if isinstance(u, Tensor) and isinstance(v, Tensor) else u == v for u, v in both)
+
+
+class Links:
+    """Every step from the model down to an adapted layer, so that a replaced one is noticed at little cost."""
+
+    def __init__(self, steps: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]], lost: set[str]) -> None:
+        self.steps, self.lost = steps, lost
+        """(parent, name, child), and the paths of targets that are not there any more."""
+
+    def hold(self) -> bool:
+        """Whether every child is still where it was."""
+        for parent, name, child in self.steps:
+            holder = parent()
+            if holder is None or holder._modules.get(name) is not child():
+                return False
+        return True
 
 
 @dataclass

@@ -4,12 +4,13 @@ deepcopy and pickle."""
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...core.errors import ConfigError, SelectionError, StateError, did_you_mean
-from .call import Begun, Call, Chosen, Memo, Prompt, RowGroup, Rows, Selection
+from .call import Begun, Call, Chosen, Links, Memo, Prompt, RowGroup, Rows, Selection
 from .merged import Merged
 from .record import Record
 
@@ -32,6 +33,8 @@ class ModelState:
         """Counts `ll.rows` blocks: what one of them stacked is not used by the next."""
         self.base_trainable: list[str] = []
         """Base parameters that required a gradient before the first attach; detach gives it back."""
+        self.held: list[str] = []
+        """Paths of the norms whose running figures are held, see `held`."""
         self.merged: Merged | None = None
         self.vocabulary: dict[str, int] = {}
         """Rows of the adapted embeddings and heads when they were adapted, see `call.vocabulary`."""
@@ -41,8 +44,13 @@ class ModelState:
         """A call of the whole model is running."""
         self.call_grad = False
         """Whether the running root call was entered with gradients enabled."""
-        self.cut_by_checkpoint = False
-        """A reentrant checkpoint ran in the present root call."""
+        self.fed: set[str] = set()
+        """Paths of the layers that ran with a gradient in the present root call."""
+        self.cut: dict[str, bool] = {}
+        """Paths of those that ran without -> whether it was because of a reentrant checkpoint that no gradient
+        enters, or of the model's own `no_grad`."""
+        self.cut_noted = False
+        """Whether the latter was warned about."""
         self.prompt: Prompt | None = None
         """What `ll.prompt` says, see `call.positions`."""
         self.context: dict[str, Tensor] = {}
@@ -64,12 +72,21 @@ class ModelState:
         self.compiled_checkpoint = False
         """A compiler traced a hook inside a checkpoint."""
         self.compiled_checkpoint_noted = False
+        self.links: Links | None = None
+        """The ways from the model down to its adapted layers, see `call.acting`."""
+        self.watch: Any = None
+        """What listens to the running call, see `call.acting`."""
+        self.unhooked: dict[bool, list[str]] = {}
+        """Training or not -> paths of adapted layers that did not run in the first such call since an adapter was
+        added, while other code read their weight."""
+        self.train_calls = 0
+        """Training calls since."""
         self.scope_thread: int | None = None
         self.scope_depth = 0
 
     def __getstate__(self) -> dict[str, object]:
         # a copy is in no call and no scope of the original
-        kept = ("records", "active", "row_epoch", "base_trainable", "merged", "vocabulary")
+        kept = ("records", "active", "row_epoch", "base_trainable", "held", "merged", "vocabulary")
         return {**ModelState().__dict__, **{k: self.__dict__[k] for k in kept}}
 
 
