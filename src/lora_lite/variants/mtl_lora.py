@@ -62,8 +62,7 @@ class MTLLoRA(Variant):
         cfg = layer.cfg
         tasks: Any = layer.context("task_ids") if cfg.tasks > 1 else 0
         p = (layer.lora_w[tasks] / cfg.temperature).softmax(-1)
-        B = torch.einsum("...n,nor->...or", p, layer.lora_B)
-        B = B @ layer.lora_L[tasks]
+        B = torch.einsum("...n,nor->...or", p, layer.lora_B) @ layer.lora_L[tasks]
         if cfg.tasks == 1:
             return lowrank_update(y, layer.dropout(x), layer.lora_A, B, cfg.scale)
         z = layer.dropout(x) @ layer.lora_A.mT
