@@ -16,6 +16,8 @@ from .record import Record
 
 STATE, SITE = "_lora_lite_state", "_lora_lite_site"
 DEFAULT = "default"
+WRAPPED = "module"
+"""Under this name torch's wrappers of data-parallel training keep the model."""
 
 
 class ModelState:
@@ -109,9 +111,9 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         elif (
             type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-            and "module" in model._modules
+            and WRAPPED in model._modules
         ):
-            model = model._modules["module"]  # type: ignore[assignment]
+            model = model._modules[WRAPPED]  # type: ignore[assignment]
         else:
             return model
 
