@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..model.call import Extent
+from ..model.undo import surely
+
 TOKENS = ("input_ids", "inputs_embeds")
 """What transformers calls a sequence of tokens."""
 
@@ -26,26 +29,35 @@ def values_of(output: Any) -> Iterable[Any]:
     return output if isinstance(output, (tuple, list)) else (output,)
 
 
-def batch_first(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The tensor of a call whose first dimension is the batch: the input as transformers names it, else the first with
-    two dimensions or more. `cache_position` (tokens,) may stand before them all, and has no batch."""
-    for name in (getattr(model, "main_input_name", ""), *TOKENS):
-        if isinstance(kwargs.get(name), Tensor):
-            return kwargs[name]
+def extent_of(
+    model: nn.Module, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Extent | None:
+    """The batch of a call: the first dimension of the input as transformers names it, else of the first tensor with two
+    dimensions or more. `cache_position` (tokens,) may stand before them all, and has no batch."""
+    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
-    for value in tensors:
-        if value.dim() > 1:
-            return value
-    return tensors[0] if tensors else None
+    known = [given.get(name) for name in (getattr(model, "main_input_name", ""), *TOKENS)]
+    inputs = [value for value in known if isinstance(value, Tensor) and value.dim() > 0]
+    several = [value for value in tensors if value.dim() > 1]
+    candidates = [*inputs, *several, *tensors]
+    if not candidates:
+        return None
+    first = candidates[0]
+    has_tokens = first.dim() == 3 or (first.dim() == 2 and not first.is_floating_point())
+    batch = first.shape[0]
+    others = [value.shape[0] for value in several if value.shape[0] not in (1, batch)]
+    return Extent(batch, first.shape[1] if has_tokens else None, tuple(others), bool(inputs))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, and every module's own mode back afterwards."""
     modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for m, mode in modes.items():
             m.training = mode
+
+    with surely(restore):
+        model.eval()
+        yield
