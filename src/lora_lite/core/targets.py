@@ -135,6 +135,10 @@ class Targets(Protocol[Config]):
         that count, or None."""
         ...
 
+    def remembered(self, data: Any, n: int) -> Iterator[tuple[StagedLayer[Config], Tensor, Tensor]]:
+        """(layer, keys (n, d_out), values (n, d_out)) of the data's first n tokens, at the attention."""
+        ...
+
 
 class StepTargets(Protocol[Config]):
     """The layers of an `on_step`: a list at storage precision, and the length of the schedule."""

@@ -17,7 +17,7 @@ from ..core.config import matches
 from ..core.errors import SelectionError, StateError, did_you_mean, listing
 from .call.recompute import changed
 from .call.scope import scope
-from .model.call import Prompt, Rows
+from .model.call import Prompt, Rows, Said
 from .model.state import ModelState, not_merged, outside_calls, state_of, unwrap
 from .model.undo import Undo, all_or_nothing, surely
 
@@ -147,6 +147,27 @@ def _known(state: ModelState, name: str) -> None:
 
 
 @contextmanager
+def context(model: nn.Module, **values: Sequence[Any] | Tensor) -> Iterator[None]:
+    """`with ll.context(model, task_ids=[0, 2]):` what a method reads of each row, one entry per batch row.
+
+    Pages read it as `layer.context("task_ids")`, for the rows that they see. A batch k times as long repeats each row k
+    times (beam search). A block inside another adds to it. It holds for the calls of this thread, and for those of
+    threads that open no block themselves.
+
+    Raises:
+        SelectionError: a value without one entry per row; in a call, a batch that it does not fit.
+    """
+    state = state_of(model)
+    found = {name: torch.as_tensor(value) for name, value in values.items()}
+    bad = next((name for name, t in found.items() if t.dim() == 0 or not len(t)), None)
+    if bad is not None:
+        raise SelectionError(f"ll.context takes one entry per batch row, as in {bad}=[0, 2]; got {values[bad]!r}.")
+    said = state.here.now.said or Said()
+    with _saying(state, said._replace(context={**said.context, **found})):
+        yield
+
+
+@contextmanager
 def prompt(model: nn.Module, lengths: Sequence[int] | Tensor | None) -> Iterator[None]:
     """`with ll.prompt(model, [7, 4]):` the first 7 and 4 tokens of the rows are their prompts, padding not counted.
     None: every token is.
@@ -168,16 +189,24 @@ def prompt(model: nn.Module, lengths: Sequence[int] | Tensor | None) -> Iterator
                 f"ll.prompt takes one whole number per batch row, the length of its prompt, or None; got {lengths!r}."
             )
         lengths = found.long()
+    said = state.here.now.said or Said()
+    with _saying(state, said._replace(prompt=Prompt(lengths))):
+        yield
+
+
+@contextmanager
+def _saying(state: ModelState, said: Said) -> Iterator[None]:
+    """This thread's blocks say so inside."""
     me, now = threading.get_ident(), state.here.now
-    saved = now.prompt
+    saved = now.said
 
     def restore() -> None:
-        now.prompt = saved
+        now.said = saved
         if saved is None:
-            state.prompts.pop(me, None)
+            state.said.pop(me, None)
         else:
-            state.prompts[me] = saved
+            state.said[me] = saved
 
     with surely(restore):
-        now.prompt = state.prompts[me] = Prompt(lengths)
+        now.said = state.said[me] = said
         yield

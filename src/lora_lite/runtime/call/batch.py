@@ -29,24 +29,33 @@ def values_of(output: Any) -> Iterable[Any]:
     return output if isinstance(output, (tuple, list)) else (output,)
 
 
+def batch_first(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor of a call whose first dimension is the batch: the input as transformers names it, else the first with
+    two dimensions or more. `cache_position` (tokens,) may stand before them all, and has no batch."""
+    for name in (getattr(model, "main_input_name", ""), *TOKENS):
+        if isinstance(kwargs.get(name), Tensor):
+            return kwargs[name]
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
+    for value in tensors:
+        if value.dim() > 1:
+            return value
+    return tensors[0] if tensors else None
+
+
 def extent_of(
     model: nn.Module, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Extent | None:
-    """The batch of a call: the first dimension of the input as transformers names it, else of the first tensor with two
-    dimensions or more. `cache_position` (tokens,) may stand before them all, and has no batch."""
+    """The batch of a call, whose forward has these parameters."""
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
-    known = [given.get(name) for name in (getattr(model, "main_input_name", ""), *TOKENS)]
-    inputs = [value for value in known if isinstance(value, Tensor) and value.dim() > 0]
-    several = [value for value in tensors if value.dim() > 1]
-    candidates = [*inputs, *several, *tensors]
-    if not candidates:
+    rest = args[len(parameters) :]
+    first = batch_first(model, rest, given)
+    if first is None or not first.dim():
         return None
-    first = candidates[0]
     has_tokens = first.dim() == 3 or (first.dim() == 2 and not first.is_floating_point())
-    batch = first.shape[0]
-    others = [value.shape[0] for value in several if value.shape[0] not in (1, batch)]
-    return Extent(batch, first.shape[1] if has_tokens else None, tuple(others), bool(inputs))
+    sizes = [value.shape[0] for value in (*rest, *given.values()) if isinstance(value, Tensor) and value.dim() > 1]
+    others = [size for size in sizes if size not in (1, first.shape[0])]
+    named = any(first is given.get(name) for name in (getattr(model, "main_input_name", ""), *TOKENS))
+    return Extent(first.shape[0], first.shape[1] if has_tokens else None, tuple(others), named)
 
 
 @contextmanager

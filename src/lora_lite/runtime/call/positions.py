@@ -60,24 +60,11 @@ def locate(
     return Call((batch.B, batch.T), invoked | _prompts(state, model, batch, about_prompts))
 
 
-def prompt_of(state: ModelState) -> Prompt | None:
-    """What this thread's `with ll.prompt(...)` block says, or the one that is open elsewhere, as around a thread that
-    generates."""
-    if state.here.now.prompt is not None or not state.prompts:
-        return state.here.now.prompt
-    if len(state.prompts) > 1:
-        raise SelectionError(
-            "several threads are inside a `with ll.prompt(...)` block of this model, and this one is not: which "
-            "prompts are meant cannot be told. Open the block in the thread that calls the model."
-        )
-    return next(iter(state.prompts.values()))
-
-
 def _prompts(state: ModelState, model: nn.Module, batch: _Batch, texts: list[str]) -> dict[str, Columns]:
     """What `Call.found` holds for the wordings that speak of the prompt."""
     if not texts:
         return {}
-    if _is_over(prompt_of(state), batch.past, batch.T):
+    if _is_over(state.said_here().prompt, batch.past, batch.T):
         return {text: (None, None, 0) if text == "generated" else () for text in texts}
     n = _lengths(state, model, batch)
     return {text: _columns(text, n, batch) for text in texts}
@@ -170,7 +157,7 @@ def _prompt_tokens(p: int, s: int, n: Tensor, count: Tensor | None, T: int, past
 def _lengths(state: ModelState, model: nn.Module, batch: _Batch) -> Tensor:
     """(B,) number of prompt tokens per row: what `ll.prompt` says, else what the labels say, else all tokens of a first
     call."""
-    given = prompt_of(state)
+    given = state.said_here().prompt
     if given is not None and given.lengths is not None:
         return _named_lengths(given, given.lengths, batch)
     if given is not None and batch.is_first:

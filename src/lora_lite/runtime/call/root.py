@@ -16,14 +16,18 @@ from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
 from ..view import kept as memo
 from .batch import extent_of, values_of
+from .context import with_context
 from .invoked import note_cache
 from .positions import locate
+from .virtual import lead
 from .vocabulary import await_head, check_head, watch_vocabulary
 
 
-def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def root_pre_hook(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Note for this thread what acts in a call of the whole model, the gradient mode and, where an adapter asks, the
-    batch and the token positions."""
+    batch and the token positions; run virtual tokens before it."""
     state: ModelState = model.__dict__[STATE]
     now = state.here.now
     compiling = torch.compiler.is_compiling()
@@ -41,11 +45,13 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 await_head(model, state)
     active, rows = state.selected
     call = locate(state, active, rows, model, args, kwargs)
+    call = with_context(state, model, args, kwargs, call)
     # reading the sizes would make a compiled model depend on them
     extent = None if rows is None else extent_of(model, state.parameters, args, kwargs)
     selection = None if compiling and call is None and extent is None else (active, rows, call, extent)
     if selection is not now.selection:  # an exporter follows no needless change
         now.selection = selection
+    return lead(state, model, args, kwargs)
 
 
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

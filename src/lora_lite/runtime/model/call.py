@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ Names = tuple[str | None, ...]
 """One adapter per batch row; None is the bare base."""
 Columns = tuple[()] | tuple[Tensor | None, Tensor | None, int]
 """Where some wording's tokens lie in a call, see `Call`."""
+Led = dict[str, tuple[Tensor, Tensor]]
+"""Path of an attention module -> the keys and values (B or 1, heads, n, head_dim) that virtual tokens leave there."""
 Memo = dict[tuple[object, ...], tuple[tuple[object, ...], object]]
 """What -> (versions of the tensors that it was computed from, value)."""
 
@@ -28,6 +32,13 @@ class Prompt:
         """(rows,) on the CPU; None: all tokens of a call that are no padding."""
         self.ends: int | None = None
         """Column at which the prompts of the present generation are known to be over."""
+
+
+class Said(NamedTuple):
+    """What the `with ll.prompt(...)` and `with ll.context(...)` blocks of a thread say."""
+
+    prompt: Prompt | None = None
+    context: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Rows(NamedTuple):
@@ -68,7 +79,8 @@ class Begun:
 
 
 class Call:
-    """The positions in one call of the model, for every wording that an acting adapter uses.
+    """What one call of the model has of its own: the positions for every wording that an acting adapter uses, the
+    context, and what virtual tokens leave.
 
     `found[text]` is (index, keep, p): index (B, p + s) columns of prompt tokens and keep which of them are there; or
     index None and keep (B, T) the chosen columns; or both None: every column. An empty tuple: none.
@@ -76,11 +88,19 @@ class Call:
 
     def __init__(self, shape: tuple[int, int], found: dict[str, Columns]) -> None:
         self.shape, self.found = shape, found
+        self.context: dict[str, Tensor] = {}
+        """What `ll.context` says, one entry per row of the batch."""
+        self.led: dict[str, Led] | None = None
+        """Adapter -> what its virtual tokens leave on every attention module; empty while they run themselves."""
 
     def __eq__(self, other: object) -> bool:
         """By value, so that gradient checkpointing can tell two calls apart."""
         if not isinstance(other, Call) or self.shape != other.shape or self.found.keys() != other.found.keys():
             return self is other
+        if self.led is not other.led or self.context.keys() != other.context.keys():
+            return False
+        if not all(_same((value,), (other.context[name],)) for name, value in self.context.items()):
+            return False
         return all(_same(self.found[text], other.found[text]) for text in self.found)
 
     __hash__ = None  # type: ignore[assignment]
@@ -130,8 +150,8 @@ class Running:
         """Tokens of the last call, where the next one may show that they were a prompt growing without a cache."""
         self.begun: dict[str, Begun] = {}
         """Wording of positions -> what this call leaves for one that continues its cache."""
-        self.prompt: Prompt | None = None
-        """What a `with ll.prompt(...)` block of this thread says."""
+        self.said: Said | None = None
+        """What this thread's own blocks say."""
         self.pending: list[Selection] = []
         """Selections under which checkpointed forwards ran and wait for their recomputation."""
         self.pending_done = False

@@ -93,8 +93,12 @@ class Kind:
 
     name: str
     # ---- facts
+    apart = False
+    """It is no layer with a weight, but a place where a method stands by its `site`, whatever its config chooses."""
     stream = False
-    """It is no layer with a weight, but the residual stream after a block."""
+    """It is the residual stream after a block."""
+    attends = False
+    """Adapters act where queries, keys and values become scores, not on the module's input and output."""
     swaps_weight = False
     """Its adapted weights stand in for the stored ones while it runs: no page sees its input."""
     plain_vectors = False
@@ -111,6 +115,9 @@ class Kind:
     """A dense layer can take the place of one whose weight is packed."""
     offered = True
     """A plan names those that stay unadapted, with how to add them."""
+
+    absent = "the model has none."
+    """What to say of a model in which a method that needs this kind finds none."""
 
     # ---- where it stands
     def size(self, module: nn.Module) -> tuple[int, int] | None:
@@ -133,7 +140,7 @@ class Kind:
         """The places that a method of this kind means when the config names none."""
         return places
 
-    def notes(self, modules: Sequence[nn.Module]) -> list[str]:
+    def notes(self, modules: Sequence[nn.Module], variant: Any) -> list[str]:
         """What one should know before such layers are adapted."""
         return []
 
@@ -167,6 +174,14 @@ class Kind:
     def leave(self, y: Tensor) -> Tensor:
         """What the layer returns, from a page's y."""
         return y
+
+    def keys_and_values(self, module: nn.Module, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of hidden states v, at the attention."""
+        raise NotImplementedError
+
+    def attend(self, module: nn.Module, q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+        """Attention of its queries to other keys and values, at the attention."""
+        raise NotImplementedError
 
     # ---- the matrices inside
     def is_plain(self, module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..._torch import modules_called_elsewhere
 from ...core.errors import ConfigError, SelectionError, StateError, did_you_mean
-from .call import Begun, Chosen, Names, PerThread, Prompt, RowGroup, Rows, Running
+from .call import Begun, Chosen, Names, PerThread, RowGroup, Rows, Running, Said
 from .merged import Merged
 from .record import Record
 
@@ -39,8 +39,8 @@ class ModelState:
         self.merged: Merged | None = None
         self.vocabulary: dict[str, int] = {}
         """Rows of the adapted embeddings and heads when they were adapted, see `call.vocabulary`."""
-        self.prompts: dict[int, Prompt] = {}
-        """Thread -> what its innermost `with ll.prompt(...)` block says."""
+        self.said: dict[int, Said] = {}
+        """Thread -> what its `with ll.prompt(...)` and `with ll.context(...)` blocks say."""
         self.begun: dict[tuple[str, int], Begun] = {}
         """(wording of positions, cache) -> what the last call left for one that continues that cache."""
         self.waiting: weakref.WeakSet[Running] = weakref.WeakSet()
@@ -70,6 +70,18 @@ class ModelState:
         if now.selection is not None:
             now.selection = (active, rows, *now.selection[2:])
         self.selected = active, rows
+
+    def said_here(self) -> Said:
+        """What this thread's blocks say, or those of the one thread that has any, as around a thread that generates."""
+        if self.here.now.said is not None or not self.said:
+            return self.here.now.said or Said()
+        if len(self.said) > 1:
+            raise SelectionError(
+                "several threads are inside a `with ll.prompt(...)` or `with ll.context(...)` block of this model, and "
+                "this one is not: which of them is meant cannot be told. Open the block in the thread that calls the "
+                "model."
+            )
+        return next(iter(self.said.values()))
 
     def __getstate__(self) -> dict[str, object]:
         # a copy is in no call and no scope of the original

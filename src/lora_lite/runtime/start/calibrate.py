@@ -256,6 +256,30 @@ class Targets(list[StagedTarget]):
             gradient.share = 1 / count
         return sums
 
+    def remembered(self, data: Any, n: int) -> Iterator[tuple[StagedTarget, Tensor, Tensor]]:
+        """(target, keys (n, d_out), values (n, d_out)) of the first n tokens of the longest row of the data, at the
+        attention of a model with a key-value cache.
+
+        Raises:
+            ConfigError: that row is shorter, or a batch is no dict.
+        """
+        from transformers import DynamicCache
+
+        cache, length, row = DynamicCache(), 0, {}
+        for batch, mask in _batches(self.model, data):
+            row, length = max((row, length), _longest(batch, mask), key=lambda found: found[1])
+        if length < n:
+            raise ConfigError(
+                f"the longest row of calibration_data has {length} tokens, and {n} keys and values are to start from "
+                f"them; give a longer text, or set r={length}."
+            )
+        with torch.no_grad(), _untouched(self.model):
+            call_batch(self.model, {**row, "past_key_values": cache, "use_cache": True})
+        for view in self:
+            layer: Any = cache.layers[view.module.layer_idx]  # type: ignore[index]
+            K, V = (t[0].transpose(0, 1).flatten(1)[:n] for t in (layer.keys, layer.values))
+            yield view, K, V
+
     def _run(self, batch: Any, visit: Callable[..., Any], views: list[StagedTarget]) -> Any:
         handles = []
 
@@ -373,6 +397,18 @@ def _batches(model: nn.Module, data: Any, labelled: bool = False) -> Iterator[tu
             raise ConfigError(f"a calibration batch is a dict, a tuple or a tensor; got {type(batch).__name__}.")
     if batch is None:
         raise ConfigError("calibration_data is empty, or an iterator that was used up; pass a list or a DataLoader.")
+
+
+def _longest(batch: Any, mask: Tensor | None) -> tuple[dict[str, Any], int]:
+    """The row of a batch with the most tokens, as a batch without padding, and their number."""
+    named = {k: v for k, v in batch.items() if isinstance(v, Tensor)} if isinstance(batch, Mapping) else {}
+    tokens = next((v for v in named.values() if v.dim() > 1), None)
+    if tokens is None:
+        raise ConfigError("keys and values are remembered from batches that are dicts, model(**batch).")
+    keep = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+    i = int(keep.sum(1).argmax())
+    alike = {k: v for k, v in named.items() if v.shape[:2] == tokens.shape[:2] and k != "attention_mask"}
+    return {k: v[i, keep[i]][None] for k, v in alike.items()}, int(keep[i].sum())
 
 
 def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

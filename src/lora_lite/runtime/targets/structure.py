@@ -72,8 +72,9 @@ def describe(model: nn.Module) -> Structure:
     linear = [(path, size) for path, m in kind_named(DEFAULT_KIND).find(model, None) if (size := dims(m)) is not None]
     d_model = _width(model, [(size, _block_index(path, stacks)) for path, size in linear])
     places = _places(model, stacks, d_model, _stack_widths(stacks, linear, d_model))
-    owned = {id(p) for s in places for p in s.module.parameters()}
-    owned |= {id(t) for s in places for t in (getattr(s.module, "weight", None), bias_of(s.module))}
+    layers = [s.module for s in places if not kind_named(s.kind).apart]
+    owned = {id(p) for m in layers for p in m.parameters()}
+    owned |= {id(t) for m in layers for t in (getattr(m, "weight", None), bias_of(m))}
     raw = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in owned]
     n_layers = max((len(stack) for _, stack in stacks), default=0)
     return Structure(places, d_model, n_layers, blocks, raw, _aliases(model))
