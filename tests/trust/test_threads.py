@@ -259,6 +259,21 @@ def test_a_call_that_failed_does_not_run():
             assert torch.equal(whole, model(X)) and torch.equal(part, model.layers[0](X))
 
 
+def test_a_block_inside_a_call_ends_with_the_block():
+    """A forward that runs a reference pass itself."""
+    model = adapted()
+    with torch.no_grad():
+        want = model(X)
+
+    def reference(*_: object) -> None:
+        with ll.active(model, None):
+            model.layers[1].up(X)
+
+    model.layers[0].register_forward_pre_hook(reference)
+    with torch.no_grad():
+        assert torch.equal(model(X), want)
+
+
 def test_weights_that_a_broken_call_left_before_the_stored_ones():
     """Ctrl-C inside a layer: no hook of torch's runs after it."""
 

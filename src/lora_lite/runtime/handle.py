@@ -58,8 +58,8 @@ class Adapter:
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        record = self.record
-        trained = [t for target, short, _, t in owned_tensors(self._model, record) if target.specs[short].is_trained]
+        record, owned = self.record, owned_tensors(self._model, self.record)
+        trained = [t for target, short, _, t in owned if target.specs[short].is_trained]
 
         def steps(undo: Undo) -> None:
             undo(restoring(record))
