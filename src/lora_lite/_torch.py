@@ -6,12 +6,14 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree
 
 CALL = nn.Module._wrapped_call_impl.__code__
 
@@ -44,6 +46,21 @@ def inside_reentrant_checkpoint() -> bool:
     return frame_of("forward", "torch.utils.checkpoint") is not None
 
 
+def function_cuts() -> bool | None:
+    """Whether the nearest autograd function whose forward runs some frames up, as that of a reentrant checkpoint, has
+    no input that requires a gradient; None where no such function runs. Relies on its first argument being the context,
+    which knows."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            needed = getattr(frame.f_locals.get(code.co_varnames[0]), "needs_input_grad", None)
+            if isinstance(needed, tuple):
+                return not any(needed)
+        frame = frame.f_back
+    return None
+
+
 def functorch_is_active() -> bool:
     """Whether a `torch.func` transform (grad, vmap, jvp) runs. Relies on `_are_functorch_transforms_active`."""
     return torch._C._are_functorch_transforms_active()
@@ -72,6 +89,22 @@ def modules_called_elsewhere() -> list[nn.Module]:
                 found.append(frame.f_locals["self"])
             frame = frame.f_back
     return found
+
+
+def compiled_in_place(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called. Relies on `_compiled_call_impl`."""
+    return module._compiled_call_impl is not None
+
+
+def within_compiled() -> bool:
+    """Whether compiled code, or what it calls, runs some frames up. Relies on its callers standing in `torch._dynamo`,
+    whose functions run nothing else of a model but what it was told to leave alone."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch._dynamo"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def within_step(optimizer: Optimizer) -> bool:
@@ -131,6 +164,23 @@ def conv_padding(conv: nn.Module) -> list[int]:
     """What a convolution with a padding mode of its own hands to `F.pad`. Relies on
     `_reversed_padding_repeated_twice`."""
     return conv._reversed_padding_repeated_twice  # type: ignore[return-value]
+
+
+def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """(name, buffer) of a module's own buffers that are part of its state dict. Relies on
+    `_non_persistent_buffers_set`."""
+    return [(k, t) for k, t in module._buffers.items() if t is not None and k not in module._non_persistent_buffers_set]
+
+
+def without_overrides() -> AbstractContextManager[None]:
+    """Functions of torch on tensor subclasses run as on tensors inside. Relies on `DisableTorchFunctionSubclass`."""
+    private: Any = torch._C
+    return private.DisableTorchFunctionSubclass()
+
+
+def with_tensors(change: Callable[[Any], Any], arguments: Any) -> Any:
+    """Nested arguments of a function with `change` at every leaf. Relies on `torch.utils._pytree`."""
+    return _pytree.tree_map(change, arguments)
 
 
 def remove_hooks(module: nn.Module, hooks: dict[str, Callable[..., Any]]) -> None:

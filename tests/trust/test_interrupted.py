@@ -148,6 +148,7 @@ VERBS: dict[str, Verb] = {
     "combine": Verb(adapted, lambda m, f: ll.combine(m, {"default": 0.5, "other": -2.0}, name="sum")),
     "merge": Verb(adapted, lambda m, f: ll.merge(m, check=X)),
     "merge a rotation": Verb(gated, lambda m, f: ll.merge(m)),
+    "merge_and_unload": Verb(adapted, lambda m, f: ll.merge_and_unload(m, "other")),
     "unmerge": Verb(merged, lambda m, f: ll.unmerge(m), True),
     "trainable": Verb(adapted, lambda m, f: freeze(m)),
     "restore_dtype": Verb(cast, lambda m, f: ll.adapters(m)["other"].restore_dtype()),

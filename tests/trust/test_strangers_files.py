@@ -95,6 +95,7 @@ class Native:
 
     def write(self, config: Any = None, tensors: dict[str, Tensor] | None = None) -> Path:
         raw = config if isinstance(config, str) else text(self.config if config is None else config)
+        raw = raw.encode("utf-8", "replace").decode()  # a header is UTF-8, or nobody reads the file
         save_file(self.tensors if tensors is None else tensors, self.path, {"lora_lite": raw})
         return self.path
 
@@ -312,6 +313,8 @@ FORBIDDEN = set(
     "pickle _pickle cloudpickle dill joblib marshal shelve importlib imp runpy subprocess socket ssl http urllib "
     "requests httpx aiohttp ftplib huggingface_hub fsspec transformers peft yaml".split()
 )
+CLASSES = {"transformers", "transformers.modeling_utils"}
+"""A cache and a table of attention functions, of a library that made the model: nothing is asked of a file or a hub."""
 CALLS = {"eval", "exec", "compile", "__import__", "system", "popen"}
 
 
@@ -341,7 +344,7 @@ def unsafe(source: str) -> list[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or ""]
-        found += [name for name in names if name.split(".")[0] in FORBIDDEN]
+        found += [name for name in names if name.split(".")[0] in FORBIDDEN and name not in CLASSES]
         if isinstance(node, ast.Call):
             f = node.func
             name = f.id if isinstance(f, ast.Name) else f.attr if isinstance(f, ast.Attribute) else ""

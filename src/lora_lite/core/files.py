@@ -39,7 +39,7 @@ def reading(where: str | os.PathLike[str], what: str = "") -> Generator[None, No
         raise FileError(f"{name}: {str(e)[:WORDS]}") from None
     except SafetensorError as e:
         raise FileError(
-            f"{name} cannot be read: damaged, or no safetensors file ({e}). "
+            f"{name} cannot be read: damaged, or no safetensors file ({str(e)[:WORDS]}). "
             "lora_lite reads no pickles: .bin, .pt and .pkl are refused."
         ) from None
     except FileNotFoundError:

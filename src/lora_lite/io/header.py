@@ -165,9 +165,7 @@ def _widths(model: nn.Module, cfg: AdapterConfig) -> dict[str, Size]:
     """Path -> size of each block, for a method that stands on the stream after blocks."""
     if not kind_named(get_variant(cfg.variant).site).stream:
         return {}
-    structure = describe(model)
-    d = structure.d_model or 0
-    return {path: (d, d) for path, _, _ in structure.blocks}
+    return {block.path: (block.width or 0, block.width or 0) for block in describe(model).stacked}
 
 
 def _target(path: str, entry: dict[str, Any], module: nn.Module, cfg: AdapterConfig, widths: dict[str, Size]) -> Target:

@@ -23,6 +23,7 @@ from ..core.errors import (
 )
 from ..core.files import opened, read_tensors, reading
 from ..core.spec import ParamSpec
+from ..runtime.call.acting import warn_idle
 from ..runtime.commit import commit
 from ..runtime.compact import compacted
 from ..runtime.handle import Adapter
@@ -34,6 +35,8 @@ from ..runtime.model.site import owned_tensors, tensor_on
 from ..runtime.model.state import not_merged, outside_calls, record_of, state_of, unwrap
 from ..runtime.model.undo import Undo, all_or_nothing
 from ..runtime.start.staging import filled, modules_of
+from ..runtime.targets.loaded import check_loaded
+from ..runtime.targets.structure import describe
 from .gather import full_tensor
 from .header import check_sums, header, read_header, record_from_header
 from .tensors import write_tensors
@@ -79,6 +82,7 @@ def save(
     if dtype is not None:
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     _check_finite(record, tensors)
+    warn_idle(model, state_of(model).records[record.name])
     write_tensors(path, tensors, {"lora_lite": json.dumps(header(record, tensors), sort_keys=True)})
     return path
 
@@ -125,6 +129,7 @@ def load_native(
     head = read_header(path)
     with reading(path):
         record = record_from_header(model, head, name, str(path))
+        check_loaded(describe(model), record.targets.values())
         with opened(path) as f:  # nothing is read that would not be used
             _check_names(expected(record), f.keys(), str(path))
         tensors = read_tensors(path)

@@ -13,6 +13,7 @@ from ..core.errors import FileError
 from ..runtime.layers.kinds import kind_named, kind_of
 from ..runtime.layers.read import read_weight
 from ..runtime.layers.tensors import bias_of, stored_weight
+from ..runtime.model.kind import Kind
 from ..runtime.model.record import Record, Target
 from ..runtime.model.site import stored_name, tensor_on
 from ..runtime.targets.beside import whole_config
@@ -58,6 +59,7 @@ def whole_targets(
         if strange := [k for k, t in own.items() if not t.is_floating_point()]:
             raise FileError(f"{where}: {path}.{strange[0]} holds {own[strange[0]].dtype}, expected floating numbers.")
         kind.inspect(module, path)
+        _check_is_its_weight(kind, module, f"{where}: {path}")
         d_in, d_out = kind.size(module) or (0, 0)
         targets[path] = make_target(path, d_in, d_out, whole_config(cfg).for_layer("bias" in own), kind.name)
         change = {k: own[k].float().cpu() - there[k].detach().float().cpu() for k in own}
@@ -67,11 +69,23 @@ def whole_targets(
     return targets, values
 
 
+def _check_is_its_weight(kind: Kind, module: nn.Module, where: str) -> None:
+    """Raise where a change of the weight is not the same change of what the layer does."""
+    if kind.replaceable and not kind.is_plain(module) and not kind.is_quantised(module):
+        raise FileError(
+            f"{where}: this {type(module).__name__} has a forward of its own, so this layout, which holds its whole "
+            "weight, would mean something else. Keep it in this library's own format: ll.save."
+        )
+
+
 def full_values(model: nn.Module, record: Record) -> dict[str, Tensor]:
     """Path of a parameter -> base + difference, of every module trained whole."""
     found: dict[str, Tensor] = {}
     for target in record.beside:
+        if vars(target.variant).get("holds") != "modules":
+            continue
         module, kind = model.get_submodule(target.path), kind_named(target.kind)
+        _check_is_its_weight(kind, module, target.path)
         change = {k: tensor_on(module, stored_name(k, record.name)).detach().float() for k in target.specs}  # type: ignore[union-attr]
         if kind.is_quantised(module):
             w = read_weight(module, target.path, torch.float32)

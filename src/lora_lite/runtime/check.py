@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..core.errors import StateError, listing
+from .call.acting import check_acts
 from .model.record import Record
 from .model.site import owned_tensors
 from .model.state import state_of, unwrap
@@ -53,6 +54,7 @@ def check(model: nn.Module) -> CheckReport:
     report = CheckReport({}, {})
     for record in trainable:
         gradients = _gradients(model, record)
+        check_acts(state, record, "the adapter learns nothing there")
         _check_all_learn(record, gradients, record.name in active)
         report.learning[record.name] = len(gradients)
         report.zero[record.name] = [path for path, own in gradients.items() if not any(_nonzero(g) for g in own)]

@@ -23,6 +23,7 @@ from .handle import Adapter
 from .layers.kinds import kind_named
 from .layers.read import fingerprint
 from .layers.tensors import is_sharded
+from .model.held import hold, release
 from .model.kind import Hooks, Kind
 from .model.record import Record
 from .model.site import Site, Slot, base_parameters, owned_tensors, place
@@ -176,7 +177,7 @@ def put_on(
     for view in staged:
         site = _site_of(view, state, undo)
         _register(view, record, modules, undo)
-        site.found = found.get(view.path)
+        site.found, site.inspected = found.get(view.path), view.path in found
         owners = {short: modules[place(view.target, short, record.name)[0]] for short in view.target.shared}
         site.slots[record.name] = Slot(record, view.target, owners)
         site.note_pages()
@@ -187,6 +188,7 @@ def put_on(
     state.records[record.name] = record
     state.select(((record.name, 1.0),))
     state.row_epoch += 1
+    state.links, state.unhooked, state.train_calls = None, {}, 0
     forget_compiled()
     return Adapter(model, record.name, plan)
 
@@ -269,6 +271,7 @@ def _adopt(model: nn.Module, state: ModelState, undo: Undo) -> None:
     undo(lambda: (_remove_root_hooks(model), model.__dict__.pop(STATE, None)))
     state.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
     model.__dict__[STATE] = state
+    state.held = hold(model, undo)
     model.register_forward_pre_hook(root_pre_hook, with_kwargs=True)
     model.register_forward_hook(root_post_hook, with_kwargs=True, always_call=True)
     model.register_load_state_dict_pre_hook(before_load_state_dict)
@@ -324,6 +327,7 @@ def take_off(model: nn.Module, names: list[str], undo: Undo) -> None:
                     _drop(modules[path], attribute)
     state.select(tuple((n, w) for n, w in state.active if n in state.records))
     state.row_epoch += 1
+    state.links = None
     if not state.records:
         _release(model, state, undo)
     forget_compiled()
@@ -346,6 +350,7 @@ def _release(model: nn.Module, state: ModelState, undo: Undo) -> None:
     for p in (parameters[n] for n in state.base_trainable if n in parameters):
         undo(lambda p=p: p.requires_grad_(False))
         p.requires_grad_(True)
+    release(model, state.held, undo)
     undo(restoring(model, *(table for m in (model, *savers(model)) for table in hook_tables(m))))
     del model.__dict__[STATE]
     _remove_root_hooks(model)
@@ -385,6 +390,7 @@ def give_name(model: nn.Module, record: Record, new: str, undo: Undo) -> None:
         undo(restoring(site, site.slots))
         site.slots[new] = Slot(record, target, site.slots.pop(old).owners)
     state.row_epoch += 1
+    state.links = None
     state.records[new] = state.records.pop(old)
     state.select(tuple((new if n == old else n, w) for n, w in state.active))
     forget_compiled()

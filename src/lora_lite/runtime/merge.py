@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._torch import forget_compiled
 from ..core.errors import LoraLiteError, StateError, WeightError
+from .call.acting import check_acts
 from .call.batch import call_batch, evaluating, values_of
 from .commit import change
 from .layers.cell import rounding
@@ -97,6 +98,8 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
     if not chosen:
         raise StateError("no adapter is active; activate one, or name it: ll.merge(model, name=...).")
     targets = mergeable(model, state, chosen, dequantize)
+    for adapter, _ in chosen:
+        check_acts(state, state.records[adapter], "ll.merge would change the output otherwise than it does")
     merged, modes = Merged(chosen), {m: m.training for m in model.modules()}
 
     def restore() -> None:
@@ -339,10 +342,8 @@ def _check_writable(path: str, layer: nn.Module, site: Site, dequantize: bool) -
             f"{path}: the weight of this {type(layer).__name__} is quantised. ll.merge(model, dequantize=True) "
             "replaces such layers by dense ones and reports the error."
         )
-    if not site.kind.replaceable:
-        raise WeightError(
-            f"{path}: a {type(layer).__name__} with a forward of its own cannot be merged; keep the adapter attached."
-        )
+    if why := site.kind.why_not_replaced(layer):
+        raise WeightError(f"{path}: this {type(layer).__name__} {why}; keep the adapter attached.")
 
 
 def _users_of_weights(model: nn.Module) -> dict[int, list[str]]:

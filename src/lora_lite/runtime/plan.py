@@ -15,6 +15,7 @@ from ..core.spec import ParamSpec
 from ..core.variant import Variant
 from .layers.kinds import kind_named
 from .layers.read import is_quantised
+from .model.held import norms_with_figures
 from .model.record import Target
 from .model.site import base_parameters
 from .model.state import unwrap
@@ -127,7 +128,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     hits = count_hits(cfg, ("target_names", "exclude_names"), places, "layers")
     whole = whole_places(model, structure, cfg, hits)
     beside = {s.path for s in whole}
-    chosen, unadapted = select([s for s in places if s.path not in beside], structure, cfg)
+    chosen, unadapted = select([s for s in places if s.path not in beside], cfg)
     for place in chosen:
         check_place(place, structure, cfg)
     hits |= count_hits(cfg, None, chosen, "targets")
@@ -135,7 +136,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     if variant.shared_specs is not None:
         add_shared(targets, cfg)
     if variant.tied is not None:
-        tied, more = _tied_targets(structure, chosen, targets)
+        tied, more = tied_targets(structure, chosen, targets)
         chosen, targets = chosen + tied, targets + more
     if whole:
         own = whole_config(cfg)
@@ -151,7 +152,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
         + _weight_notes(variant, targets)
         + _start_note(targets, cfg)
     )
-    notes += _ignored(variant, cfg)
+    notes += _held_notes(model) + _ignored(variant, cfg)
     made = Plan(cfg, targets, hits, unadapted, sum(map(_numel, base.values())), rows, notes)
     if made.trainable > made.base_params:
         notes.append(f"more is trained than the base has: a rank of {cfg.r} is above the width of its layers")
@@ -165,7 +166,7 @@ def _ignored(variant: type[Variant], cfg: AdapterConfig) -> list[str]:
     return [f"{name}={getattr(cfg, name)} has no effect: {variant.name} does not use it" for name in set_]
 
 
-def _tied_targets(structure: Structure, chosen: list[Place], targets: list[Target]) -> tuple[list[Place], list[Target]]:
+def tied_targets(structure: Structure, chosen: list[Place], targets: list[Target]) -> tuple[list[Place], list[Target]]:
     """The layers that share a chosen one's weight, and the targets on them, on which its tensors act too."""
     places, more = [], []
     for i, place in tied_places(structure, chosen):
@@ -204,6 +205,17 @@ def _kind_notes(variant: type[Variant], chosen: list[Place]) -> list[str]:
     for place in chosen:
         by_kind.setdefault(place.kind, []).append(place.module)
     return [note for name, modules in by_kind.items() for note in kind_named(name).notes(modules, variant)]
+
+
+def _held_notes(model: nn.Module) -> list[str]:
+    """What becomes of running figures."""
+    paths = [path for path, _ in norms_with_figures(model)]
+    if not paths:
+        return []
+    return [
+        f"running figures of {len(paths)} norms, such as {paths[0]}, are held while an adapter is attached; training "
+        "normalises by the batch, evaluation by the base's figures"
+    ]
 
 
 def _weight_notes(variant: type[Variant], targets: list[Target]) -> list[str]:

@@ -22,7 +22,8 @@ from ..model.call import Chosen, Extent, Rows
 from ..model.site import Site
 from ..model.state import SITE
 from ..view.expert import adapted
-from .recompute import selection_of
+from .acting import note_run
+from .recompute import note_gradient, selection_of
 from .rows import row_groups
 from .turns import swap_in, swap_out
 
@@ -72,6 +73,11 @@ def experts_post_hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     _step_aside(owner)
     if output is None:  # an exception is on its way
         return None
+    for site in [bank.__dict__[SITE] for bank in _owned(owner)]:
+        now = site.state.here.now
+        note_run(site, now)
+        if now.grad:
+            note_gradient(site, now)
     site: Site = _owned(owner)[0].__dict__[SITE]
     _, rows, _, extent = selection_of(site.state)
     return None if rows is None else _by_rows(owner, site, rows, extent, args, kwargs, output)

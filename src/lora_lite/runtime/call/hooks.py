@@ -16,8 +16,9 @@ from ..model.site import Site, Slot
 from ..model.state import SITE
 from ..view.composed import blend
 from ..view.layer import LayerView
+from .acting import note_run
 from .grouped import grouped
-from .recompute import selection_of
+from .recompute import note_gradient, selection_of
 from .rows import row_groups
 from .stand_in import rest, stand_before, step_aside
 
@@ -64,6 +65,11 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     stood_in = site.has_weight and step_aside(layer)
     if output is None and sys.exc_info()[0] is not None:  # the layer failed, and its exception is on its way
         return None
+    if not torch.compiler.is_compiling():
+        now = site.state.here.now
+        note_run(site, now)
+        if now.grad:
+            note_gradient(site, now)
     selection = selection_of(site.state)
     if not selection[0] and selection[1] is None:
         return None
@@ -86,7 +92,7 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     new = apply_selected(layer, site, inner_x, inner_y, selection)
     if new is inner_y:
         return None
-    new = site.kind.leave(new)
+    new = site.kind.leave(layer, new, y)
     return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
@@ -159,6 +165,12 @@ def apply_page(
     if page is None:
         return x if y is None else y
     old = x if y is None else y
+    if y is not None and y.shape[-1] != slot.d_out:
+        raise SelectionError(
+            f"adapter {slot.name!r} on {slot.path}: the output has {y.shape[-1]} features, and its tensors were made "
+            f"for {slot.d_out}; a block that widens its stream, as the last of a stage, cannot carry it. Leave it "
+            "out: exclude_names, or layers=."
+        )
     view = LayerView(layer, slot, old.dtype, call, rows)
     view.strength = strength
     new = page(view, x) if y is None else page(view, x, y)

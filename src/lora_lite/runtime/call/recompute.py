@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ..._torch import backward_is_running, inside_checkpoint, inside_reentrant_checkpoint
-from ...core.errors import LoraLiteWarning, SelectionError
+from ..._torch import backward_is_running, function_cuts, inside_checkpoint, inside_reentrant_checkpoint
+from ...core.errors import LoraLiteWarning, SelectionError, listing
 from ..model.call import Running, Selection
-from ..model.state import ModelState
+from ..model.site import Site
+from ..model.state import ModelState, acting_names
 
 
 def selection_of(state: ModelState) -> Selection:
@@ -90,9 +91,42 @@ def in_checkpoint(now: Running) -> bool:
     if torch.is_grad_enabled():
         return inside_checkpoint()
     if now.grad:  # and none here: a reentrant checkpoint, or the model's own no_grad
-        now.cut_by_checkpoint = True
         return True
     return not now.in_call and inside_reentrant_checkpoint()  # the search is long
+
+
+def note_gradient(site: Site, now: Running) -> None:
+    """A layer runs in a call with gradients: does it have one here?"""
+    if torch.is_grad_enabled():
+        now.fed.add(site.path)
+    elif site.path not in now.cut and (cuts := function_cuts()) is not False:
+        now.cut[site.path] = cuts is True
+
+
+def check_fed(state: ModelState) -> None:
+    """After a training call: name the targets that ran without a gradient.
+
+    Raises:
+        SelectionError: a reentrant checkpoint cut them off.
+    """
+    now, names = state.here.now, acting_names(state)
+    trained = [r for n in names if (r := state.records[n]).trainable and r.variant.trains]
+    cut = {p: how for p, how in now.cut.items() if p not in now.fed and any(p in r.targets for r in trained)}
+    lost = [path for path, by_checkpoint in cut.items() if by_checkpoint]
+    if lost:
+        raise SelectionError(
+            "gradient checkpointing with use_reentrant=True runs blocks without gradient because no input of theirs "
+            f"requires one, so {len(lost)} of {len(cut) + len(now.fed)} targets would not train: {listing(lost)}. "
+            "Call model.enable_input_require_grads(), or enable checkpointing with use_reentrant=False."
+        )
+    if cut and not state.cut_noted:
+        state.cut_noted = True
+        warnings.warn(
+            f"{listing(cut)} ran under the model's own torch.no_grad() in a training call, so the adapter does not "
+            "train there. Leave them out (exclude_names), or let the model run them with gradients.",
+            LoraLiteWarning,
+            stacklevel=4,
+        )
 
 
 def _show(selection: Any) -> str:

@@ -9,16 +9,18 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...core.errors import LoraLiteWarning, SelectionError, StateError
+from ...core.errors import LoraLiteWarning, StateError
 from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
 from ..view import kept as memo
-from .batch import extent_of, values_of
+from . import acting
+from .batch import extent_of
 from .context import with_context
 from .invoked import note_cache
 from .positions import locate
+from .recompute import check_fed
 from .virtual import lead
 from .vocabulary import await_head, check_head, watch_vocabulary
 
@@ -34,10 +36,11 @@ def root_pre_hook(
     if not compiling:
         wait_for_change(state)
         now.in_call, now.grad = True, torch.is_grad_enabled()
-        now.cut_by_checkpoint = False
+        now.fed, now.cut = set(), {}
         memo.begin(now, model, kwargs)
         if state.vocabulary:
             watch_vocabulary(model, state)
+        acting.begin(model, state)
         if now.grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)
@@ -55,31 +58,27 @@ def root_pre_hook(
 
 
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Raise when a training call left something without a gradient: everything, by a reentrant checkpoint, or what
-    stands on a head that it did not call. After an exception the call is over, too."""
+    """Raise when a training call left something without a gradient: targets, by a reentrant checkpoint, or what stands
+    on a head that it did not call. After an exception the call is over, too."""
     state: ModelState = model.__dict__[STATE]
     now = state.here.now
     if torch.compiler.is_compiling():
         if now.selection is not None:
             now.selection = None
         return
+    failed = output is None and sys.exc_info()[0] is not None
+    idle = acting.end(model, state, failed)
     had_grad, begun = now.grad, now.begun
     now.end()
-    if output is None and sys.exc_info()[0] is not None:  # the call failed, and its exception is on its way
+    if failed:  # an exception is on its way
         return
     if begun:
         note_cache(state, begun, output)
     if had_grad and state.vocabulary and model.training:
         check_head(model, state)
-    if not (had_grad and now.cut_by_checkpoint and model.training and torch.is_grad_enabled()):
-        return
-    if any(isinstance(v, Tensor) and v.requires_grad for v in values_of(output)):
-        return
-    raise SelectionError(
-        "gradient checkpointing with use_reentrant=True runs the blocks without gradient because no input requires "
-        "one, so no adapter would train. Call model.enable_input_require_grads(), or enable checkpointing with "
-        "use_reentrant=False."
-    )
+    acting.tell(idle)
+    if had_grad and now.cut and model.training and torch.is_grad_enabled():
+        check_fed(state)
 
 
 def wait_for_change(state: ModelState) -> None:

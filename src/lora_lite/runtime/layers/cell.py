@@ -24,7 +24,7 @@ class MatrixCell(Cell):
         return self.kind.as_matrix(self.module, stored)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        b = bias_of(self.module)
+        b = self.kind.bias(self.module)
         return None if b is None else b.detach().to(dtype)
 
     def write(self, part: Part, block: Tensor) -> Tensor:

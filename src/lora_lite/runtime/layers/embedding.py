@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from ...core.errors import TargetError, listing
 from ..model.kind import Cell, Kind, P
+from ..model.site import Site
+from ..model.state import SITE
 from .cell import MatrixCell
 from .tensors import is_ordinary, is_packed, stored_weight
+from .tried import can_be_tried, has_own_forward, scale_of_lookup
 from .virtual import VirtualInput, refuse_input
 
 
@@ -34,6 +37,21 @@ class Lookup(VirtualInput):
         raise TargetError(
             "dropout on the one-hot input of an embedding has no meaning; set dropout=0 or exclude the embedding."
         )
+
+
+def _tried(module: nn.Module) -> tuple[float | None, str]:
+    """What multiplies the rows that it looks up, or None and what it does instead."""
+    if not has_own_forward(module, {nn.Embedding.forward}) or not can_be_tried(module):
+        return 1.0, ""
+    return scale_of_lookup(module, cast(nn.Embedding, module).num_embeddings)
+
+
+def scale_of(module: nn.Module) -> float:
+    """What an adapted embedding multiplies its rows by: found at attach, or now where it had no values then."""
+    site: Site = module.__dict__[SITE]
+    if not isinstance(site.found, float):
+        site.found = site.kind.inspect(module, site.path)
+    return cast(float, site.found)
 
 
 class EmbeddingCell(MatrixCell):
@@ -93,10 +111,27 @@ class Embedding(Kind):
         return Lookup(ids, w.shape[0], dtype), torch.zeros(2, 3, d_out, dtype=dtype, device=w.device)
 
     def enter(self, module: nn.Module, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
-        return Lookup(x, cast(nn.Embedding, module).num_embeddings, y.dtype), y
+        """y without the number by which some models multiply their embeddings: a page changes the weight's rows."""
+        c = scale_of(module)
+        return Lookup(x, cast(nn.Embedding, module).num_embeddings, y.dtype), y if c == 1 else y / c
+
+    def leave(self, module: nn.Module, new: Tensor, y: Tensor) -> Tensor:
+        c = scale_of(module)
+        return new if c == 1 else y + c * (new - y / c)
+
+    def untried(self, module: nn.Module) -> bool:
+        return has_own_forward(module, {nn.Embedding.forward}) and not can_be_tried(module)
+
+    def strange(self, module: nn.Module) -> str:
+        return _tried(module)[1]
+
+    def inspect(self, module: nn.Module, path: str) -> float:
+        super().inspect(module, path)
+        return _tried(module)[0] or 1.0
 
     def is_plain(self, module: nn.Module) -> bool:
-        return type(module).forward is nn.Embedding.forward and is_ordinary(module._parameters.get("weight"))
+        plain = SITE in module.__dict__ or not self.strange(module)  # what is adapted was tried before
+        return plain and is_ordinary(module._parameters.get("weight"))
 
     def is_quantised(self, module: nn.Module) -> bool:
         embedding = cast(nn.Embedding, module)

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ...core.errors import WeightError
 from ..model.kind import Cell, Kind
+from ..model.site import Site
+from ..model.state import SITE
 from .cell import MatrixCell
 from .tensors import FLOATS, bias_of, check_readable, device_of, is_ordinary, is_packed, stored_weight
+from .tried import can_be_tried, has_own_forward, trying, why_not_affine
 
 COLUMNS = 512  # of the identity, pushed through a layer at a time
 
@@ -36,6 +40,28 @@ class Linear(Kind):
             if dims(module) is not None and not any(dims(m) for m in module.modules() if m is not module):
                 yield path, module
 
+    def strange(self, module: nn.Module) -> str:
+        if not _is_tried(module):
+            return ""
+        return why_not_affine(module, (dims(module) or (0, 0))[0], probe_dtype(module))
+
+    def untried(self, module: nn.Module) -> bool:
+        own = not is_conv1d(module) and has_own_forward(module, {nn.Linear.forward})
+        return own and is_ordinary(getattr(module, "weight", None)) and not can_be_tried(module)
+
+    def inspect(self, module: nn.Module, path: str) -> float:
+        """What a forward of its own multiplies the stored bias by: 0 where it is handed out beside y."""
+        super().inspect(module, path)
+        return _share_of_bias(module)
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        b = bias_of(module)
+        if b is None or type(module).forward is nn.Linear.forward:
+            return b
+        site: Site | None = module.__dict__.get(SITE)
+        share = _share_of_bias(module) if site is None or site.found is None else cast(float, site.found)
+        return b if share == 1 else b * share
+
     def is_plain(self, module: nn.Module) -> bool:
         w, size = module._parameters.get("weight"), dims(module)
         if not is_ordinary(w) or w is None or size is None:
@@ -47,6 +73,9 @@ class Linear(Kind):
     def is_quantised(self, module: nn.Module) -> bool:
         d_in, d_out = dims(module) or (0, 0)
         return is_packed(getattr(module, "weight", None), d_in * d_out)
+
+    def why_not_replaced(self, module: nn.Module) -> str:
+        return "returns more than one tensor, which no dense layer would" if _returns_more(module) else ""
 
     def replacement(self, module: nn.Module, w: Tensor, b: Tensor) -> nn.Module:
         has_bias = bias_of(module) is not None or bool(b.any())
@@ -86,6 +115,32 @@ class LinearCell(MatrixCell):
 
 
 LINEAR = Linear()
+
+
+def _is_tried(module: nn.Module) -> bool:
+    own = not is_conv1d(module) and has_own_forward(module, {nn.Linear.forward})
+    return own and can_be_tried(module)
+
+
+def _zero(module: nn.Module) -> Tensor:
+    return torch.zeros(1, (dims(module) or (0, 0))[0], dtype=probe_dtype(module), device=device_of(module))
+
+
+@torch.no_grad()
+def _returns_more(module: nn.Module) -> bool:
+    return _is_tried(module) and not isinstance(module.forward(_zero(module)), Tensor)
+
+
+@torch.no_grad()
+def _share_of_bias(module: nn.Module) -> float:
+    """c where the layer maps 0 to c times its stored bias."""
+    b = bias_of(module)
+    if b is None or not _is_tried(module):
+        return 1.0
+    with trying(module):
+        y, b = run_bare(module, _zero(module))[0].double(), b.double()
+    share = float((y @ b) / (b @ b).clamp_min(1e-30)) if bool(b.any()) else 1.0
+    return next((c for c in (0.0, 1.0) if abs(share - c) < 0.01), share)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -169,14 +224,15 @@ def probe_dtype(module: nn.Module) -> torch.dtype:
 
 @contextmanager
 def without_bias(module: nn.Module) -> Iterator[None]:
-    """Set the bias aside, so that probing a 16-bit layer does not round the weight to the bias's step."""
+    """Set the bias to zero, so that probing a 16-bit layer does not round the weight to the bias's step. A forward of
+    its own may read it, so it stays a tensor."""
     b = bias_of(module)
     if b is None:
         yield
         return
     tables = (module._parameters, module._buffers, module.__dict__)
     owner: dict[str, object] = next(t for t in tables if "bias" in t)  # pyright: ignore[reportAssignmentType]
-    owner["bias"] = None
+    owner["bias"] = torch.zeros_like(b)
     try:
         yield
     finally:

@@ -74,6 +74,17 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
             yield value
 
 
+def laid_out_as(t: Tensor, like: Tensor) -> Tensor:
+    """t with its dimensions in memory as `like` has them, where that is one of torch's formats."""
+    if t.stride() == like.stride():
+        return t
+    formats = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
+    for one in formats.get(t.dim(), (torch.contiguous_format,)):
+        if like.is_contiguous(memory_format=one):
+            return t.contiguous(memory_format=one)
+    return t
+
+
 def exact_dtype(device: torch.device) -> torch.dtype:
     """fp64, or fp32 where the device has no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Chosen = tuple[tuple[str, float], ...]
 """Adapters with their weights, in attach order."""
@@ -114,6 +114,22 @@ def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
     return all(torch.equal(u, v) if isinstance(u, Tensor) and isinstance(v, Tensor) else u == v for u, v in both)
 
 
+class Links:
+    """Every step from the model down to an adapted layer, so that a replaced one is noticed at little cost."""
+
+    def __init__(self, steps: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]], lost: set[str]) -> None:
+        self.steps, self.lost = steps, lost
+        """(parent, name, child), and the paths of targets that are not there any more."""
+
+    def hold(self) -> bool:
+        """Whether every child is still where it was."""
+        for parent, name, child in self.steps:
+            holder = parent()
+            if holder is None or holder._modules.get(name) is not child():
+                return False
+        return True
+
+
 @dataclass
 class RowGroup:
     """The rows of one adapter along dim 0."""
@@ -139,8 +155,13 @@ class Running:
         self.in_call = False
         self.grad = False
         """Whether the call was entered with gradients enabled."""
-        self.cut_by_checkpoint = False
-        """A reentrant checkpoint ran in this call."""
+        self.fed: set[str] = set()
+        """Paths of the layers that ran with a gradient in the last call."""
+        self.cut: dict[str, bool] = {}
+        """Paths of those that ran without -> whether it was because of a reentrant checkpoint that no gradient
+        entered."""
+        self.watch: Any = None
+        """What listens to the call, see `call.acting`."""
         self.memo: Memo | None = None
         """What pages keep from one step of cached decoding to the next, see `view.kept`; None where nothing may be
         kept."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._torch import remove_hooks
-from ...core.errors import WeightError
+from ...core.errors import TargetError, WeightError
 
 if TYPE_CHECKING:
     from ...core.config import AdapterConfig
@@ -36,6 +36,14 @@ class HasModule(Protocol):
 
     @property
     def kind(self) -> str: ...
+
+
+def not_what_it_seems(module: nn.Module, path: str, why: str) -> str:
+    """The sentence of a refusal; `why` is what `Kind.strange` says."""
+    return (
+        f"{path}: this {type(module).__name__} has a forward of its own and {why}, so an adapter would not act in its "
+        "weight. Add it to exclude_names."
+    )
 
 
 P = TypeVar("P", bound=HasModule)
@@ -140,13 +148,31 @@ class Kind:
         """The places that a method of this kind means when the config names none."""
         return places
 
+    def strange(self, module: nn.Module) -> str:
+        """What the layer does otherwise than its kind, found by trying it; empty where it is what it seems, or where it
+        has no values to be tried with."""
+        return ""
+
+    def untried(self, module: nn.Module) -> bool:
+        """Whether `strange` could not try it, because it has no values yet."""
+        return False
+
     def notes(self, modules: Sequence[nn.Module], variant: Any) -> list[str]:
         """What one should know before such layers are adapted."""
-        return []
+        names = sorted({type(m).__name__ for m in modules if self.untried(m)})
+        if not names:
+            return []
+        return [f"{', '.join(names)}: a forward of its own, without values to try it on; the first call tries it"]
 
     # ---- before the first step
     def inspect(self, module: nn.Module, path: str) -> object:
-        """What must be known of a layer while its adapters run; raises `TargetError` where it is not what it seems."""
+        """What must be known of a layer while its adapters run.
+
+        Raises:
+            TargetError: it is not what it seems.
+        """
+        if why := self.strange(module):
+            raise TargetError(not_what_it_seems(module, path, why))
         return None
 
     def trial(self, module: nn.Module, dtype: torch.dtype, d_out: int) -> tuple[Any, Tensor] | None:
@@ -171,9 +197,9 @@ class Kind:
         """(x, y) of a call as a page wants them."""
         return x, y
 
-    def leave(self, y: Tensor) -> Tensor:
-        """What the layer returns, from a page's y."""
-        return y
+    def leave(self, module: nn.Module, new: Tensor, y: Tensor) -> Tensor:
+        """What the layer returns, from a page's new y; `y` is what the layer returned by itself."""
+        return new
 
     def keys_and_values(self, module: nn.Module, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of hidden states v, at the attention."""
@@ -196,6 +222,10 @@ class Kind:
         """Whether its weight is packed: no ordinary floating tensor of the right size."""
         return False
 
+    def why_not_replaced(self, module: nn.Module) -> str:
+        """Why no dense layer can take its place; empty where one can."""
+        return "" if self.replaceable else "has a forward of its own and cannot be merged"
+
     def replacement(self, module: nn.Module, w: Tensor, b: Tensor) -> nn.Module:
         """A dense layer with this W and b, where `replaceable`."""
         raise NotImplementedError
@@ -206,6 +236,11 @@ class Kind:
         w = module.weight if w is None else w
         assert isinstance(w, Tensor)
         return w
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        """b of y = W x + b, or None."""
+        b = getattr(module, "bias", None)
+        return b if isinstance(b, Tensor) else None
 
     def as_matrix(self, module: nn.Module, stored: Tensor) -> Tensor:
         """A tensor of the stored weight's layout seen as (d_out, d_in), without a copy."""

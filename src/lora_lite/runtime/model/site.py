@@ -82,7 +82,10 @@ class Site:
         self.awaited = False
         """The running call must call this layer, see `call.vocabulary`."""
         self.found: object = None
-        """What its kind found out about the layer, see `Kind.inspect`."""
+        """What its kind found out about the layer, see `Kind.inspect`, once it was"""
+        self.inspected = True
+        self.ran = False
+        """Whether its hooks ever ran."""
         self.stacks: dict[tuple[object, ...], Stack] = {}
         """Factors of several adapters side by side, see `grouped`."""
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..._torch import modules_called_elsewhere
 from ...core.errors import ConfigError, SelectionError, StateError, did_you_mean
-from .call import Begun, Chosen, Names, PerThread, RowGroup, Rows, Running, Said
+from .call import Begun, Chosen, Links, Names, PerThread, RowGroup, Rows, Running, Said
 from .merged import Merged
 from .record import Record
 
@@ -34,6 +34,8 @@ class ModelState:
         """Counts `ll.rows` blocks: what one of them stacked is not used by the next."""
         self.base_trainable: list[str] = []
         """Base parameters that required a gradient before the first attach; detach gives it back."""
+        self.held: list[str] = []
+        """Paths of the norms whose running figures are held, see `held`."""
         self.parameters: tuple[str, ...] = ()
         """Names of the parameters of the model's forward."""
         self.merged: Merged | None = None
@@ -46,9 +48,18 @@ class ModelState:
         self.waiting: weakref.WeakSet[Running] = weakref.WeakSet()
         """Threads with selections that wait for a recomputation, which the autograd engine may run in a thread of its
         own."""
+        self.cut_noted = False
+        """Whether the latter was warned about."""
         self.compiled_checkpoint = False
         """A compiler traced a hook inside a checkpoint."""
         self.compiled_checkpoint_noted = False
+        self.links: Links | None = None
+        """The ways from the model down to its adapted layers, see `call.acting`."""
+        self.unhooked: dict[bool, list[str]] = {}
+        """Training or not -> paths of adapted layers that did not run in the first such call since an adapter was
+        added, while other code read their weight."""
+        self.train_calls = 0
+        """Training calls since."""
         self.scope_thread: int | None = None
         self.scope_depth = 0
         self.changing: int | None = None
@@ -85,12 +96,18 @@ class ModelState:
 
     def __getstate__(self) -> dict[str, object]:
         # a copy is in no call and no scope of the original
-        kept = ("records", "row_epoch", "base_trainable", "parameters", "merged", "vocabulary")
+        kept = ("records", "row_epoch", "base_trainable", "held", "parameters", "merged", "vocabulary")
         return {**{k: self.__dict__[k] for k in kept}, "selected": (self.active, None)}
 
     def __setstate__(self, data: dict[str, object]) -> None:
         self.__init__()
         self.__dict__.update(data)
+
+
+def acting_names(state: ModelState) -> dict[str, None]:
+    """The adapters that act on the next call, or on some row of it."""
+    rows = () if state.rows is None else state.rows.names
+    return dict.fromkeys((*(name for name, _ in state.active), *(name for name in rows if name is not None)))
 
 
 def check_module(model: object) -> None:

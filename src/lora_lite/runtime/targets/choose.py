@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from ...core.config import AdapterConfig, matches
@@ -14,7 +14,7 @@ from ...core.spec import ParamSpec
 from ...core.variant import Variant
 from ..layers.kinds import DEFAULT_KIND, kind_named
 from ..layers.tensors import bias_of
-from ..model.kind import Kind
+from ..model.kind import Kind, not_what_it_seems
 from ..model.record import Target
 from .structure import Place, Structure
 
@@ -54,13 +54,16 @@ def places_of(structure: Structure, variant: type[Variant], cfg: AdapterConfig) 
         )
     if not kind.stream:
         return _places_apart(structure, kind, variant)
-    if not structure.blocks or structure.d_model is None:
+    blocks = [b for b in structure.stacked if b.width is not None]
+    if not blocks:
         raise TargetError(
             "this variant hooks the residual stream after blocks, and the model has no list of blocks such as "
             "model.layers."
         )
-    d = structure.d_model
-    return [Place(path, block, d, d, i, variant.site, kind=variant.site) for path, i, block in structure.blocks]
+    return [
+        Place(b.path, b.module, b.width, b.width, b.index, variant.site, kind=variant.site, n_layers=b.n_layers)  # type: ignore[arg-type]
+        for b in blocks
+    ]
 
 
 def _places_apart(structure: Structure, kind: Kind, variant: type[Variant]) -> list[Place]:
@@ -70,15 +73,17 @@ def _places_apart(structure: Structure, kind: Kind, variant: type[Variant]) -> l
     return found
 
 
-def select(places: list[Place], structure: Structure, cfg: AdapterConfig) -> tuple[list[Place], list[tuple[str, str]]]:
+def select(places: list[Place], cfg: AdapterConfig) -> tuple[list[Place], list[tuple[str, str]]]:
     """The chosen layers, and (path, reason) of the others. Names are filtered first, roles looked at afterwards."""
-    layers = layer_set(cfg, structure, places)
+    check_layers(cfg, places)
     in_blocks = any(s.layer is not None for s in places)
     chosen, left = [], []
     for s in places:
-        reason = _left_out(s, cfg, layers, in_blocks)
+        reason = _left_out(s, cfg, in_blocks)
         if reason:
             left.append((s.path, reason))
+        elif why := "" if _is_named(s, cfg) else kind_named(s.kind).strange(s.module):
+            left.append((s.path, f"it has a forward of its own and {why}"))
         else:
             chosen.append(s)
     if not chosen:
@@ -86,20 +91,25 @@ def select(places: list[Place], structure: Structure, cfg: AdapterConfig) -> tup
     return chosen, left
 
 
-def _left_out(s: Place, cfg: AdapterConfig, layers: set[int] | None, in_blocks: bool) -> str:
+def _left_out(s: Place, cfg: AdapterConfig, in_blocks: bool) -> str:
     """Why a config leaves a layer out; empty where it takes it."""
-    named = cfg.target_names is not None and any(matches(p, s.path) for p in cfg.target_names)
+    named = _is_named(s, cfg)
     outside = in_blocks and s.layer is None and kind_named(s.kind).inside_blocks
     reasons = {
         "not matched by target_names": cfg.target_names is not None and not named,
         "exclude_names": any(matches(p, s.path) for p in cfg.exclude_names),
         "output head; name it in target_names to adapt it": s.is_head and not named,
         "outside of the blocks; name it in target_names to adapt it": outside and not named,
-        "not in layers": layers is not None and s.layer not in layers,
+        "not in layers": cfg.layers is not None and not in_layers(s, cfg.layers),
         f"role {s.role}": cfg.target_roles is not None and s.role not in cfg.target_roles,
         f"never called as a module: {s.uncalled}": bool(s.uncalled) and not named,
+        f"not always called as a module: {s.bypassed}; name it in target_names": bool(s.bypassed) and not named,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _is_named(s: Place, cfg: AdapterConfig) -> bool:
+    return cfg.target_names is not None and any(matches(p, s.path) for p in cfg.target_names)
 
 
 def _raise_none_chosen(left: list[tuple[str, str]], cfg: AdapterConfig) -> NoReturn:
@@ -178,6 +188,8 @@ def check_place(place: Place, structure: Structure, cfg: AdapterConfig) -> None:
     """Raise where the method cannot act on this layer, or would act elsewhere too."""
     if why := kind_named(place.kind).refuse(place.module, place.path, get_variant(cfg.variant), cfg):
         raise TargetError(f"{place.path}: {why}")
+    if why := kind_named(place.kind).strange(place.module):
+        raise TargetError(not_what_it_seems(place.module, place.path, why))
     if place.uncalled:
         raise TargetError(
             f"{place.path} is never called as a module ({place.uncalled}), so an adapter there would do nothing. Add "
@@ -191,20 +203,26 @@ def check_place(place: Place, structure: Structure, cfg: AdapterConfig) -> None:
         )
 
 
-def layer_set(cfg: AdapterConfig, structure: Structure, places: list[Place]) -> set[int] | None:
+def in_layers(place: Place, layers: Iterable[int]) -> bool:
+    """Whether a block's number is among these; negative ones count from the end of the block's own stack."""
+    return place.layer is not None and any(i % place.n_layers == place.layer for i in layers if _exists(i, place))
+
+
+def _exists(i: int, place: Place) -> bool:
+    return -place.n_layers <= i < place.n_layers
+
+
+def check_layers(cfg: AdapterConfig, places: list[Place]) -> None:
+    """Raise where `layers` names a block that no stack has."""
     if cfg.layers is None:
-        return None
-    there = {s.layer for s in places if s.layer is not None}
-    n = structure.n_layers
-    wanted = {i + n if i < 0 else i for i in cfg.layers}
-    if not there or wanted - there:
-        missing = sorted(wanted - there)
-        raise TargetError(
-            f"layers: the model has no block {missing or list(cfg.layers)}; it has {n} blocks, 0 to {n - 1}."
-            if there
-            else "layers: the model has no stack of blocks to count; use target_names."
-        )
-    return wanted
+        return
+    inside = [s for s in places if s.layer is not None]
+    if not inside:
+        raise TargetError("layers: the model has no stack of blocks to count; use target_names.")
+    missing = [i for i in cfg.layers if not any(in_layers(s, (i,)) for s in inside)]
+    if missing or not cfg.layers:
+        n = max(s.n_layers for s in inside)
+        raise TargetError(f"layers: the model has no block {missing}; it has {n} blocks, 0 to {n - 1}.")
 
 
 def tails(places: list[Place]) -> list[str]:

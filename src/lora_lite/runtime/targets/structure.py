@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -12,9 +13,12 @@ from torch import nn
 from ..layers.kinds import DEFAULT_KIND, KINDS, kind_named
 from ..layers.linear import dims
 from ..layers.tensors import bias_of
+from .uncalled import AT_TIMES, NEVER, find
 
 Stacks = list[tuple[str, nn.ModuleList | nn.Sequential]]
 """(path, list of blocks)."""
+Size = tuple[int, int]
+"""(d_in, d_out)."""
 
 # A square layer says nothing by its shape. Common names decide; unknown ones are "inner".
 # Low-rank queries and keys, and the steps of state-space mixers, lie inside a block whatever their shape.
@@ -47,6 +51,23 @@ class Place:
     uncalled: str = ""
     """Why its forward is never called, if so."""
     kind: str = DEFAULT_KIND
+    n_layers: int = 0
+    """Number of blocks in the stack it lies in, 0 outside of the blocks."""
+    bypassed: str = ""
+    """Why its forward is not called at times, if so."""
+
+
+@dataclass(frozen=True)
+class StackBlock:
+    """One block of a stack."""
+
+    path: str
+    index: int
+    module: nn.Module
+    width: int | None
+    """Of the residual stream there."""
+    n_layers: int
+    """Number of blocks in its stack."""
 
 
 @dataclass
@@ -55,47 +76,62 @@ class Structure:
 
     places: list[Place]
     d_model: int | None
-    n_layers: int
-    blocks: list[tuple[str, int, nn.Module]] = field(default_factory=list)
-    """(path, index, module) of every block."""
+    stacked: list[StackBlock] = field(default_factory=list)
+    """Every block of every stack."""
     raw: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     """(path, shape) of parameters with two or more dimensions that no linear-like layer, embedding, norm or bank of
     experts owns."""
     aliases: dict[int, list[str]] = field(default_factory=dict)
     """id of a module -> all its paths, where there are several."""
 
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks in the longest stack."""
+        return max((block.n_layers for block in self.stacked), default=0)
+
+    @property
+    def blocks(self) -> list[tuple[str, int, nn.Module]]:
+        """(path, index, module) of every block."""
+        return [(block.path, block.index, block.module) for block in self.stacked]
+
 
 def describe(model: nn.Module) -> Structure:
     """Read a model's structure from its modules; reads shapes only, so it works on the meta device."""
-    stacks = _block_stacks(model)
-    blocks = [(f"{path}.{i}" if path else str(i), i, block) for path, stack in stacks for i, block in enumerate(stack)]
     linear = [(path, size) for path, m in kind_named(DEFAULT_KIND).find(model, None) if (size := dims(m)) is not None]
-    d_model = _width(model, [(size, _block_index(path, stacks)) for path, size in linear])
-    places = _places(model, stacks, d_model, _stack_widths(stacks, linear, d_model))
+    stacks = _block_stacks(model)
+    d_model = _width(model, linear, stacks)
+    blocks = [block for path, stack in stacks for block in _blocks_of(path, stack, linear, d_model)]
+    places = _places(model, blocks, d_model)
     layers = [s.module for s in places if not kind_named(s.kind).apart]
     owned = {id(p) for m in layers for p in m.parameters()}
     owned |= {id(t) for m in layers for t in (getattr(m, "weight", None), bias_of(m))}
     raw = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in owned]
-    n_layers = max((len(stack) for _, stack in stacks), default=0)
-    return Structure(places, d_model, n_layers, blocks, raw, _aliases(model))
+    return Structure(places, d_model, blocks, raw, _aliases(model))
 
 
-def _places(model: nn.Module, stacks: Stacks, d_model: int | None, widths: dict[str, int | None]) -> list[Place]:
+def _places(model: nn.Module, blocks: list[StackBlock], d_model: int | None) -> list[Place]:
     """Every layer of a known kind, kind by kind; a module that two kinds know belongs to the first."""
-    head, uncalled = _output_head(model), _uncalled(model)
+    head, by_path = _output_head(model), {block.path: block for block in blocks}
+    uncalled, bypassed = find(model, NEVER), find(model, AT_TIMES)
     found: dict[int, Place] = {}
     for kind in KINDS.values():
         for path, module in kind.find(model, d_model):
             size = kind.size(module)
             if size is None or id(module) in found:
                 continue
-            layer, role = _block_index(path, stacks), "inner"
-            if kind.plain_vectors:
-                role = role_of(path, *size, next((w for p, w in widths.items() if path.startswith(p)), d_model))
+            block = next((by_path[p] for p in _above(path) if p in by_path), None)
+            layer, n = (None, 0) if block is None else (block.index, block.n_layers)
+            role = role_of(path, *size, d_model if block is None else block.width) if kind.plain_vectors else "inner"
             is_head = kind.inside_blocks and (module is head or (layer is None and HEADS.search(path) is not None))
-            why = uncalled.get(path, "")
-            found[id(module)] = Place(path, module, *size, layer, role, is_head, why, kind.name)
+            why = uncalled.get(path, ""), bypassed.get(path, "")
+            found[id(module)] = Place(path, module, *size, layer, role, is_head, why[0], kind.name, n, why[1])
     return list(found.values())
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths of the modules that hold this one, the outermost first, then its own."""
+    parts = path.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
 
 def _aliases(model: nn.Module) -> dict[int, list[str]]:
@@ -104,15 +140,6 @@ def _aliases(model: nn.Module) -> dict[int, list[str]]:
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
     return {k: v for k, v in paths.items() if len(v) > 1}
-
-
-def _uncalled(model: nn.Module) -> dict[str, str]:
-    """Path -> why its forward is never called."""
-    return {
-        f"{path}.out_proj" if path else "out_proj": "nn.MultiheadAttention passes its weight to a function"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-    }
 
 
 def role_of(path: str, d_in: int, d_out: int, d_model: int | None) -> str:
@@ -141,47 +168,44 @@ def _block_stacks(model: nn.Module) -> Stacks:
 
 
 def _is_stack(path: str, module: nn.ModuleList | nn.Sequential) -> bool:
-    """Composite children, of one class or called layers, with a linear layer in one of them."""
+    """Composite children, of one class or called layers, with a linear layer in one of them. A list of one block is a
+    stack too, as the middle of a U-Net; a sequence of one module is a wrapper, unless it is called layers."""
     named = re.search(r"(^|\.)(layers|layer|h|block|blocks)$", path) is not None
     composite = len(module) > 0 and all(any(True for _ in child.children()) for child in module)
     if not composite or not any(dims(m) for child in module for m in child.modules()):
         return False
-    alike = len({type(child) for child in module}) == 1
-    return (alike and (len(module) > 1 or named)) or (named and isinstance(module, nn.ModuleList))
+    alike, is_list = len({type(child) for child in module}) == 1, isinstance(module, nn.ModuleList)
+    return (alike and (len(module) > 1 or is_list or named)) or (named and is_list)
 
 
-def _block_index(path: str, stacks: Stacks) -> int | None:
-    for stack, _ in stacks:
-        prefix = f"{stack}." if stack else ""
-        if path.startswith(prefix):
-            segment = path[len(prefix) :].split(".", 1)[0]
-            if segment.isdigit():
-                return int(segment)
-    return None
+def _blocks_of(
+    path: str, stack: nn.ModuleList | nn.Sequential, found: list[tuple[str, Size]], d_model: int | None
+) -> list[StackBlock]:
+    """The blocks of a stack, each with the width of its stream: that of the model; of the stack, where it never occurs
+    in it (the towers of a multimodal model); or of the block itself, where the stack grows wider from stage to
+    stage."""
+    paths = [f"{path}.{name}" if path else name for name in stack._modules]
+    inside: dict[str, list[Size]] = {p: [] for p in paths}
+    for layer, size in found:
+        for p in _above(layer):
+            if p in inside:
+                inside[p].append(size)
+    everything = [size for sizes in inside.values() for size in sizes]
+    width = d_model if any(d_model in size for size in everything) else _commonest(everything)
+    steady = all(any(width in size for size in sizes) for sizes in inside.values() if sizes)
+    widths = [width if steady or not inside[p] else _commonest(inside[p]) for p in paths]
+    return [
+        StackBlock(p, i, block, w, len(stack)) for i, (p, block, w) in enumerate(zip(paths, stack, widths, strict=True))
+    ]
 
 
-def _stack_widths(
-    stacks: Stacks,
-    found: list[tuple[str, tuple[int, int]]],
-    d_model: int | None,
-) -> dict[str, int | None]:
-    """Prefix -> width, for stacks whose stream is not of the model's width (the towers of a multimodal model)."""
-    widths: dict[str, int | None] = {}
-    for stack, _ in stacks:
-        prefix = f"{stack}." if stack else ""
-        sizes = [size for path, size in found if path.startswith(prefix)]
-        if not any(d_model in size for size in sizes):
-            widths[prefix] = _commonest(sizes)
-    return widths
-
-
-def _commonest(sizes: list[tuple[int, int]]) -> int | None:
+def _commonest(sizes: list[Size]) -> int | None:
     """The width that most layers read or write; the smallest of several, never simply the largest."""
     count = Counter(side for size in sizes for side in size)
     return min((width for width, n in count.items() if n == max(count.values())), default=None)
 
 
-def _width(model: nn.Module, found: list[tuple[tuple[int, int], int | None]]) -> int | None:
+def _width(model: nn.Module, found: list[tuple[str, Size]], stacks: Stacks) -> int | None:
     """d_model: from the config, else the size most layers of the blocks read or write."""
     config = getattr(model, "config", None)
     for holder in (
@@ -194,8 +218,9 @@ def _width(model: nn.Module, found: list[tuple[tuple[int, int], int | None]]) ->
             value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
             if isinstance(value, int) and value > 0:
                 return value
-    inside = [size for size, layer in found if layer is not None] or [size for size, _ in found]
-    return _commonest(inside)
+    prefixes = tuple(f"{path}." if path else "" for path, _ in stacks)
+    inside = [size for path, size in found if path.startswith(prefixes)]
+    return _commonest(inside or [size for _, size in found])
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

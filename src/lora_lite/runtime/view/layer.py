@@ -15,7 +15,7 @@ from ...core.layer import Layer
 from ...ops.dropout import dropout
 from ..layers.linear import run_bare
 from ..layers.read import known_kind, read_weight, weight_norms
-from ..layers.tensors import bias_of, device_of, is_sharded
+from ..layers.tensors import device_of, is_sharded
 from ..model.call import Call
 from ..model.kind import Kind
 from ..model.site import Site, Slot, tensor_on
@@ -166,7 +166,7 @@ class LayerView:
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias in the page's dtype, or None."""
-        b = bias_of(self._module)
+        b = self._kind.bias(self._module)
         return b if b is None or self._dtype is None else b.to(self._dtype)
 
     @property
@@ -200,7 +200,7 @@ class LayerView:
     def _project_packed(self, v: Tensor) -> Tensor:
         if not v.requires_grad and not torch.compiler.is_compiling():
             v = v.detach().requires_grad_()  # bitsandbytes repacks its weight for a CPU input that needs no gradient
-        b = bias_of(self._module)
+        b = self._kind.bias(self._module)
         if b is None:
             return run_bare(self._module, v)
         out = run_bare(self._module, v * PROBE)
