@@ -199,14 +199,20 @@ def test_an_interrupted_verb_has_not_happened(name, share, tmp_path):
     for n in range(1, counted.lines + 1, max(1, counted.lines // share)):
         model = verb.make(tmp_path)
         before, start = Snapshot(model, X.to(model.head.weight.dtype)), facts(model, tmp_path)
-        with At(n) as at, pytest.raises(Interrupted):
-            verb.act(model, tmp_path)
+        raised = False
+        try:
+            with At(n) as at:
+                verb.act(model, tmp_path)
+        except Interrupted:
+            raised = True
         assert at.where
-        if verb.ends and same(values(model), done) and facts(model, tmp_path) == end:
+        # Python hears no exception out of a generator that is thrown away: nothing was interrupted then
+        if (verb.ends or not raised) and same(values(model), done) and facts(model, tmp_path) == end:
             pass
         elif d := before.difference(model) or "facts" * (facts(model, tmp_path) != start):
             halves.append(f"{at.where}: {d}")
-        verb.act(model, tmp_path)
+        if raised:
+            verb.act(model, tmp_path)
         if name in ("save", "export"):
             ll.save(made, tmp_path / "other", name="default")
             ll.export(made, tmp_path / "folder", name="default")

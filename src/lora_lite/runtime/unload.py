@@ -30,8 +30,10 @@ def merge_and_unload(
     bare = unwrap(model)
     was_merged = state_of(bare).merged is not None
     state = state_of(bare)
+    active = state.active
 
     def steps(undo: Undo) -> nn.Module:
+        undo(lambda: state.select(active))
         undo(lambda: None if was_merged else unmerge(bare))
         merge(bare, name, dequantize, check)
         undo(restoring(state))
