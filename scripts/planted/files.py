@@ -25,7 +25,7 @@ BUGS = [
     Bug(
         "a store loads into another selection",
         "io/store.py",
-        "            state_of(self.model).active = active\n",
+        "            state_of(self.model).select(active)\n",
         "",
         "tests/io/test_store.py -k selection_is_as_before",
     ),
@@ -137,8 +137,8 @@ BUGS = [
     Bug(
         "buffers are not loaded from a state dict",
         "io/native.py",
-        "    for key, tensor in own.items():\n        tensor.copy_",
-        "    for key, tensor in own.items():\n        isinstance(tensor, nn.Parameter) and tensor.copy_",
+        "        for key, tensor in own.items():\n            tensor.copy_",
+        "        for key, tensor in own.items():\n            isinstance(tensor, nn.Parameter) and tensor.copy_",
         C + "test_saving.py -k hra-round_trip",
     ),
     Bug(

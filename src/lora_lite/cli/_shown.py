@@ -70,8 +70,8 @@ def compare(model: Any, tokenizer: Any, rows: Sequence[Row], samples: int, score
     names = ("prompt", "base", "adapted", "right")
     facts: dict[str, Any] = {"answers": [dict(zip(names, a, strict=True)) for a in answers[:samples]]}
     if can_score:
-        scored = answers[:score]
-        hits = [sum(right(a[i], a[3]) for a in scored) for i in (1, 2)]
+        scored = references[:score]
+        hits = [sum(map(right, side, scored)) for side in (before, after)]
         say()
         say(f"right answers: {hits[0]} of {len(scored)} before, {hits[1]} of {len(scored)} after")
         facts |= {"accuracy_before": hits[0] / len(scored), "accuracy": hits[1] / len(scored)}

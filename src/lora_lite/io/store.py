@@ -16,6 +16,7 @@ from ..runtime.commit import check_attachable, commit, detach
 from ..runtime.model.record import Record
 from ..runtime.model.state import state_of, unwrap
 from ..runtime.model.surroundings import own_surroundings
+from ..runtime.select import Owners
 from ..runtime.select import active as active_scope
 from ..runtime.select import rows as rows_scope
 from ..runtime.start.staging import StagedTarget
@@ -72,14 +73,14 @@ class AdapterStore:
         return [name for name in list(self._resident) if self._is_resident(name)]
 
     @contextmanager
-    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+    def rows(self, names: Sequence[str | None], owners: Owners | None = None) -> Iterator[None]:
         """`ll.rows`, with adapters of the folder.
 
         Raises:
             FileError: there is no such adapter, or its file is damaged; BaseMismatchError: it is another model's.
             SelectionError: more different adapters than `resident`.
         """
-        with self._holding(name for name in names if name is not None), rows_scope(self.model, names):
+        with self._holding(name for name in names if name is not None), rows_scope(self.model, names, owners):
             yield
 
     @contextmanager
@@ -144,7 +145,7 @@ class AdapterStore:
             else:
                 check_attachable(self.model, name)
                 commit(self.model, *read, trainable=False)
-            state_of(self.model).active = active
+            state_of(self.model).select(active)
             self._resident[name] = state_of(self.model).records[name]
             while len(self._resident) > self.limit:
                 oldest = next(n for n in self._resident if n not in wanted)

@@ -11,8 +11,9 @@ from ..core.config import AdapterConfig
 from ..core.errors import StateError
 from .model.record import Record
 from .model.site import base_parameters, owned_tensors
-from .model.state import record_of, state_of
+from .model.state import outside_calls, record_of, state_of, unwrap
 from .model.surroundings import own_surroundings
+from .model.undo import Undo, all_or_nothing, restoring
 
 
 def check_differentiable(model: nn.Module, record: Record) -> None:
@@ -31,11 +32,11 @@ def check_differentiable(model: nn.Module, record: Record) -> None:
 class Adapter:
     """One named adapter of one model. Prints as the plan it was attached with."""
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: nn.Module, name: str, plan: object = None) -> None:
         self._model = model
         self._name = name
         self._record = record_of(model, name)
-        self._plan: Any = None
+        self._plan = plan
 
     @property
     def record(self) -> Record:
@@ -73,20 +74,35 @@ class Adapter:
     def trainable(self, value: bool) -> None:
         if value:
             check_differentiable(self._model, self.record)
-        self.record.trainable = bool(value)
-        for target, short, _, tensor in owned_tensors(self._model, self.record):
-            if target.specs[short].is_trained:
+        record, owned = self.record, owned_tensors(self._model, self.record)
+        trained = [t for target, short, _, t in owned if target.specs[short].is_trained]
+
+        def steps(undo: Undo) -> None:
+            undo(restoring(record))
+            record.trainable = bool(value)
+            for tensor in trained:
+                undo(lambda t=tensor, was=tensor.requires_grad: t.requires_grad_(was))
                 tensor.requires_grad_(bool(value))
+
+        all_or_nothing(steps)
 
     @own_surroundings()
     def restore_dtype(self) -> None:
         """Cast its tensors back to the config's dtype after a `model.to(dtype)`; the parameters stay the same
         objects."""
-        for target, short, _, tensor in owned_tensors(self._model, self.record):
-            dtype = target.specs[short].dtype or target.cfg.torch_dtype
-            if tensor.dtype != dtype:
-                tensor.data = tensor.data.to(dtype)
-        self.record.cast_noticed = False
+        outside_calls(unwrap(self._model), "restore_dtype")
+        owned, record = list(owned_tensors(self._model, self.record)), self.record
+
+        def steps(undo: Undo) -> None:
+            undo(restoring(record))
+            for target, short, _, tensor in owned:
+                dtype = target.specs[short].dtype or target.cfg.torch_dtype
+                if tensor.dtype != dtype:
+                    undo(lambda t=tensor, was=tensor.data: setattr(t, "data", was))
+                    tensor.data = tensor.data.to(dtype)
+            record.cast_noticed = False
+
+        all_or_nothing(steps)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(full path without the adapter's name, parameter) of what an optimiser should see."""

@@ -30,6 +30,7 @@ from ..layers.read import is_quantised
 from ..layers.sound import first_fault
 from ..model.site import base_parameters
 from ..model.state import STATE
+from ..model.undo import surely
 from ..progress import track
 from .gradients import Gradient
 from .staging import StagedTarget, check_started, exactly
@@ -394,7 +395,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         if STATE not in model.__dict__:
             yield
             return
-        with nobody_acts(model.__dict__[STATE]):
+        with nobody_acts(model):
             yield
 
 
@@ -402,13 +403,15 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter collects a gradient inside; the flags come back afterwards."""
     flagged = [p for _, p in base_parameters(model) if p.requires_grad]  # adapters do not act here
-    for p in flagged:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for p in flagged:
             p.requires_grad_(True)
+
+    with surely(restore):
+        for p in flagged:
+            p.requires_grad_(False)
+        yield
 
 
 def _batches(model: nn.Module, data: Any, labelled: bool = False) -> Iterator[tuple[Any, Tensor | None]]:
