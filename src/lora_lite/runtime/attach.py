@@ -106,7 +106,8 @@ def as_it_was(model: nn.Module) -> Callable[[], None]:
         for m, mode in modes.items():
             m.training = mode
         for p, flag in flags.items():
-            p.requires_grad_(flag)
+            if p.requires_grad != flag:  # a tensor of inference mode takes no flag
+                p.requires_grad_(flag)
         hooks()
         torch.set_rng_state(drawn)
 
