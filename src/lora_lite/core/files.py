@@ -24,6 +24,16 @@ WRONG = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, Ru
 too deep."""
 
 
+def check_path(path: object) -> None:
+    """Refuse what is no path: every public entry that takes one comes through here.
+
+    Raises:
+        FileError: it is none.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise FileError(f"a path is needed, a str or pathlib.Path; got {path!r} of {type(path).__name__}.")
+
+
 @contextmanager
 def reading(where: str | os.PathLike[str], what: str = "") -> Generator[None, None, None]:
     """Inside, whatever goes wrong with what a file says is a `FileError` that names the file, and in it `what`."""

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from ..core.errors import FileError, listing
+from ..core.files import check_path
 from ..runtime.model.record import Record
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from .other_writers import write_other
@@ -49,10 +50,12 @@ def export(
         StateError: no PEFT type holds the function exactly and no rank is asked for, or the model is merged.
         FileError: the folder cannot be written; what was in it is as it was.
     """
+    check_path(folder)
     if format not in FORMATS:
         raise FileError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
     if rank is not None and not (type(rank) is int and rank > 0):
         raise FileError(f"rank must be a whole number from 1 on, got {rank!r}.")
+    check_path(folder)
     model = unwrap(model)
     record = record_of(model, name)
     not_merged(state_of(model), "ll.export")

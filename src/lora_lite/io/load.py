@@ -11,13 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.errors import FileError, LoraLiteWarning, shown
-from ..core.files import reading
+from ..core.files import check_path, reading
 from ..runtime.commit import check_attachable
 from ..runtime.handle import Adapter
 from ..runtime.model.state import DEFAULT, unwrap
+from ..runtime.targets.structure import home_of
+from .header import read_header
 from .native import BaseCheck, load_native
 from .other_layouts import MLX_WEIGHTS, as_lora, is_other, load_other
-from .peft_read import CONFIG, WEIGHTS, attach_peft, check_owners, load_peft
+from .peft_read import CONFIG, WEIGHTS, attach_peft, check_owners, load_peft, peft_paths
 
 
 def load(
@@ -46,10 +48,13 @@ def load(
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
     check_attachable(model, name)
-    if not isinstance(path, (str, os.PathLike)):
+    if isinstance(path, Mapping):
         return _load_tensors(unwrap(model), path, config, name, trainable)
+    check_path(path)
     if os.path.isdir(path):
         own = _own_file(Path(path), name)
+        if own is None and not (Path(path) / MLX_WEIGHTS).is_file():
+            model = _home(model, Path(path), None, name)
         if own is None and (Path(path) / MLX_WEIGHTS).is_file():
             return load_other(unwrap(model), Path(path) / MLX_WEIGHTS, name, trainable)
         if own is None:
@@ -59,7 +64,21 @@ def load(
         return load_peft(unwrap(model), Path(path).parent, name, trainable)
     if is_other(path):
         return load_other(unwrap(model), Path(path), name, trainable)
-    return load_native(unwrap(model), path, name, trainable, base_check)
+    return load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)
+
+
+def _home(model: nn.Module, folder: Path, own: Path | None, name: str) -> nn.Module:
+    """The model, or the transformer inside a container (a SentenceTransformer) where the layers of a file of ours or of
+    a folder of PEFT's are there."""
+    model = unwrap(model)
+    if own is not None:
+        paths = list(read_header(own)["targets"])
+    else:
+        paths = peft_paths(folder)
+    home = home_of(model, paths)
+    if home is not model:
+        check_attachable(home, name)
+    return home
 
 
 def _load_tensors(

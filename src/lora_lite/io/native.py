@@ -21,7 +21,7 @@ from ..core.errors import (
     did_you_mean,
     listing,
 )
-from ..core.files import opened, read_tensors, reading
+from ..core.files import check_path, opened, read_tensors, reading
 from ..core.spec import ParamSpec
 from ..runtime.call.acting import warn_idle
 from ..runtime.commit import commit
@@ -75,6 +75,9 @@ def save(
     not_merged(state, "ll.save, or save the merged model itself with its own save_pretrained")
     _check_schedule(record)
     _check_strangers(model)
+    check_path(path)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise FileError(f"dtype must be a torch.dtype such as torch.float16, got {dtype!r}.")
     path = _file_name(path)
     tensors = adapter_state_dict(model, record.name)
     if compact and record.variant.compact is not None and 0 < record.total_steps <= record.steps:
@@ -182,6 +185,8 @@ def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str,
         FileError: keys or shapes do not agree exactly; nothing is copied then.
     """
     record = record_of(model, name)
+    if not isinstance(state, Mapping):
+        raise FileError(f"a state dict is needed, as ll.adapter_state_dict gives it; got {type(state).__name__}.")
     own = {target.key(short): tensor for target, short, _, tensor in owned_tensors(model, record)}
     check_keys(expected(record), state, "the state dict")
     if any(is_sharded(t) for t in own.values()):

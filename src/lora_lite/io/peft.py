@@ -22,6 +22,7 @@ from .._version import __version__
 from ..core.errors import LoraLiteWarning, StateError, listing
 from ..runtime.layers.linear import dims
 from ..runtime.model.record import Record
+from ..runtime.targets.structure import transformer_inside
 from ..runtime.view.expert import layer_views
 from .adapted import EXACT, Adapted, adapted_layers, best_factors
 from .peft_experts import Pair, expert_factors, packed
@@ -63,6 +64,7 @@ def write_peft(
         "base_model_name_or_path": base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None,
     }
     tensors |= {f"{path}.{name}": t for path, own in written.layers.items() for name, t in own.items()}
+    tensors = _as_inside(model, config, tensors)
     tensors = {f"{PREFIX}{key}": t for key, t in tensors.items()} | {
         f"base_model.{k}": t for k, t in written.shared.items()
     }
@@ -74,6 +76,22 @@ def write_peft(
             f.flush()
             os.fsync(f.fileno())
     return folder
+
+
+def _as_inside(model: nn.Module, config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """The tensors under the names that they have in the transformer inside a container, which is what readers of the
+    layout load; the names in `config` are changed with them."""
+    prefix, inside = transformer_inside(model)
+    if not prefix or not all(key.startswith(f"{prefix}.") for key in tensors):
+        return tensors
+    for field in ("target_modules", "target_parameters", "modules_to_save"):
+        if isinstance(config.get(field), list):
+            config[field] = [name.removeprefix(f"{prefix}.") for name in config[field]]
+    config["task_type"] = config["task_type"] or _task(inside, None)
+    config["base_model_name_or_path"] = config["base_model_name_or_path"] or (
+        getattr(getattr(inside, "config", None), "_name_or_path", None) or None
+    )
+    return {key.removeprefix(f"{prefix}."): t for key, t in tensors.items()}
 
 
 @torch.no_grad()

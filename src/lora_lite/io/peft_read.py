@@ -97,6 +97,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def peft_paths(folder: Path) -> list[str]:
+    """The layers whose pairs of factors a folder holds; none where it holds no file of tensors."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        return []
+    with opened(path) as f:
+        return [_short(key).partition(".lora_")[0] for key in f.keys() if ".lora_" in key]
+
+
 def read_folder(folder: Path, model: nn.Module) -> Tensors:
     """adapter_model.safetensors; nothing is read where some tensors belong to no module of the model."""
     path = folder / WEIGHTS

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...core.errors import FileError, shown
 from ...ops.svd import balanced_factors, bottom_svd
 from ..peft_site import Reading, Site
+from ..peft_whole import own_scale
 
 REFUSED = {
     "layer_replication": "layers that PEFT copies: copy them in the model first, and merge the adapter in PEFT",
@@ -46,7 +47,7 @@ def lora(site: Site) -> Reading:
 
 def _factors(site: Site) -> tuple[Tensor, Tensor]:
     if "lora_embedding_A" in site.tensors:
-        return site.take("lora_embedding_A"), site.take("lora_embedding_B")
+        return site.take("lora_embedding_A"), site.take("lora_embedding_B") * own_scale(site.module)
     A, B = site.take("lora_A.weight").flatten(1), site.take("lora_B.weight").flatten(1)
     if getattr(site.module, "groups", 1) != 1:
         raise FileError(
@@ -145,8 +146,13 @@ def token_rows(site: Site) -> Reading:
     if not isinstance(ids, list) or len(ids) != rows.shape[0]:
         raise FileError(f"{site.path} holds {rows.shape[0]} token rows for the tokens {ids!r}.")
     order = torch.tensor(ids)
-    base = site.weight.mT[order]
-    return Reading("token_rows", {"token_ids": tuple(ids)}, {"lora_rows": rows - base, "lora_ids": order})
+    stored = site.kind.as_matrix(site.module, site.kind.stored(site.module)).detach().float().cpu()
+    base = stored.mT[order]
+    return Reading(
+        "token_rows",
+        {"token_ids": tuple(ids)},
+        {"lora_rows": (rows - base) * own_scale(site.module), "lora_ids": order},
+    )
 
 
 def _indices(site: Site) -> Any:
