@@ -66,8 +66,8 @@ BUGS = [
     Bug(
         "B9: a frozen adapter goes on training",
         "runtime/handle.py",
-        "            if target.specs[short].is_trained:\n                tensor.requires_grad_(bool(value))",
-        "            if target.specs[short].is_trained:\n                tensor.requires_grad_(True)",
+        "                tensor.requires_grad_(bool(value))\n",
+        "                tensor.requires_grad_(True)\n",
         T + "b09_wrong_adapter_trains.py",
     ),
     Bug(
