@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +37,7 @@ class Said(NamedTuple):
     """What the `with ll.prompt(...)` and `with ll.context(...)` blocks of a thread say."""
 
     prompt: Prompt | None = None
-    context: Mapping[str, Tensor] = MappingProxyType({})
+    context: Mapping[str, Tensor] = {}  # an empty proxy would be true to a compiler
 
 
 class Rows(NamedTuple):
