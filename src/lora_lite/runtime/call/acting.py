@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from ..._torch import compiled_in_place, is_fake, within_compiled
 from ...core.errors import LoraLiteWarning, StateError, listing
 from ..layers.kinds import kind_of
 from ..layers.tensors import is_sharded
-from ..model.call import Links
+from ..model.call import Links, Running
 from ..model.held import Seen, look
 from ..model.record import Record
 from ..model.site import Site
-from ..model.state import SITE, STATE, ModelState
+from ..model.state import SITE, STATE, ModelState, acting_names
 
 Step = tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]
 LOOKUPS = (F.embedding, torch.embedding, F.embedding_bag)
@@ -40,26 +40,27 @@ def begin(model: nn.Module, state: ModelState) -> None:
     """
     if not (state.active or state.rows) or getattr(model, "_is_replica", False):  # DataParallel's copies
         return
-    names = {n for n, _ in state.active} | {n for n in state.rows or () if n is not None}
+    names, now = acting_names(state), state.here.now
     _check_present(model, state, names)
-    training = state.call_grad and model.training
+    training = now.grad and model.training
     if training:
         state.train_calls += 1
         for name in names if state.unhooked.get(True) and any(m.ran for m in _sites(model, state)) else ():
             check_acts(state, state.records[name], "it would not be trained there")
-    if training not in state.unhooked and state.watch is None and not _is_compiled(model):
+    if training not in state.unhooked and now.watch is None and not _is_compiled(model):
         _inspect(model, state)
-        state.watch = watch = Watch(model, state)
+        now.watch = watch = Watch(model, state)
         watch.__enter__()
 
 
 def end(model: nn.Module, state: ModelState, failed: bool) -> list[str]:
     """After it, an exception included: stop listening; the targets whose weights other code read instead of calling
     them."""
-    watch: Watch | None = state.watch
+    now = state.here.now
+    watch: Watch | None = now.watch
     if watch is None:
         return []
-    state.watch = None
+    now.watch = None
     watch.__exit__(None, None, None)
     if failed:
         return []
@@ -88,11 +89,11 @@ def _watch_buffers(before: Seen, after: Seen) -> None:
         )
 
 
-def note_run(site: Site) -> None:
+def note_run(site: Site, now: Running) -> None:
     """A layer's hook runs."""
     site.ran = True
-    if site.state.watch is not None:
-        site.state.watch.ran.add(site.path)
+    if now.watch is not None:
+        now.watch.ran.add(site.path)
 
 
 def check_acts(state: ModelState, record: Record, consequence: str) -> None:
@@ -139,7 +140,7 @@ def _is_compiled(model: nn.Module) -> bool:
     return any("_orig_mod" in m._modules or compiled_in_place(m) for m in model.modules())
 
 
-def _check_present(model: nn.Module, state: ModelState, names: set[str]) -> None:
+def _check_present(model: nn.Module, state: ModelState, names: Iterable[str]) -> None:
     """Raise where a layer with one of these adapters is no part of the model any more."""
     links = state.links
     if links is None or not links.hold():
@@ -189,7 +190,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, state: ModelState) -> None:
         super().__init__()
-        self.training = state.call_grad and model.training
+        self.training = state.here.now.grad and model.training
         self.buffers = look(model) if self.training else {}
         self.read: dict[str, None] = {}
         self.ran: set[str] = set()

@@ -9,42 +9,67 @@ import torch
 
 from ..._torch import backward_is_running, function_cuts, inside_checkpoint, inside_reentrant_checkpoint
 from ...core.errors import LoraLiteWarning, SelectionError, listing
-from ..model.call import Selection
+from ..model.call import Running, Selection
 from ..model.site import Site
-from ..model.state import ModelState
+from ..model.state import ModelState, acting_names
 
 
 def selection_of(state: ModelState) -> Selection:
-    """(active adapters with weights, one adapter per row or None, token positions or None) for the running forward.
+    """What acts in the running forward: what its call of the model began with, in whatever thread it runs.
 
     A recomputation in backward may run after the `with` block of its forward and on another thread: it gets the
     selection of the checkpointed forward that waits for it. Two such forwards under different selections cannot be told
     apart, so they raise.
     """
-    chosen: Selection = (state.active, state.rows, state.call)
+    now = state.here.now
+    chosen = now.selection or (*state.selected, None, None)
     if torch.compiler.is_compiling():
         if inside_checkpoint() and not state.compiled_checkpoint:
             state.compiled_checkpoint = True
         return chosen
     if not backward_is_running():
-        if in_checkpoint(state):
-            if state.pending_done:
-                state.pending, state.pending_done = [], False
-            if chosen not in state.pending:
-                state.pending.append(chosen)
+        if in_checkpoint(now):
+            _await(state, now, chosen)
         return chosen
-    if len(state.pending) > 1:
-        state.pending_done = True  # the next step starts anew
+    waiting = _waiting(state, now)
+    if len(waiting) > 1:
+        _done(state, now)  # the next step starts anew
         raise SelectionError(
             "gradient checkpointing recomputes a forward in backward, but checkpointed forwards ran under several "
-            f"adapter selections or prompts ({', '.join(_show(s) for s in state.pending)}) and it cannot be told "
+            f"adapter selections or prompts ({', '.join(_show(s) for s in waiting)}) and it cannot be told "
             "which one this is. Call backward before the next forward, run reference passes under torch.no_grad(), "
             "or switch gradient checkpointing off."
         )
-    if not state.pending:
+    if not waiting:
         return chosen
-    state.pending_done = True
-    return state.pending[0]
+    _done(state, now)
+    return waiting[0]
+
+
+def _await(state: ModelState, now: Running, chosen: Selection) -> None:
+    """Note the selection of a checkpointed forward for its recomputation."""
+    if now.pending_done:
+        now.pending, now.pending_done = [], False
+    if chosen not in now.pending:
+        now.pending.append(chosen)
+        state.waiting.add(now)
+
+
+def _waiting(state: ModelState, now: Running) -> list[Selection]:
+    """The selections of this thread's checkpointed forwards; of all threads' where it had none, as the threads of the
+    autograd engine."""
+    if now.pending:
+        return now.pending
+    found: list[Selection] = []
+    for other in list(state.waiting):
+        found += [selection for selection in list(other.pending) if selection not in found]
+    return found
+
+
+def _done(state: ModelState, now: Running) -> None:
+    """The backward pass of the waiting forwards has begun: the next forward starts a new list."""
+    for one in [now] if now.pending else list(state.waiting):
+        one.pending_done = True
 
 
 def changed(state: ModelState) -> None:
@@ -61,22 +86,21 @@ def changed(state: ModelState) -> None:
         )
 
 
-def in_checkpoint(state: ModelState) -> bool:
+def in_checkpoint(now: Running) -> bool:
     """Whether a checkpointed region is running forward for the first time."""
     if torch.is_grad_enabled():
         return inside_checkpoint()
-    if state.call_grad:  # and none here: a reentrant checkpoint, or the model's own no_grad
+    if now.grad:  # and none here: a reentrant checkpoint, or the model's own no_grad
         return True
-    return not state.in_call and inside_reentrant_checkpoint()  # the search is long
+    return not now.in_call and inside_reentrant_checkpoint()  # the search is long
 
 
-def note_gradient(site: Site) -> None:
+def note_gradient(site: Site, now: Running) -> None:
     """A layer runs in a call with gradients: does it have one here?"""
-    state = site.state
     if torch.is_grad_enabled():
-        state.fed.add(site.path)
-    elif site.path not in state.cut and (cuts := function_cuts()) is not False:
-        state.cut[site.path] = cuts is True
+        now.fed.add(site.path)
+    elif site.path not in now.cut and (cuts := function_cuts()) is not False:
+        now.cut[site.path] = cuts is True
 
 
 def check_fed(state: ModelState) -> None:
@@ -85,14 +109,14 @@ def check_fed(state: ModelState) -> None:
     Raises:
         SelectionError: a reentrant checkpoint cut them off.
     """
-    names = dict.fromkeys((*(n for n, _ in state.active), *(n for n in state.rows or () if n is not None)))
+    now, names = state.here.now, acting_names(state)
     trained = [r for n in names if (r := state.records[n]).trainable and r.variant.trains]
-    cut = {p: how for p, how in state.cut.items() if p not in state.fed and any(p in r.targets for r in trained)}
+    cut = {p: how for p, how in now.cut.items() if p not in now.fed and any(p in r.targets for r in trained)}
     lost = [path for path, by_checkpoint in cut.items() if by_checkpoint]
     if lost:
         raise SelectionError(
             "gradient checkpointing with use_reentrant=True runs blocks without gradient because no input of theirs "
-            f"requires one, so {len(lost)} of {len(cut) + len(state.fed)} targets would not train: {listing(lost)}. "
+            f"requires one, so {len(lost)} of {len(cut) + len(now.fed)} targets would not train: {listing(lost)}. "
             "Call model.enable_input_require_grads(), or enable checkpointing with use_reentrant=False."
         )
     if cut and not state.cut_noted:
@@ -106,5 +130,5 @@ def check_fed(state: ModelState) -> None:
 
 
 def _show(selection: Any) -> str:
-    active, rows, _ = selection
-    return f"rows {list(rows)}" if rows is not None else str([n for n, _ in active] or None)
+    active, rows, *_ = selection
+    return f"rows {list(rows.names)}" if rows is not None else str([n for n, _ in active] or None)
