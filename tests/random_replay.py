@@ -401,7 +401,7 @@ class Program:
         self.enter(name, trainable=False)
         assert set(self.known[name].targets) == places
         for path, delta in want.items():
-            self.near(self.dense(self.known[name], path), torch.as_tensor(delta))
+            self.near(torch.as_tensor(self.dense(self.known[name], path)), torch.as_tensor(delta))
 
     @staticmethod
     def sums(variant: Any) -> bool:
