@@ -74,7 +74,19 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     if not selection[0] and selection[1] is None:
         return None
     x = args[0] if args else kwargs[first_name(layer, kwargs)]
-    y = output[0] if isinstance(output, tuple) else output
+    y = _usable(layer, site, x, output[0] if isinstance(output, tuple) else output)
+    if stood_in:
+        selection = (rest(site, selection[0]), *selection[1:])
+    inner_x, inner_y = site.kind.enter(layer, x, y)
+    new = apply_selected(layer, site, inner_x, inner_y, selection)
+    if new is inner_y:
+        return None
+    new = site.kind.leave(layer, new, y)
+    return (new, *output[1:]) if isinstance(output, tuple) else new
+
+
+def _usable(layer: nn.Module, site: Site, x: Tensor, y: Any) -> Tensor:
+    """What a layer returned, if pages can go on from it."""
     if not isinstance(y, Tensor):
         raise SelectionError(
             f"{site.path}: {type(layer).__name__} returns {type(y).__name__}, neither a tensor nor a tuple that "
@@ -86,14 +98,7 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
             "before it would train on wrong gradients. Use a weight-only quantisation that is differentiable "
             "(bitsandbytes, torchao int8 weight-only, quanto)."
         )
-    if stood_in:
-        selection = (rest(site, selection[0]), *selection[1:])
-    inner_x, inner_y = site.kind.enter(layer, x, y)
-    new = apply_selected(layer, site, inner_x, inner_y, selection)
-    if new is inner_y:
-        return None
-    new = site.kind.leave(layer, new, y)
-    return (new, *output[1:]) if isinstance(output, tuple) else new
+    return y
 
 
 def apply_selected(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, selection: Selection) -> Tensor:
