@@ -30,13 +30,15 @@ import torch
 import transformers
 
 import lora_lite as ll
-from lora_lite.demo.data import collate, encode, load_examples, load_model
+from lora_lite.data.batches import collate
+from lora_lite.data.tokens import tokenised
+from lora_lite.demo.data import load_model, wordmath_rows
 from lora_lite.demo.evaluate import evaluate
 from lora_lite.demo.wordmath import generate
 
 
 def prepared(tokenizer: Any) -> list[dict[str, list[int]]]:
-    return [encode(e, tokenizer, 256) for e in load_examples("wordmath", "train", 12000)]
+    return tokenised(wordmath_rows("train", 12000), tokenizer, 256).rows
 
 
 def batch_at(step: int, rows: list[dict[str, list[int]]], size: int, pad: int, seed: int) -> dict[str, torch.Tensor]:

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from lora_lite.demo.data import collate, encode, load_examples, load_model
+from lora_lite.data.batches import collate
+from lora_lite.data.tokens import tokenised
+from lora_lite.demo.data import load_model, wordmath_rows
 from lora_lite.demo.evaluate import evaluate
 from lora_lite.demo.wordmath import extract_answer, generate
 
@@ -69,7 +71,7 @@ def main() -> None:
     model, tokenizer = load_model(args.model)
     problems = generate("test", args.problems)
     base = evaluate(model, tokenizer, problems)
-    rows = [encode(e, tokenizer, 256) for e in load_examples("wordmath", "train", args.rows, args.seed)]
+    rows = tokenised(wordmath_rows("train", args.rows, args.seed), tokenizer, 256).rows
     model, trained = adapted(model, args.library, args.r, args.alpha, args.seed)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
     warmup = max(1, args.steps // 20)

@@ -70,7 +70,8 @@ def groups() -> list[Group]:
             [
                 *named("check"),
                 ("lora_lite.runtime.check.CheckReport", CheckReport),
-                *named("schedule penalty compact precondition"),
+                *named("schedule penalty compact precondition trainer"),
+                ("ll.callbacks.SaveAdapter", ll.callbacks.SaveAdapter),
                 ("lora_lite.interop.trainer.adapter_trainer", trainer.adapter_trainer),
                 ("lora_lite.interop.trainer.load_checkpoint", trainer.load_checkpoint),
             ],

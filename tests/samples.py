@@ -14,6 +14,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adalora": {"target_r": 2, "r": 3},  # the default budget is more than a toy rank, so that nothing would be pruned
 }
 """Config fields of methods whose defaults show nothing on 12x20 layers."""
+WIDTH_CHECK = "a_step_is_as_long_at_any_width"
 
 
 def cases(promise: str) -> Any:
@@ -26,6 +27,8 @@ def cases(promise: str) -> Any:
                 short = f"{'fp32' if dtype == torch.float32 else 'bf16'}-{'bias' if bias else 'none'}"
                 for name, its in testing.PROMISES.items():
                     if its == promise and testing.applies(name, case):
-                        found.append(pytest.param(name, case, id=f"{variant.name}-{name}-{short}"))
+                        long = name == WIDTH_CHECK and (variant.needs_weight or variant.needs_data)
+                        marks = [pytest.mark.slow] if long else []  # a decomposition of 1,024 x 1,024
+                        found.append(pytest.param(name, case, id=f"{variant.name}-{name}-{short}", marks=marks))
     assert found, f"no check belongs to {promise}"
     return pytest.mark.parametrize(("name", "case"), found)

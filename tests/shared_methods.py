@@ -15,6 +15,7 @@ def vera():
 
         name = "vera_for_tests"
         ignores = ("alpha",)
+        width_growth = 0.5  # A and B do not shrink with the widths
 
         @staticmethod
         def param_specs(d_in, d_out, cfg):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 
 import torch
 
@@ -118,3 +119,9 @@ def expected(name: str) -> dict[str, str]:
     """Path -> role of the linear layers of block 0."""
     _, _, prefix, roles = MODELS[name]
     return {f"{prefix}.0.{layer}": role for role, layers in roles.items() for layer in layers.split()}
+
+
+def continuing(model, cache) -> dict:
+    """The argument that hands a key-value cache to a model, whose name changed with transformers 5.24."""
+    names = inspect.signature(type(model).forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}

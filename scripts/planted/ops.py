@@ -180,6 +180,13 @@ BUGS = [
         "tests/equations/test_eva.py",
     ),
     Bug(
+        "the tokens' side forgets the lengths",
+        "ops/spectrum.py",
+        "V = rows.mT @ U / e.sqrt()",
+        "V = rows.mT @ U",
+        SPECTRUM + " -k rows",
+    ),
+    Bug(
         "Lanczos believes a large first value",
         "ops/spectrum.py",
         "tolerance * (e[0] * e.clamp_min(0)).sqrt()",

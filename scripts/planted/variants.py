@@ -16,6 +16,20 @@ BUGS = [
         E + "test_hra.py",
     ),
     Bug(
+        "reflections that turn further the wider",
+        "variants/hra.py",
+        "init=fill_pairs",
+        'init="kaiming"',
+        E + "test_authors_rules.py -k hra",
+    ),
+    Bug(
+        "a penalty that grows with the targets",
+        "variants/adalora.py",
+        "/ (2 * layer.peers)",
+        "/ 2",
+        E + "test_authors_rules.py -k mean",
+    ),
+    Bug(
         "scale forgotten",
         "variants/_lowrank.py",
         "layer.lora_A, layer.lora_B, layer.cfg.scale)",
@@ -62,7 +76,7 @@ BUGS = [
         "variants/dora.py",
         "ParamSpec((d_out,), decay=False, lr_ratio=cfg.lr_ratio_m)",
         "ParamSpec((d_out,), lr_ratio=cfg.lr_ratio_m)",
-        "tests/runtime/test_optimisers.py -k decay",
+        "tests/runtime/test_optimisers.py -k magnitude",
     ),
     Bug(
         "steering acts on one edit at a time",

@@ -22,6 +22,7 @@ from .core.spec import ParamSpec as ParamSpec
 from .core.variant import Variant as Variant
 from .cost.paper import Cost as Cost
 from .cost.paper import cost as cost
+from .interop.trainer import trainer as trainer
 from .io.load import load as load
 from .io.native import adapter_state_dict as adapter_state_dict
 from .io.native import load_adapter_state_dict as load_adapter_state_dict
@@ -54,16 +55,19 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     name for name, value in list(globals().items()) if not name.startswith("_") and not isinstance(value, _Module)
 ]
 
+_LATE = {"testing": ".testing", "callbacks": ".interop.callbacks"}
+"""Loaded when they are asked for."""
+
 
 def __dir__() -> list[str]:
-    return [*__all__, "testing", "__version__"]  # testing is loaded when it is asked for
+    return [*__all__, *_LATE, "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    if name == "testing":
+    if name in _LATE:
         from importlib import import_module
 
-        return import_module(".testing", __name__)
+        return import_module(_LATE[name], __name__)
     from .core.errors import did_you_mean
 
     hint = did_you_mean(name, __all__)

@@ -9,8 +9,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 
 def backward_is_running() -> bool:
@@ -72,6 +73,26 @@ def frame_of(function: str, package: str, within: int = sys.maxsize) -> FrameTyp
     return None
 
 
+def runs_compiled(module: nn.Module) -> bool:
+    """Whether a module's forward, or the whole of it, runs as compiled code. Relies on the names `_orig_mod` and
+    `_compiled_call_impl`, and on the compiler marking a function that it wraps with `_torchdynamo_orig_callable`."""
+    forward = module.__dict__.get("forward")
+    marked = forward is not None and hasattr(forward, "_torchdynamo_orig_callable")
+    return marked or "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def end_mode(mode: TorchFunctionMode) -> None:
+    """Take a mode off this thread's stack, wherever on it; nothing where it is not there. Relies on the functions that
+    `TorchFunctionMode` enters and leaves by."""
+    if not any(one is mode for one in overrides._get_current_function_mode_stack()):
+        return
+    above = []
+    while (top := overrides._pop_mode()) is not mode:
+        above.append(top)
+    for one in reversed(above):
+        overrides._push_mode(one)
+
+
 def within_compiled() -> bool:
     """Whether compiled code, or what it calls, runs some frames up. Relies on its callers standing in `torch._dynamo`,
     whose functions run nothing else of a model but what it was told to leave alone."""
@@ -112,10 +133,9 @@ def fake_mode() -> Any:
 
 
 def is_fake(t: Tensor) -> bool:
-    """Whether `t` was made under `fake_mode`."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(t, FakeTensor)
+    """Whether `t` was made under `fake_mode`, whose module is loaded then."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(t, module.FakeTensor)
 
 
 def storage_key(t: Tensor) -> int:

@@ -79,7 +79,7 @@ def base_flags(files: Path) -> dict[str, str]:
     return {
         "model": str(files / "tiny"), "data": str(files / "sums.jsonl"), "eval-data": str(files / "more.jsonl"),
         "eval-rows": "8", "rows": "20", "steps": "6", "batch-size": "4", "lr": "0.01",
-        "eval-every": "3", "save-every": "2",
+        "eval-every": "3", "save-every": "2", "samples": "0",
     }  # fmt: skip
 
 
@@ -136,13 +136,21 @@ ACTS = {
     "eval_every": ("2", "evals"),
     "save_every": ("3", "checkpoints"),
     "keep": ("1", "checkpoints"),
+    "truncation": ("keep_end", "tokens"),
+    "bf16": ("", "tensors"),
+    "load_in_4bit": ("", "tensors"),
+    "load_in_8bit": ("", "tensors"),
 }
+BESIDE = {"truncation": {"max_length": "5"}}
 ELSEWHERE = {
     "out": "every run", "method": "test_the_method_and_its_flags", "adapter": "test_the_method_and_its_flags",
     "epochs": "test_epochs", "gradient_checkpointing": "test_gradient_checkpointing", "best": "test_best",
     "calibration_batches": "test_calibration", "trainer": "test_sft", "threads": "test_threads",
     "resume": "test_resume", "overwrite": "test_a_run_is_not_overwritten_in_silence", "dry_run": "test_dry_run",
-    "debug": "test_debug", "reference_weights": "test_reference_weights",
+    "debug": "test_debug", "reference_weights": "test_reference_weights", 
+    **dict.fromkeys(
+        "config preset init_from patience samples report_to device columns template turns".split(), "in test_runs.py"
+    ),
 }  # fmt: skip
 
 
@@ -155,7 +163,9 @@ def test_every_train_flag_has_its_test():
 @pytest.mark.parametrize("flag", ACTS)
 def test_the_flag_acts(flag, files, plain, tmp_path):
     value, observed = ACTS[flag]
-    run = do_train(files, tmp_path / "run", **{flag: value.format(files=files)})
+    beside = BESIDE.get(flag, {})
+    plain = do_train(files, tmp_path / "plain", **beside) if beside else plain
+    run = do_train(files, tmp_path / "run", **beside, **{flag: value.format(files=files)})
     if observed == "tensors":
         assert not run.same_tensors(plain)
     else:
@@ -413,7 +423,7 @@ def test_eval_batch_size_and_threads(evaluated, monkeypatch, threads):
 def test_every_eval_flag_has_its_test():
     tested = set(
         "model data adapter base_check split rows batch_size max_new_tokens max_length samples seed base_dtype threads "
-        "json debug".split()
+        "json debug columns template turns truncation load_in_4bit load_in_8bit device".split()
     )
     assert {f.name for f in dataclasses.fields(eval.Eval)} == tested
 
@@ -535,7 +545,7 @@ def test_plan(files, capsys):
     data = json.loads(capsys.readouterr().out)
     assert data["config"]["variant"] == "eva" and len(data["targets"]) == 14
     assert {f.name for f in dataclasses.fields(plan.Plan)} == {
-        "model", "method", "json", "cost", "compare", "batch", "length",
+        "model", "method", "json", "cost", "compare", "batch", "length", "base_dtype", "debug", "gpu",
     }  # fmt: skip
 
 
@@ -561,7 +571,7 @@ def test_variants(capsys):
     assert len(lines) == len(rows) + 2 and {line.count(" | ") for line in lines if "---" not in line} == {7}
     assert cli.main(["variants"]) == 0
     assert "trained" in capsys.readouterr().out
-    assert {f.name for f in dataclasses.fields(variants.Variants)} == {"markdown", "json"}
+    assert {f.name for f in dataclasses.fields(variants.Variants)} == {"markdown", "json", "name"}
 
 
 @pytest.mark.parametrize("verb", ["train", "demo", "plan"])

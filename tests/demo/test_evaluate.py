@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny_llm
-from lora_lite.demo.data import Example, encode
+from lora_lite.data.tokens import IGNORED
 from lora_lite.demo.evaluate import complete, evaluate, mean_loss
 from lora_lite.demo.wordmath import generate
 
@@ -20,10 +20,16 @@ def tiny():
     return tiny_llm.model(seed=3), tiny_llm.tokenizer()
 
 
+def row_of(tok, prompt: str, answer: str) -> dict[str, list[int]]:
+    """Tokens of a row, character by character, with the end token."""
+    before, after = tok(prompt)["input_ids"], [*tok(answer)["input_ids"], tok.eos_token_id]
+    return {"input_ids": before + after, "labels": [IGNORED] * len(before) + after}
+
+
 def memorised(tok, text: str, steps: int = 60):
     """A tiny model that completes `text`, and its end, by heart."""
     model = tiny_llm.model(seed=1)
-    row = encode(Example("", text), tok, 128)
+    row = row_of(tok, "", text)
     batch = {k: torch.tensor([v]) for k, v in row.items()}
     opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
@@ -74,7 +80,7 @@ def test_accuracy_is_the_share_of_right_final_numbers():
 
 def test_mean_loss_weighs_tokens_not_batches(tiny):
     model, tok = tiny
-    rows = [encode(Example("1+2=", "3"), tok, 64), encode(Example("ab", "cdefgh"), tok, 64)]
+    rows = [row_of(tok, "1+2=", "3"), row_of(tok, "ab", "cdefgh")]
     together = mean_loss(model, rows, 2, tok.pad_token_id)
     assert math.isclose(mean_loss(model, rows, 1, tok.pad_token_id), together, rel_tol=1e-5)
     one, other = (mean_loss(model, [r], 1, tok.pad_token_id) for r in rows)

@@ -51,7 +51,7 @@ def test_forward_and_penalty():
     want, eye = 0, torch.eye(R).double()
     for i in (0, 2):
         A, B = model[i].lora_A, model[i].lora_B
-        want = want + 0.1 * (torch.norm(A @ A.mT - eye) ** 2 + torch.norm(B.mT @ B - eye) ** 2)
+        want = want + 0.1 / 4 * (torch.norm(A @ A.mT - eye) + torch.norm(B.mT @ B - eye))
     torch.testing.assert_close(ll.penalty(model), want)
 
 

@@ -86,7 +86,7 @@ def test_lora_one_is_one_step_and_lowers_the_loss():
     G, before = gradients(model, data), loss_of(model, data)
     ll.attach(model, ll.LoRAOneConfig(r=R, alpha=ALPHA, dtype="float64"), data)
     assert loss_of(model, data) < before
-    s = ALPHA / R
+    s = ALPHA / R**0.5
     for path, g in G.items():
         layer = model.get_submodule(path)
         U, S, Vh = torch.linalg.svd(g)
@@ -95,6 +95,38 @@ def test_lora_one_is_one_step_and_lowers_the_loss():
         slow = nn.functional.linear(x, layer.weight + want, layer.bias)
         torch.testing.assert_close(layer(x), slow, atol=1e-10, rtol=0)
         torch.testing.assert_close(layer.lora_A.norm(), layer.lora_B.norm())
+
+
+def test_rosa_trains_where_the_gradient_is_largest():
+    model, data = fresh()
+    G, before = gradients(model, data), model(**data[0]).logits
+    adapter = ll.attach(model, ll.RoSAConfig(r=R, alpha=ALPHA, share=0.1, dtype="float64"), data)
+    assert torch.equal(model(**data[0]).logits, before)
+    rates = {
+        name.rpartition(".")[2]: group["lr"]
+        for group in adapter.param_groups(lr=2e-4)
+        for name in names(adapter, group)
+    }
+    assert rates == pytest.approx({"lora_A": 7e-4, "lora_B": 7e-4, "lora_values": 2e-4})
+    for path, g in G.items():
+        layer = model.get_submodule(path)
+        rows, columns = layer.lora_at.long()
+        chosen = torch.zeros_like(g, dtype=torch.bool)
+        chosen[rows, columns] = True
+        assert chosen.sum() == int(0.1 * g.numel()) and g.abs()[chosen].min() >= g.abs()[~chosen].max()
+        for p in (layer.lora_A, layer.lora_B, layer.lora_values):
+            nn.init.normal_(p)
+        S = torch.zeros_like(g)
+        for k, (i, j) in enumerate(layer.lora_at.mT.tolist()):
+            S[i, j] = layer.lora_values[k]
+        x = torch.randn(5, layer.in_features).double()
+        want = nn.functional.linear(x, layer.weight + S + ALPHA / R * layer.lora_B @ layer.lora_A, layer.bias)
+        torch.testing.assert_close(layer(x), want, atol=1e-10, rtol=0)
+
+
+def names(adapter, group):
+    ids = {id(p) for p in group["params"]}
+    return [name for name, p in adapter.named_parameters() if id(p) in ids]
 
 
 def test_refusals():

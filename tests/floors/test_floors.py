@@ -23,6 +23,7 @@ FLOORS = {
     "runtime": 2,
     "cost": 3,
     "io": 3,
+    "data": 3,
     "interop": 4,
     "testing": 4,
     "demo": 4,

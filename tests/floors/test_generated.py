@@ -15,7 +15,7 @@ import lora_lite as ll
 
 ROOT = Path(__file__).parents[2]
 API = ROOT / "docs" / "api.md"
-LISTED = sorted(set(dir(ll)) - {"testing", "__version__"})
+LISTED = sorted(set(dir(ll)) - {"testing", "callbacks", "__version__"})
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

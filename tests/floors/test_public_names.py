@@ -12,7 +12,7 @@ METHODS = [v for v in ll.variants() if v.__module__.startswith("lora_lite.")]
 
 
 def test_what_is_listed_is_public_and_no_file_but_testing():
-    assert {name for name in dir(ll) if isinstance(getattr(ll, name), types.ModuleType)} == {"testing"}
+    assert {name for name in dir(ll) if isinstance(getattr(ll, name), types.ModuleType)} == {"testing", "callbacks"}
     assert [name for name in dir(ll) if name.startswith("_")] == ["__version__"]
     assert len(dir(ll)) == len(set(dir(ll)))
     assert set(dir(ll)) >= {"attach", "merge", "LoRAConfig", "ConfigError", "Plan", "variants", "cost", "testing"}
@@ -21,7 +21,7 @@ def test_what_is_listed_is_public_and_no_file_but_testing():
 def test_a_star_import_gives_what_is_listed():
     names: dict[str, object] = {}
     exec("from lora_lite import *", names)
-    assert set(names) - {"__builtins__"} == set(dir(ll)) - {"__version__", "testing"}
+    assert set(names) - {"__builtins__"} == set(dir(ll)) - {"__version__", "testing", "callbacks"}
     assert names["cost"] is ll.cost and names["variants"] is ll.variants
 
 

@@ -435,7 +435,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(tensors, "save_file", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ll.FileError, match="disk full"):
         ll.save(model, path)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == [path.name]
 

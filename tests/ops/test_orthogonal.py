@@ -72,4 +72,7 @@ def test_short_vectors_stay_and_long_ones_end_at_the_bound():
 
 def test_givens():
     x, theta = draw((2, 7), (6,))
+    pair, angle = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
+    turned = ops.givens_tree(pair, angle.cos() - 1, angle.sin())
+    torch.testing.assert_close(turned, torch.stack((angle.cos(), angle.sin()), -1))  # counterclockwise
     torch.autograd.gradcheck(lambda x, t: ops.givens_tree(x, t.cos() - 1, t.sin()), (x, theta))

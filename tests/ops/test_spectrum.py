@@ -11,6 +11,7 @@ SPECTRA = {
     "flat": lambda n: torch.linspace(2, 1, n),
     "decaying": lambda n: 10 * torch.logspace(0, -2, n),
     "outlier": lambda n: torch.cat((torch.tensor([300.0]), torch.linspace(3, 1, n - 1))),
+    "giant": lambda n: torch.cat((torch.tensor([3000.0]), torch.linspace(3, 1, n - 1))),
     "steep": lambda n: torch.logspace(0, -20, n),
     "deficient": lambda n: torch.cat((torch.linspace(3, 1, 4), torch.zeros(n - 4))),
 }
@@ -37,6 +38,18 @@ def test_top_svd(m, n, k, kind, dtype):
     for Q in (U, V):
         assert (Q.mT @ Q - torch.eye(k)).abs().max() <= 100 * eps
     assert (V.gather(0, V.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_the_side_of_the_rows(dtype):
+    X = matrix(30, 211, "decaying", dtype)
+    e, V = spectrum.top_eigh_of_rows(X, 5)
+    _, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    eps = torch.finfo(dtype).eps
+    assert (e.double() / S[:5] ** 2 - 1).abs().max() <= 100 * eps
+    assert (V.double() - Vh[:5].mT * spectrum.fix_signs(Vh[:5].mT)).abs().max() <= 100 * eps
+    assert spectrum.top_eigh_of_rows(X, 31) is None
+    assert spectrum.top_eigh_of_rows(matrix(30, 211, "deficient", dtype), 8) is None
 
 
 def test_every_way_is_taken(monkeypatch):

@@ -74,6 +74,28 @@ def test_qa_lora():
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize(("depth", "activation"), [(0, "relu"), (0, "tanh"), (2, "tanh")])
+def test_peanut(depth, activation):
+    mine, theirs = pair(
+        ll.PEANuTConfig(r=4, alpha=6, depth=depth, activation=activation, dtype="float64"),
+        peft.PeanutConfig(r=4, depth=depth, act_fn=activation, scaling=1.5),
+    )
+
+    def link(layer):
+        found = {"peanut_A.default.weight": layer.lora_A, "peanut_B.default.weight": layer.lora_B}
+        for i in range(depth):
+            found[f"peanut_encoders.default.{i}.weight"] = getattr(layer, f"lora_E{i}")
+            found[f"peanut_decoders.default.{i}.weight"] = getattr(layer, f"lora_D{i}")
+        return found
+
+    compare(mine, theirs, link)
+
+
+def test_hira():
+    mine, theirs = pair(ll.HiRAConfig(r=4, dtype="float64"), peft.HiraConfig(r=4))
+    compare(mine, theirs, lambda layer: {"hira_A.default": layer.lora_A, "hira_B.default": layer.lora_B})
+
+
 @pytest.mark.parametrize("projection", ["relu", "qr"])
 def test_deft(projection):
     """PEFT computes in fp32."""

@@ -13,6 +13,7 @@ from lora_lite.runtime.model.record import Record
 from lora_lite.runtime.plan import plan
 from lora_lite.runtime.start.calibrate import Targets
 from lora_lite.runtime.start.staging import stage
+from lora_lite.testing.toy import FakeQuantLinear, toy
 
 VOCAB = 50
 
@@ -258,3 +259,15 @@ def test_a_layer_that_is_never_reached_is_named():
         targets_of(Net()).gram([torch.randn(5, 6)])
     with pytest.raises(StateError, match="never reached 'b'"):
         targets_of(Net()).each_gradient([torch.randn(5, 6)], loss=lambda y: y.sum()).__next__()
+
+
+def test_quantised_layers_are_refused_before_the_data_is_read():
+    """CorDA reads its weights after minutes of data."""
+
+    def data():
+        raise AssertionError("the data was read")
+        yield
+
+    model = toy(kind=FakeQuantLinear)
+    with pytest.raises(ll.WeightError, match="dequantize=True"):
+        ll.attach(model, ll.CorDAConfig(r=3, alpha=7), data())

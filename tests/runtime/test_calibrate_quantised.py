@@ -18,7 +18,11 @@ def model_and_data():
     for i in (0, 2):
         dense = model[i]
         model[i] = bnb.nn.Linear4bit(
-            dense.in_features, dense.out_features, bias=dense.bias is not None, compute_dtype=torch.float32
+            dense.in_features,
+            dense.out_features,
+            bias=dense.bias is not None,
+            quant_type="nf4",
+            compute_dtype=torch.float32,
         )
         model[i].load_state_dict(dense.state_dict())
     model = model.to("cpu")

@@ -104,3 +104,23 @@ def test_a_method_that_is_not_linear_in_its_weight_is_refused():
     ll.attach(model, ll.AntiPaSTOConfig(r=4), name="turn")
     with pytest.raises(ll.StateError, match="not linear in its weight"):
         ll.combine(model, {"a": 1.0, "turn": 0.5}, name="x")
+
+
+@pytest.mark.parametrize("kind", ["conv", "embedding"])
+def test_a_sum_on_other_kinds_of_layers_loads_again(kind, tmp_path):
+    torch.manual_seed(0)
+    layer, x = (nn.Conv1d(3, 6, 3), torch.randn(2, 3, 9)) if kind == "conv" else (nn.Embedding(11, 8), torch.arange(11))
+    model = nn.Sequential(layer)
+    outputs = [model(x)]
+    for name, r in (("a", 2), ("b", 3)):
+        ll.attach(model, ll.LoRAConfig(r=r, alpha=5, target_kinds=(kind,)), name=name)
+        for p in ll.adapters(model)[name].parameters():
+            p.data.normal_()
+        outputs.append(model(x))
+    bare, a, b = outputs
+    ll.combine(model, {"a": 0.5, "b": -2.0}, name="c")
+    torch.testing.assert_close(model(x), bare + 0.5 * (a - bare) - 2 * (b - bare), atol=1e-4, rtol=1e-4)
+    path, want = ll.save(model, tmp_path / "c", name="c"), model(x)
+    ll.detach(model)
+    ll.load(model, path)
+    torch.testing.assert_close(model(x), want)

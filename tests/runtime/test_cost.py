@@ -14,6 +14,7 @@ import tiny_models
 from lora_lite.bench import speed
 from lora_lite.cost.counting import counter
 from lora_lite.cost.paper import Paper
+from neighbours import needs, older
 
 B, T = 2, 48
 SIZES = {
@@ -103,10 +104,13 @@ def test_within_five_percent_of_the_real_thing(method, paper, bare):
     assert cost.extra_forward == pytest.approx(forward - bare[0], rel=0.05, abs=64)
     assert cost.extra_step == pytest.approx(step - bare[1], rel=0.05, abs=64)
     assert cost.extra_saved == pytest.approx(saved - bare[2], rel=0.05, abs=512)
+    if older("transformers", "5.0"):
+        return  # its blocks keep other things between checkpoints
     model.gradient_checkpointing_enable({"use_reentrant": True})  # the other kind hides from hooks what it keeps
     assert cost.base_checkpointed + cost.extra_checkpointed == pytest.approx(peak_saved(model), rel=0.05)
 
 
+@needs("transformers", "5.0", "mask that is counted here")
 def test_the_base_itself(paper, bare):
     assert (paper.base[0], paper.base[1]) == bare[:2]
     assert paper.base[2] == pytest.approx(bare[2], rel=0.01)

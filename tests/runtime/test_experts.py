@@ -11,7 +11,9 @@ import torch
 import transformers
 
 import lora_lite as ll
+from lora_lite.runtime.layers.bank import banks
 from lora_lite.testing.case import randomise
+from neighbours import fused_experts
 
 COMMON = {
     "hidden_size": 24,
@@ -42,6 +44,7 @@ MODELS = {
 }
 IDS = torch.arange(14).view(2, 7)
 KIND = ("experts",)
+pytestmark = fused_experts
 
 
 def build(name="mixtral", **changes):
@@ -156,6 +159,24 @@ def test_every_implementation_of_the_experts(implementation):
     torch.testing.assert_close(logits(model), want, atol=1e-5, rtol=1e-5)
 
 
+class StrangersExperts(torch.nn.Module):
+    """Two experts 6 -> 5 -> 6 that do not say how they store their weights."""
+
+    def __init__(self, other_way):
+        super().__init__()
+        self.num_experts = 2
+        up, down = torch.randn(2, 5, 6), torch.randn(2, 6, 5)
+        self.w1 = torch.nn.Parameter(up.mT.contiguous() if other_way else up)
+        self.w2 = torch.nn.Parameter(down.mT.contiguous() if other_way else down)
+
+
+@pytest.mark.parametrize("other_way", [False, True])
+def test_a_bank_stored_the_other_way_is_told_by_the_models_width(other_way):
+    found = banks(torch.nn.ModuleDict({"experts": StrangersExperts(other_way)}), d_model=6)
+    sizes = {path: (bank.transposed, bank.d_out, bank.d_in) for path, bank in found.items()}
+    assert sizes == {"experts.lora_w1": (other_way, 5, 6), "experts.lora_w2": (other_way, 6, 5)}
+
+
 def test_beside_linear_layers_and_by_name():
     model = build()
     cfg = ll.LoRAConfig(r=3, alpha=7, target_kinds=("linear", "experts"), target_names=("q_proj", "experts.down_proj"))
@@ -263,7 +284,7 @@ def test_checkpointing(reentrant):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["lora", "hra"])
+@pytest.mark.parametrize("variant", ["lora", pytest.param("hra", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
 def test_one_graph(implementation, variant):
     torch.compiler.reset()

@@ -60,7 +60,7 @@ def test_a_norm_without_a_bias_takes_none():
     norm = nn.RMSNorm(6)
     cell = NormCell(kind_named("norm"), norm, "norm")
     with pytest.raises(ll.WeightError, match="adds a bias"):
-        cell.write(torch.ones(6, 1), torch.ones(6))
+        cell.write_bias(torch.ones(6))
     assert list(norm._parameters) == ["weight"]
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
+import tiny_models
 from lora_lite.core.variant import Variant
 from lora_lite.testing.case import randomise
 
@@ -100,7 +101,7 @@ def test_nothing_is_kept_in_training_or_with_gradients(counting):
         cache = DynamicCache()
         with torch.set_grad_enabled(grad):
             for _ in range(2):
-                model(torch.arange(3)[None], past_key_values=cache, use_cache=True)
+                model(torch.arange(3)[None], **tiny_models.continuing(model, cache), use_cache=True)
         assert sum(COUNT.values()) == calls
 
 
@@ -111,9 +112,9 @@ def test_a_written_tensor_is_seen_in_the_middle(counting):
     adapter = attach_counting(model)
     cache = DynamicCache()
     with torch.no_grad():
-        model(torch.arange(3)[None], past_key_values=cache, use_cache=True)
+        model(torch.arange(3)[None], **tiny_models.continuing(model, cache), use_cache=True)
         next(adapter.parameters()).fill_(3.0)
-        model(torch.arange(1)[None], past_key_values=cache, use_cache=True)
+        model(torch.arange(1)[None], **tiny_models.continuing(model, cache), use_cache=True)
     assert sum(COUNT.values()) == 2
 
 

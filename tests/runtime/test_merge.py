@@ -2,24 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_lite as ll
+from lora_lite.runtime.view import folded
 from lora_lite.testing.case import randomise
 
 
-@pytest.mark.parametrize("kind", ["linear", "embedding"])
-def test_wide_layers(kind):
+@pytest.mark.parametrize("method", ["lora", "ia3", "oft", "ether_plus", "token_rows"])
+@pytest.mark.parametrize("shape", [(2100, 3), (3, 2100)])
+def test_wide_layers(method, shape, monkeypatch):
+    """More numbers than a block holds, whichever way a method is read off; the weight, not what a page makes of it."""
+    monkeypatch.setattr(folded, "SMALL", 1000)
+    monkeypatch.setattr(folded, "LARGE", 2500)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2100, 3) if kind == "linear" else nn.Embedding(2100, 3)).double()
-    ll.attach(model, ll.LoRAConfig(r=2, alpha=5, dtype="float64", target_kinds=(kind,)))
+    variant = ll.get_variant(method)
+    model = nn.Sequential(nn.Linear(*shape)).double()
+    ll.attach(model, variant.config(variant=method, dtype="float64", target_kinds=("linear",)))
     randomise(model)
-    x = torch.randn(4, 2100, dtype=torch.float64) if kind == "linear" else torch.tensor([0, 1023, 1024, 2099])
+    x = torch.randn(4, shape[0], dtype=torch.float64)
     want = model(x)
-    ll.merge(model)
-    torch.testing.assert_close(model(x), want, rtol=0, atol=1e-10)
+    report = ll.merge(model)
+    torch.testing.assert_close(model(x), want, rtol=0, atol=1e-9)
+    W = model[0].weight.detach().clone()
+    ll.unmerge(model)
+    assert report.change["0"] == pytest.approx(float((W - model[0].weight).norm() / model[0].weight.norm()))
+
+
+def test_a_large_vocabulary(monkeypatch):
+    monkeypatch.setattr(folded, "SMALL", 1000)
+    monkeypatch.setattr(folded, "LARGE", 2500)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(2100, 3)).double()
+    for name, cfg in (("a", ll.LoRAConfig(r=2, alpha=5)), ("b", ll.RoadConfig())):
+        ll.attach(model, dataclasses.replace(cfg, dtype="float64", target_kinds=("embedding",)), name=name)
+        randomise(model, name)
+    ids = torch.tensor([0, 1023, 1024, 2099])
+    for chosen in ("a", ["a", "b"]):
+        ll.activate(model, chosen)
+        want = model(ids)
+        ll.merge(model)
+        torch.testing.assert_close(model(ids), want, rtol=0, atol=1e-10)
+        ll.unmerge(model)
+
+
+def test_the_base_is_multiplied_with_nothing(monkeypatch):
+    """Its product with the identity is the weight."""
+    torch.manual_seed(0)
+    for method in ("lora", "dora", "ia3", "oft", "hra", "boft"):
+        variant = ll.get_variant(method)
+        model = nn.Sequential(nn.Linear(256, 256))
+        ll.attach(model, variant.config(variant=method))
+        randomise(model)
+        with FlopCounterMode(display=False) as count:
+            ll.merge(model)
+        assert count.get_total_flops() < 256**3, method  # half of that product
 
 
 def test_the_check_batch_is_run_without_dropout_and_modes_come_back():

@@ -56,6 +56,13 @@ def test_gains_get_no_weight_decay_and_every_parameter_is_there_once():
     assert sum(len(g["params"]) for g in groups) == len(decay)
 
 
+def test_the_magnitude_of_dora_is_not_pulled_to_nothing():
+    model, handle = small(ll.DoRAConfig(r=3, alpha=7))
+    groups = handle.param_groups(lr=1e-3, weight_decay=0.1)
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    assert decay[id(model[0].lora_m)] == 0.0 and decay[id(model[0].lora_B)] == 0.1
+
+
 @pytest.mark.parametrize("config", [ll.LoRAConfig, ll.CorDAConfig])
 def test_preconditioned_gradients(config):
     data = [torch.randn(60, 20).double()] if config is ll.CorDAConfig else None

@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
+import tiny_models
 from lora_lite.testing import toy
+from neighbours import needs, older
 from tiny_blocks import changed, decoder, outputs, padded, prompts, randomise
 
 LENGTHS = (9, 4, 1)
@@ -53,6 +55,14 @@ def test_only_these_tokens_change(positions, side):
             found = [c for c in columns[row] if start <= c < start + length]  # padding is nobody's concern under "all"
             assert found == [start + i for i in tokens_of(positions, n, length)]
             assert positions == "all" or found == columns[row]
+
+
+@pytest.mark.parametrize("positions", WORDS)
+def test_only_these_tokens_change_without_a_mask(positions):
+    model, rows = adapted(positions, layers=(0,)), prompts((7, 7, 7))
+    with ll.prompt(model, (3, 7, 1)):
+        columns = changed(model, {"input_ids": torch.stack(rows)})
+    assert columns == [tokens_of(positions, n, 7) for n in (3, 7, 1)]
 
 
 def test_a_hole_in_the_mask_is_no_token():
@@ -123,7 +133,7 @@ def test_a_prompt_in_chunks(positions):
                 input_ids=batch["input_ids"][:, a:b],
                 attention_mask=batch["attention_mask"][:, :b],
                 position_ids=batch["position_ids"][:, a:b],
-                past_key_values=cache,
+                **tiny_models.continuing(model, cache),
                 use_cache=True,
             )
             cache = out.past_key_values
@@ -138,7 +148,7 @@ def test_a_decoding_step_edits_nothing():
         cache = model(torch.randint(3, 40, (2, 6)), use_cache=True).past_key_values
         for name in ("default", None):
             with ll.active(model, name):
-                found.append(model(input_ids=step, past_key_values=copy.deepcopy(cache)).logits)
+                found.append(model(input_ids=step, **tiny_models.continuing(model, copy.deepcopy(cache))).logits)
     assert torch.equal(*found)
 
 
@@ -196,7 +206,7 @@ def test_what_cannot_be_told_raises():
     with torch.no_grad():
         cache = model(batch["input_ids"], use_cache=True).past_key_values
     with pytest.raises(ll.SelectionError, match="2 new tokens follow 8 cached ones"):
-        model(input_ids=batch["input_ids"][:, :2], past_key_values=cache)
+        model(input_ids=batch["input_ids"][:, :2], **tiny_models.continuing(model, cache))
     with pytest.raises(ll.SelectionError, match="must be .batch, tokens., cached tokens included"):
         model(input_ids=batch["input_ids"], attention_mask=torch.ones(2, 8, 8))
     with pytest.raises(ll.SelectionError, match="without a cache"):
@@ -380,6 +390,7 @@ def test_two_prompts_that_wait_for_recomputation_raise():
         sum(model(x).square().sum() for _ in range(2)).backward()
 
 
+@needs("torch", "2.7", "compiler that follows the words of `positions`")
 @pytest.mark.parametrize("positions", ["f2+l3", "prompt"])
 def test_compiled_in_one_graph(positions):
     torch.compiler.reset()
@@ -436,6 +447,8 @@ def test_the_oracle():
 def test_under_an_sft_trainer(tmp_path, option, monkeypatch):
     """Prompt/completion rows tell the prompt by their labels, whatever recomputes; packed and unmasked rows raise."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    if option == "packing" and older("trl", "1.0"):
+        pytest.skip("packed batches of this version of trl look like one sequence")
     import tiny_llm
     from lora_lite.interop.trainer import adapter_trainer
     from lora_lite.runtime.call import root
@@ -449,6 +462,7 @@ def test_under_an_sft_trainer(tmp_path, option, monkeypatch):
         save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, bf16=False,
         gradient_checkpointing=option == "checkpointing", packing=option == "packing",
         completion_only_loss=option != "unmasked",
+        gradient_checkpointing_kwargs={"use_reentrant": False},
     )  # fmt: skip
     trainer = adapter_trainer(trl.SFTTrainer)(
         model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tiny_llm.tokenizer()

@@ -12,6 +12,7 @@ from torch import nn
 import lora_lite as ll
 import tiny_models
 from lora_lite.testing.toy import Conv1D, FakeQuantLinear
+from neighbours import fp4_on_cpu
 
 
 class Net(nn.Module):
@@ -143,7 +144,7 @@ def test_mistakes_leave_the_model_alone(tmp_path):
 
 
 @pytest.mark.optional_backend("bitsandbytes")
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant_type", ["nf4", pytest.param("fp4", marks=fp4_on_cpu)])
 def test_nf4(tmp_path, quant_type):
     """Nearer to the full-precision model with every rank, in weights and in logits."""
     bnb = pytest.importorskip("bitsandbytes")

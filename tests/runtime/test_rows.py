@@ -35,3 +35,35 @@ def test_the_batch_is_that_of_the_first_tensor():
         mixed = model(x, table=torch.zeros(5, 2))
     for i, name in enumerate(names):
         torch.testing.assert_close(mixed[i], alone[name][i])
+
+
+def test_a_cache_position_before_the_tokens_is_no_batch():
+    """transformers 4.56 passes (tokens,) first, and other models name their input as they like."""
+
+    class Decoder(Flattening):
+        main_input_name = "frames"
+
+        def forward(self, cache_position=None, table=None, frames=None):
+            return super().forward(frames)
+
+    torch.manual_seed(0)
+    model, x = Decoder(), torch.randn(4, 3, 12)
+    ll.attach(model, ll.LoRAConfig(r=2, alpha=5), name="a")
+    randomise(model, "a", seed=1)
+    whole, none = model(frames=x), None
+    with ll.active(model, None):
+        none = model(frames=x)
+    for before in ({"cache_position": torch.arange(6)}, {"table": torch.zeros(6, 2)}):
+        with ll.rows(model, [None, "a"]):
+            mixed = model(**before, frames=x)
+        torch.testing.assert_close(mixed, torch.cat((none[:2], whole[2:])))
+
+    class Plain(Flattening):
+        def forward(self, cache_position, y):
+            return super().forward(y)
+
+    model = Plain()
+    ll.attach(model, ll.LoRAConfig(r=2, alpha=5), name="a")
+    randomise(model, "a", seed=1)
+    with ll.rows(model, [None, "a"]):
+        assert model(torch.arange(5), x).shape == (4, 3, 20)  # 5 are no rows of two

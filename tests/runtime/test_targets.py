@@ -10,8 +10,9 @@ import lora_lite as ll
 import tiny_models
 from lora_lite.runtime.targets.structure import describe, role_of
 from lora_lite.testing.toy import Toy, toy
+from neighbours import fused_experts
 
-EVERY = list(tiny_models.MODELS)
+EVERY = [pytest.param(name, marks=fused_experts) if name == "mixtral" else name for name in tiny_models.MODELS]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -76,6 +77,7 @@ def test_role_filters_choose_exactly_these_layers():
     assert ("lm_head", "output head; name it in target_names to adapt it") in plan.unadapted
 
 
+@fused_experts
 def test_fused_experts_are_listed_not_forgotten():
     plan = ll.plan(tiny_models.build("mixtral"), ll.LoRAConfig())
     fused = {path: why for path, why in plan.unadapted if "experts" in path}

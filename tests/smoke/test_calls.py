@@ -146,6 +146,8 @@ def test_an_exception_inside_a_forward_leaves_no_state():
     for scope in (lambda: ll.active(model, "a"), lambda: ll.rows(model, ["a", None, "b"])):
         with pytest.raises(Fails), scope():
             model(x())
+        with ll.rows(model, ["a", None, "b", "a"]):  # a layer alone has no batch but its own input's
+            assert model.layers[0].up(x(4)).shape == (4, 20)
     handle.remove()
     assert torch.equal(model(x()), adapted("a", "b")(x()))
     assert torch.equal(model(x(7)), adapted("a", "b")(x(7))), "the batch size of the failed call is remembered"
@@ -242,3 +244,21 @@ def test_two_adapters_that_both_rewrite_the_input_act_in_attach_order():
     assert torch.equal(seen["['first', 'second']"], seen["['second', 'first']"])
     gate = seen["second"] / x()
     torch.testing.assert_close(seen["['first', 'second']"], gate * seen["first"], atol=1e-5, rtol=1e-4)
+
+
+def test_the_input_that_two_adapters_rewrite_by_halves_is_rewritten_twice():
+    model = toy()
+    for i, name in enumerate(("first", "second")):
+        ll.attach(model, HRA, name=name)
+        randomise(model, name, seed=i)
+    seen, layer = {}, model.layers[0].up
+    for choice in ({"first": 0.5}, {"second": 0.25}, {"first": 0.5, "second": 0.25}):
+        with torch.no_grad(), ll.active(model, choice):
+            hook = layer.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
+            for unit in (x(), torch.eye(12)):
+                layer(unit)
+                seen[len(choice), next(iter(choice)), len(unit)] = seen["x"]
+            hook.remove()
+    second = seen[1, "second", 12]  # x @ second: what the second alone makes of any input
+    torch.testing.assert_close(seen[2, "first", 3], seen[1, "first", 3] @ second)
+    assert not torch.allclose(seen[1, "first", 3], x(), atol=1e-2)

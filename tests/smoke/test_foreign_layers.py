@@ -11,6 +11,7 @@ import tiny_models
 from lora_lite.runtime.layers import linear, read
 from lora_lite.testing.case import randomise
 from lora_lite.testing.toy import FakeQuantLinear, Snapshot
+from neighbours import fp4_on_cpu
 
 CFG = ll.LoRAConfig(r=3, alpha=7)
 
@@ -58,8 +59,9 @@ def exact(model):
     return model(x().requires_grad_()).detach()
 
 
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")  # bitsandbytes 0.46
 @pytest.mark.optional_backend("bitsandbytes")
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("fp4", marks=fp4_on_cpu), "int8"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_bitsandbytes(kind, bias, tmp_path):
     model, dense = quantised(kind, bias)
@@ -161,7 +163,7 @@ def test_attaching_after_offload_raises():
         ll.attach(model, CFG)
 
 
-def test_offloading_after_attach_is_right_or_raises():
+def test_offloading_after_attach_is_right():
     """accelerate puts a layer's own parameters back on meta before forward hooks run: that gave NaN without a word."""
     model, batch = tiny_models.build("llama"), tiny_models.batch("llama")
     ll.attach(model, CFG)
@@ -169,12 +171,7 @@ def test_offloading_after_attach_is_right_or_raises():
     with torch.no_grad():
         want = model(**batch).logits
         model = offloaded(model)
-        try:
-            got = model(**batch).logits
-        except ll.LoraLiteError as e:
-            assert "meta" in str(e) and "offload" in str(e)
-        else:
-            torch.testing.assert_close(got, want)
+        assert torch.equal(model(**batch).logits, want)
 
 
 def test_device_map_of_one_device_is_harmless():

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-VERBS = {"demo": "Demo", "train": "Train", "eval": "Eval", "plan": "Plan", "variants": "Variants", "bench": "Bench"}
+VERBS = {
+    "demo": "Demo",
+    "data": "Data",
+    "train": "Train",
+    "eval": "Eval",
+    "plan": "Plan",
+    "generate": "Generate",
+    "chat": "Chat",
+    "info": "Info",
+    "diff": "Diff",
+    "check": "Check",
+    "cite": "Cite",
+    "variants": "Variants",
+    "bench": "Bench",
+}
 EXTRAS = {
     "tyro": "cli",
     "rich": "cli",
@@ -28,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `lora-lite variants | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+        return 141
     except ImportError as e:
         package = (e.name or "").partition(".")[0]
         if debug or package not in EXTRAS:
@@ -36,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as e:
         from ..core.errors import LoraLiteError
 
-        if debug or not isinstance(e, LoraLiteError):
+        if debug or not isinstance(e, (LoraLiteError, OSError)):
             raise
-        return _fail(f"error: {e}")
+        if type(e).__name__ == "NoSuchWord":  # as for the other words that tyro refuses
+            raise SystemExit(_fail(f"error: {e}")) from None
+        return _fail(f"error: {e}" if isinstance(e, LoraLiteError) else f"error: {_system(e)}")
 
 
 def _run(words: list[str]) -> int:
@@ -49,21 +69,29 @@ def _run(words: list[str]) -> int:
         return 0
     import tyro
 
+    from ._settings import expanded, imported
+    from ._words import check_verb, check_words
+
+    words = imported(words)
+    if words[:2] == ["bench", "learn"]:
+        from . import bench_learn
+
+        return bench_learn.main(words[2:])
     verb = words[0] if words and words[0] in VERBS else None
-    commands: Any = None
-    for name in VERBS:
-        command = _command(name, words if name == verb else None)
-        choice = Annotated[command, tyro.conf.subcommand(name)]
-        commands = choice if commands is None else commands | choice
+    options = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
     about = "Adapters for frozen PyTorch models. Start with: lora-lite demo"
-    args = tyro.cli(
-        commands,
-        prog="lora-lite",
-        description=about,
-        args=words,
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
-    assert verb is not None  # tyro has left for everything else
+    if verb is None:
+        check_verb(words, VERBS)
+        commands: Any = None
+        for name in VERBS:
+            choice = Annotated[_command(name, None), tyro.conf.subcommand(name)]
+            commands = choice if commands is None else commands | choice
+        tyro.cli(commands, prog="lora-lite", description=about, args=words, config=options)
+        raise AssertionError("tyro leaves by itself")
+    words = expanded(words)
+    command = _command(verb, words)
+    check_words(verb, command, words[1:])
+    args = tyro.cli(command, prog=f"lora-lite {verb}", args=words[1:], config=options)
     return importlib.import_module(f".{verb}", __name__).run(args)
 
 
@@ -75,6 +103,12 @@ def _command(name: str, words: list[str] | None) -> type:
     from ._method import chosen_method, with_method
 
     return with_method(command, chosen_method(words))
+
+
+def _system(e: OSError) -> str:
+    """What the system refused, and where."""
+    reason = e.strerror or str(e)
+    return f"{e.filename}: {reason}." if e.filename else f"{reason}."
 
 
 def _fail(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +15,32 @@ EVERY = 10.0
 """Seconds between the lines of a log."""
 
 
+def is_first() -> bool:
+    """Whether this is the process that speaks, of those that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str = "", style: str = "") -> None:
     """One paragraph on stdout; `style` acts on a terminal only."""
+    if not is_first():
+        return
     if sys.stdout.isatty():
         from rich.console import Console
 
         Console().print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
     else:
         print(text, flush=True)
+
+
+def styled(pieces: Sequence[tuple[str, str]]) -> None:
+    """Text of several styles, as one paragraph."""
+    if sys.stdout.isatty() and is_first():
+        from rich.console import Console
+        from rich.text import Text
+
+        Console().print(Text.assemble(*pieces), soft_wrap=True)
+    else:
+        say("".join(text for text, _ in pieces))
 
 
 def complain(text: str) -> None:
@@ -82,6 +101,7 @@ class Bar:
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total = what, max(1, total)
         self.tty = sys.stderr.isatty()
+        self.speaks = is_first()
         self.start = self.last = time.monotonic()
         self.first = self.done = 0
         self.rich: Any = None
@@ -99,7 +119,7 @@ class Bar:
 
     def update(self, done: int, note: str = "") -> None:
         now = time.monotonic()
-        if now - self.start < QUIET and self.rich is None:
+        if not self.speaks or (now - self.start < QUIET and self.rich is None):
             return
         if self.tty:
             self._bar(done, note)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import math
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +15,13 @@ from typing import Any
 
 import lora_lite as ll
 
-from ..demo.data import collate
+from ..core.errors import size_text
+from ..data.batches import collate
 from ..interop.trainer import adapter_trainer
-from ._console import Bar
+from ._console import Bar, clock
+from ._folder import checkpoints
 from ._log import RunLog
+from ._session import pad_of
 
 Rows = Sequence[dict[str, list[int]]]
 
@@ -37,6 +43,9 @@ class Options:
     save_every: int = 0
     keep: int = 2
     best: bool = False
+    patience: int = 0
+    bf16: bool = False
+    report_to: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
     trainer: str = "hf"
 
@@ -55,23 +64,24 @@ def fit(
     in any case.
 
     Raises:
-        StateError: the loss is no longer finite.
+        StateError: the loss or its gradient is no longer finite.
+        FileError: the disk is full.
     """
     base, arguments_class = _classes(options.trainer)
     fields = {f.name for f in dataclasses.fields(arguments_class)}
     recompute = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     arguments = arguments_class(
         **_arguments(options, out, bool(evals), resume is None),
+        use_cpu=next(model.parameters()).device.type == "cpu",
         **{recompute: options.gradient_checkpointing},
         **({f"{recompute}_kwargs": {"use_reentrant": False}} if options.gradient_checkpointing else {}),
     )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     trainer = adapter_trainer(base)(
         model=model,
         args=arguments,
         train_dataset=_dataset(train, options.trainer),
         eval_dataset=_dataset(evals, options.trainer) if evals else None,
-        data_collator=functools.partial(collate, pad=pad),
+        data_collator=functools.partial(collate, pad=pad_of(tokenizer)),
         **({"processing_class": tokenizer} if options.trainer == "sft" else {}),
     )
     from transformers import PrinterCallback, ProgressCallback
@@ -80,12 +90,28 @@ def fit(
         trainer.remove_callback(noisy)
     trainer.create_model_card = lambda *_, **__: None  # TRL's would describe a whole model
     with Bar("training", options.steps) as bar:
-        trainer.add_callback(_follower(log, bar))
+        trainer.add_callback(_follower(log, bar, options, out))
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except Exception as e:
+            if _disk_is_full(e):
+                raise ll.FileError(f"the disk that holds {out} is full; {_kept(out)}") from None
+            raise
         finally:
             log.draw()
     return trainer
+
+
+def _disk_is_full(e: Exception) -> bool:
+    """Python, safetensors and torch each say it in their own way."""
+    full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left" in str(e) or "PytorchStreamWriter failed" in str(e)
+
+
+def _kept(out: Path) -> str:
+    """What is left of a run that stopped."""
+    found = checkpoints(out)
+    return f"{found[-1]} is kept." if found else "no checkpoint had been written yet."
 
 
 def _classes(trainer: str) -> tuple[type, Any]:
@@ -124,11 +150,11 @@ def _arguments(o: Options, out: Path, has_eval: bool, fresh: bool) -> dict[str, 
         "load_best_model_at_end": o.best,
         "metric_for_best_model": "eval_loss" if o.best else None,
         "greater_is_better": False if o.best else None,
-        "bf16": False,
+        "bf16": o.bf16,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding",
-        "report_to": [],
+        "report_to": list(o.report_to),
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "prediction_loss_only": True,
@@ -143,18 +169,21 @@ def _dataset(rows: Rows, trainer: str) -> Any:
     return Dataset.from_list(list(rows))
 
 
-def _follower(log: RunLog, bar: Bar) -> Any:
-    """A callback: every step into the log and onto the bar."""
+def _follower(log: RunLog, bar: Bar, options: Options, out: Path) -> Any:
+    """A callback: every step into the log and onto the bar; a run that diverges or no longer improves is stopped."""
     from transformers import TrainerCallback
 
     class Follower(TrainerCallback):
+        best, since, begun, mark, tokens = math.inf, 0, False, 0.0, 0
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             log.keep(state.global_step)
-            self.begun = False
+            for row in log.rows:
+                self.judge(row.get("eval_loss"))
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if not self.begun:  # after the evaluation that precedes the first step
-                self.begun = True
+                self.begun, self.mark, self.tokens = True, time.monotonic(), state.num_input_tokens_seen
                 bar.begin_at(state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -162,21 +191,71 @@ def _follower(log: RunLog, bar: Bar) -> Any:
             loss = logs.get("loss", logs.get("eval_loss"))
             if loss is None:  # the summary of the whole run
                 return
-            if not math.isfinite(loss):
-                raise ll.StateError(
-                    f"the loss is {loss} at step {state.global_step}: training diverged. Try a smaller --lr (it was "
-                    f"{args.learning_rate:g}) or more --warmup."
-                )
+            for what, value in (("loss", loss), ("norm of the gradient", logs.get("grad_norm", 0.0))):
+                if not math.isfinite(value):
+                    raise ll.StateError(
+                        f"the {what} is {value} at step {state.global_step}: training diverged. Try a smaller --lr (it "
+                        f"was {args.learning_rate:g}) or more --warmup; {_kept(out)}"
+                    )
             if "loss" in logs:
-                log.add(
-                    state.global_step,
-                    loss=round(float(loss), 6),
-                    lr=float(logs["learning_rate"]),
-                    grad_norm=round(float(logs.get("grad_norm", 0.0)), 6),
-                    tokens=int(state.num_input_tokens_seen),
-                )
-                bar.update(state.global_step, f"loss {float(loss):.3f}")
+                self.step(state, logs, float(loss))
             else:
                 log.add(state.global_step, eval_loss=round(float(loss), 6))
+                if self.judge(float(loss)):
+                    control.should_training_stop = True
+
+        def step(self, state: Any, logs: Any, loss: float) -> None:
+            grad = float(logs.get("grad_norm", 0.0))
+            log.add(
+                state.global_step,
+                loss=round(loss, 6),
+                lr=float(logs["learning_rate"]),
+                grad_norm=round(grad, 6),
+                tokens=int(state.num_input_tokens_seen),
+            )
+            bar.update(state.global_step, figures(log, loss, float(logs["learning_rate"]), grad, self.rate(state)))
+
+        def rate(self, state: Any) -> float:
+            """Tokens a second since the first step of this call."""
+            return (state.num_input_tokens_seen - self.tokens) / max(1e-9, time.monotonic() - self.mark)
+
+        def judge(self, eval_loss: float | None) -> bool:
+            """Whether so many evaluations in a row were no better than the best before them."""
+            if eval_loss is None:
+                return False
+            self.best, self.since = (eval_loss, 0) if eval_loss < self.best else (self.best, self.since + 1)
+            return bool(options.patience) and self.since >= options.patience
 
     return Follower()
+
+
+def figures(log: RunLog, loss: float, lr: float, grad: float, rate: float) -> str:
+    """The state of a run on one line."""
+    evals = [row["eval_loss"] for row in log.rows if "eval_loss" in row]
+    parts = [f"loss {loss:.3f}"] + ([f"eval {evals[-1]:.3f}"] if evals else [])
+    parts += [f"lr {lr:.1e}", f"grad {grad:.2f}", f"{rate:,.0f} tokens/s"]
+    return ", ".join([*parts, *memory()])
+
+
+def memory() -> list[str]:
+    """The most memory that was in use, on the accelerator or in this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return [size_text(torch.cuda.max_memory_allocated())]
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return []
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return [size_text(peak if sys.platform == "darwin" else peak * 1024)]
+
+
+def last_figures(log: RunLog, seconds: float, trained_tokens: int) -> str:
+    """What stays on the terminal after the bar is gone."""
+    rows = [row for row in log.rows if "loss" in row]
+    if not rows:
+        return f"trained in {clock(seconds)}"
+    last = rows[-1]
+    text = figures(log, last["loss"], last["lr"], last["grad_norm"], trained_tokens / max(1e-9, seconds))
+    return f"step {last['step']}: {text}; {clock(seconds)}"

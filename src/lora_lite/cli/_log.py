@@ -27,7 +27,7 @@ class RunLog:
     def keep(self, step: int) -> None:
         """Go on after `step`: read the lines up to it, drop later ones."""
         if self.path.is_file() and step:
-            self.rows = [r for r in map(json.loads, self.path.read_text().splitlines()) if r["step"] <= step]
+            self.rows = [r for r in _whole_lines(self.path.read_text()) if r["step"] <= step]
         self.before = self.rows[-1]["time"] if self.rows else 0.0
         self.path.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
 
@@ -49,6 +49,19 @@ class RunLog:
             draw_loss(beside, train, evals, self.title)
             beside.replace(self.picture)
         self.drawn = time.monotonic()
+
+
+def _whole_lines(text: str) -> list[dict[str, Any]]:
+    """The lines of a log; the last one may be cut short by a full disk or a lost machine."""
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row and "time" in row:
+            rows.append(row)
+    return rows
 
 
 def draw_loss(path: Path, train: Sequence[tuple[int, float]], evals: Sequence[tuple[int, float]], title: str) -> None:
@@ -77,10 +90,13 @@ def draw_loss(path: Path, train: Sequence[tuple[int, float]], evals: Sequence[tu
     figure.savefig(path)
 
 
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential running mean, corrected for its start."""
-    out, mean, norm = [], 0.0, 0.0
-    for v in values:
-        mean, norm = weight * mean + (1 - weight) * v, weight * norm + (1 - weight)
-        out.append(mean / norm)
+def smooth(values: Sequence[float]) -> list[float]:
+    """Running mean over a tenth of the run, centred on each step so that it lags behind nothing; narrower at the
+    ends."""
+    reach = max(1, len(values) // 20)
+    out = []
+    for i in range(len(values)):
+        here = min(reach, i, len(values) - 1 - i)
+        window = values[i - here : i + here + 1]
+        out.append(sum(window) / len(window))
     return out

@@ -122,3 +122,16 @@ def field_docs(cls: type) -> dict[str, str]:
             ):
                 docs[line.target.id] = " ".join(str(below.value.value).split())
     return docs
+
+
+def check_ignored(command: Any, cfg: ll.AdapterConfig) -> None:
+    """Refuse a size or scale that the method does not use.
+
+    Raises:
+        ConfigError: a flag was set that has no effect.
+    """
+    variant = ll.get_variant(cfg.variant)
+    plain = variant.config(variant=variant.name)
+    for name in variant.ignores:
+        if getattr(cfg, name) != getattr(plain, name):
+            raise ll.ConfigError(f"--{name} has no effect with method {variant.name!r}; leave it out.")

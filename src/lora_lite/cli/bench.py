@@ -21,7 +21,8 @@ Setting = tuple[str, str, str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure speed and memory of the methods on this machine, against PEFT and against the bare base.
+    """Measure speed and memory of the methods on this machine, against PEFT and against the bare base. Whether they
+    learn is another command: lora-lite bench learn --help
 
     Rows that the JSON file holds already are not measured again, so a stopped run goes on where it was.
     """

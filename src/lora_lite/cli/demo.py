@@ -10,9 +10,12 @@ from typing import Any
 
 import lora_lite as ll
 
+from . import _folder as folder
 from . import _session as session
+from ._base import BaseFlags, check_seed, load_base, quiet
 from ._console import Bar, clock, say, table
-from ._method import build_config
+from ._method import build_config, check_ignored
+from ._shown import one_line, right
 
 TRAIN_ROWS, EVAL_ROWS, BATCH, LENGTH = 6400, 100, 16, 256
 FACTOR = 5.0
@@ -51,25 +54,26 @@ class Demo:
 def run(args: Demo) -> int:
     if args.steps < 1 or args.problems < 1 or not args.seconds > 0 or (args.lr is not None and not args.lr > 0):
         raise ll.ConfigError("--steps, --problems, --seconds and --lr must be positive.")
+    check_seed(args.seed)
     start = time.monotonic()
     cfg = build_config(args)
+    check_ignored(args, cfg)
     variant = ll.get_variant(cfg.variant)
     out = Path("runs") / f"demo-{cfg.variant}-{args.seed}" if args.out is None else args.out
     overwrite = args.overwrite or args.out is None
-    session.check_folder(out, overwrite)
-    session.quiet(args.debug)
-    from ..demo.data import load_examples
+    folder.check_folder(out, overwrite)
+    quiet(args.debug)
+    from ..data.tokens import tokenised
+    from ..demo.data import wordmath_rows
     from ..demo.evaluate import evaluate
     from ..demo.wordmath import generate
-    from ._fit import Options, fit
-    from ._log import RunLog
 
-    model, tokenizer = session.prepare("demo", "float32", args.threads, args.seed)
+    model, tokenizer = load_base(BaseFlags(base_dtype="float32", threads=args.threads), "demo", args.seed)
     size = sum(p.numel() for p in model.parameters())
     say(f"base: bundled Llama, {size:,} parameters. Task: word problems, {args.problems} for the test")
     problems = generate("test", args.problems)
-    train = session.encoded(load_examples("wordmath", "train", TRAIN_ROWS, args.seed), tokenizer, LENGTH)
-    evals = session.encoded(load_examples("wordmath", "validation", EVAL_ROWS), tokenizer, LENGTH)
+    train = tokenised(wordmath_rows("train", TRAIN_ROWS, args.seed), tokenizer, LENGTH).rows
+    evals = tokenised(wordmath_rows("validation", EVAL_ROWS), tokenizer, LENGTH).rows
 
     mark = time.monotonic()
     with Bar("answering before", len(problems)) as bar:
@@ -78,53 +82,72 @@ def run(args: Demo) -> int:
     say(f"accuracy before: {before.accuracy:.1%}")
 
     adapter = session.attach(model, cfg, None, train, BATCH, tokenizer, pairs=True)
-    session.open_folder(out, overwrite)
-    trained = adapter.num_parameters()
-    lr = FACTOR * variant.lr if args.lr is None else args.lr
-    log = RunLog(out, f"{variant.name} on wordmath, seed {args.seed}")
-    steps = 0
-    if variant.needs_data == "pairs":
-        say(f"{variant.name} is not trained: fitted on right completions against those of other problems")
-    if variant.trains:
+    with folder.opened(out):
+        lr = FACTOR * variant.lr if args.lr is None else args.lr
         left = args.seconds - (time.monotonic() - start) - 1.2 * answering - 3
-        steps = affordable(args.steps, left, model, tokenizer, train)
-        less = f" (of {args.steps}, to keep within --seconds {args.seconds:g})" if steps < args.steps else ""
-        say(
-            f"training {variant.name}: {trained:,} parameters ({trained / size:.2%}), {steps} steps{less}, lr {lr:g}, "
-            f"seed {args.seed}"
-        )
-        options = Options(steps=steps, lr=lr, batch_size=BATCH, seed=args.seed, eval_every=math.ceil(steps / 6))
-        fit(model, tokenizer, train, evals, options, out, log)
-    with Bar("answering after", len(problems)) as bar:
-        after = evaluate(model, tokenizer, problems, progress=bar.hook)
-    path = ll.save(model, out / session.ADAPTER)
-    seconds = time.monotonic() - start
-    facts = {
-        "method": variant.name,
-        "config": cfg.to_dict(),
-        "seed": args.seed,
-        "steps": steps,
-        "lr": lr,
-        "trained": trained,
-        "problems": len(problems),
-        "accuracy_before": before.accuracy,
-        "accuracy_after": after.accuracy,
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(time.process_time(), 1),
-        "version": ll.__version__,
-    }
-    session.write_run(out, facts)
+        steps = learn(args, variant, model, tokenizer, train, evals, out, lr, left)
+        with Bar("answering after", len(problems)) as bar:
+            after = evaluate(model, tokenizer, problems, progress=bar.hook)
+        path = ll.save(model, out / folder.ADAPTER)
+        seconds = time.monotonic() - start
+        facts = {
+            "model": "demo",
+            "method": variant.name,
+            "config": cfg.to_dict(),
+            "seed": args.seed,
+            "steps": steps,
+            "lr": lr,
+            "trained": adapter.num_parameters(),
+            "problems": len(problems),
+            "accuracy_before": before.accuracy,
+            "accuracy_after": after.accuracy,
+            "seconds": round(seconds, 1),
+            "cpu_seconds": round(time.process_time(), 1),
+            "version": ll.__version__,
+        }
+        folder.write_run(out, facts)
     show(problems, before, after, seconds, args.seed)
     report(out, path)
     return 0
 
 
+def learn(
+    args: Demo,
+    variant: type[ll.Variant],
+    model: Any,
+    tokenizer: Any,
+    train: list[dict[str, list[int]]],
+    evals: list[dict[str, list[int]]],
+    out: Path,
+    lr: float,
+    seconds: float,
+) -> int:
+    """As many steps as fit into the seconds, and say so; returns their number, 0 for a method that is only fitted."""
+    from ._fit import Options, fit
+    from ._log import RunLog
+
+    if variant.needs_data == "pairs":
+        say(f"{variant.name} is not trained: fitted on right completions against those of other problems")
+    if not variant.trains:
+        return 0
+    steps = affordable(args.steps, seconds, model, tokenizer, train)
+    less = f" (of {args.steps}, to keep within --seconds {args.seconds:g})" if steps < args.steps else ""
+    trained, size = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
+    say(
+        f"training {variant.name}: {trained:,} parameters ({trained / (size - trained):.2%}), {steps} steps{less}, "
+        f"lr {lr:g}, seed {args.seed}"
+    )
+    options = Options(steps=steps, lr=lr, batch_size=BATCH, seed=args.seed, eval_every=math.ceil(steps / 6))
+    log = RunLog(out, f"{variant.name} on wordmath, seed {args.seed}")
+    fit(model, tokenizer, train, evals, options, out, log)
+    return steps
+
+
 def affordable(wanted: int, seconds: float, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> int:
     """At most `wanted` steps, as many as fit into the time; one pass is timed after one to warm up."""
-    from ..demo.data import collate
+    from ..data.batches import collate
 
     batch = {k: v.to(model.device) for k, v in collate(rows[:BATCH], tokenizer.pad_token_id).items()}
-    one = 0.0
     model.eval()  # gradients flow all the same, and no method counts it as a training step
     one = math.inf
     for _ in range(2):
@@ -147,8 +170,6 @@ def show(problems: Any, before: Any, after: Any, seconds: float, seed: int) -> N
     )
     for i in (0, 1, 2)[: len(problems)]:
         p = problems[i]
-        from .eval import one_line, right
-
         say()
         say(one_line(p.prompt, 400))
         say(f"  base     {one_line(before.completions[i], 100)}", "dim")
@@ -164,5 +185,5 @@ def report(out: Path, adapter: Path) -> None:
     from .train import report as where
 
     where(out, adapter)
-    say(f"{'figures':<8} {out / session.RUN}")
-    say(f"next     lora-lite eval --adapter {adapter}")
+    say(f"{'figures':<8} {out / folder.RUN}")
+    say(f"next     lora-lite eval --adapter {out}")

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lora_lite as ll
 
-from . import _session as session
+from . import _folder as folder
+from ._base import BaseFlags, check_base, check_seed, load_base, quiet
 from ._console import Bar, say, table
-
-if TYPE_CHECKING:
-    from ..demo.data import Example
+from ._rows import RowFlags, check_data, reader_of
+from ._session import pad_of
+from ._shown import one_line, prompt_text, right, taught
 
 Answer = tuple[str, str, str]
 """Prompt, what the model said, what is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval:
+class Eval(RowFlags, BaseFlags):
     """Measure exact-match accuracy, loss and perplexity.
 
     An answer is right if its number after #### is; where the reference has none, if the whole completion agrees.
     """
 
-    model: str = "demo"
-    """demo (the bundled base), a local model directory, or a hub id."""
+    model: str | None = None  # type: ignore[assignment]
+    """demo, a local model directory, or a hub id; None: the one that the adapter's run was trained on, or demo."""
     data: str = "wordmath"
-    """wordmath, or a JSONL file with text, prompt and completion, or messages."""
+    """wordmath; a JSONL, JSON, CSV or Parquet file; - for JSONL on standard input; or a data set of the hub."""
     adapter: Path | None = None
-    """Adapter file, or a folder in PEFT's layout; None: the bare base."""
+    """Adapter file, the folder of a run, or a folder in PEFT's layout; None: the bare base."""
     base_check: Literal["error", "warn", "ignore"] = "error"
     """What to do if the adapter was trained on other base weights."""
     split: Literal["train", "validation", "test"] = "test"
@@ -44,74 +45,83 @@ class Eval:
     """Rows per forward pass."""
     max_new_tokens: int = 48
     """Longest answer in tokens; 0: measure the loss only."""
-    max_length: int = 512
-    """Longest row in tokens, for the loss."""
     samples: int = 3
     """Answers to show beside the right ones."""
     seed: int = 0
     """Seed of the wordmath problems."""
-    base_dtype: session.BaseDtype = "float32"
-    """Storage of the base weights."""
-    threads: int = 0
-    """CPU threads; 0: torch's choice."""
     json: bool = False
     """Print one JSON object instead of text."""
-    debug: bool = False
-    """Show tracebacks and other libraries' messages."""
 
 
 def run(args: Eval) -> int:
     check(args)
-    session.quiet(args.debug)
-    from ..demo.data import load_examples
-
-    model, tokenizer = session.prepare(args.model, args.base_dtype, args.threads, args.seed)
+    quiet(args.debug)
+    name = folder.model_of(args.model, args.adapter)
+    args = with_template(args)
+    reader = reader_of(args, name)
+    rows = reader.rows(args.data, args.split, args.rows, args.seed)
+    made = reader.tokens(rows)
+    if not args.json:
+        for line in reader.remarks(made):
+            say(f"note: {line}")
+    model, tokenizer = load_base(args, name, args.seed)
+    tokenizer.chat_template = reader.tokenizer.chat_template
     if args.adapter is not None:
-        ll.load(model, args.adapter, base_check=args.base_check)
-    examples = load_examples(args.data, args.split, args.rows, args.seed, tokenizer)
+        ll.load(model, folder.adapter_path(args.adapter), base_check=args.base_check)
     result: dict[str, Any] = {
-        "model": args.model,
+        "model": name,
         "adapter": None if args.adapter is None else str(args.adapter),
         "data": args.data,
-        "rows": len(examples),
+        "rows": len(rows),
     }
-    answers = answered(args, model, tokenizer, examples)
+    answers = answered(args, model, tokenizer, rows)
     if answers:
         result["accuracy"] = sum(right(said, reference) for _, said, reference in answers) / len(answers)
-    result["loss"] = loss_of(args, model, tokenizer, examples)
+    result["loss"] = loss_of(args, model, tokenizer, made.rows)
     result["perplexity"] = math.exp(min(result["loss"], 700.0))
     show(args, result, answers[: args.samples])
     return 0
 
 
+def with_template(args: Any) -> Any:
+    """The flags with the chat template of the adapter's run, where none is given."""
+    kept = folder.facts_of(args.adapter).get("template")
+    return dataclasses.replace(args, template=Path(kept)) if kept and args.template is None else args
+
+
 def check(args: Eval) -> None:
     """Values that no later step would catch with a good sentence."""
+    check_base(args)
+    check_seed(args.seed)
+    check_data(args.data)
     if args.rows < 1 or args.batch_size < 1 or args.samples < 0 or args.max_new_tokens < 0:
         raise ll.ConfigError("--rows and --batch-size must be positive, --samples and --max-new-tokens 0 or more.")
     if args.data != "wordmath" and args.split != "test":
         raise ll.ConfigError(f"--split chooses a split of wordmath; {args.data} has none. Leave the flag out.")
+    if args.adapter is not None and not args.adapter.exists():
+        raise ll.FileError(f"--adapter {args.adapter}: there is no such file or folder.")
 
 
-def answered(args: Eval, model: Any, tokenizer: Any, examples: list[Example]) -> list[Answer]:
+def answered(args: Eval, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list[Answer]:
     """(prompt, the model's answer, the right one) of every row that asks something."""
-    from ..demo.evaluate import complete
+    from ..data.forms import answer, question
+    from ..demo import evaluate
 
-    asked = [e for e in examples if e.prompt]
+    asked = [row for row in rows if question(row)]
     if not asked or not args.max_new_tokens:
         return []
+    prompts = [question(row) for row in asked]
     with Bar("answering", len(asked)) as bar:
-        said = complete(model, tokenizer, [e.prompt for e in asked], args.batch_size, args.max_new_tokens, bar.hook)
-    return [(e.prompt, s, e.completion) for e, s in zip(asked, said, strict=True)]
+        said = evaluate.complete(model, tokenizer, prompts, args.batch_size, args.max_new_tokens, bar.hook)
+    return [(prompt_text(p), s, taught(answer(row), tokenizer)) for p, s, row in zip(prompts, said, asked, strict=True)]
 
 
-def loss_of(args: Eval, model: Any, tokenizer: Any, examples: list[Example]) -> float:
+def loss_of(args: Eval, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> float:
     """Mean loss per trained token."""
     from ..demo.evaluate import mean_loss
 
-    rows = session.encoded(examples, tokenizer, args.max_length)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     with Bar("loss", len(rows)) as bar:
-        return mean_loss(model, rows, args.batch_size, pad, bar.hook)
+        return mean_loss(model, rows, args.batch_size, pad_of(tokenizer), bar.hook)
 
 
 def show(args: Eval, result: dict[str, Any], samples: list[Answer]) -> None:
@@ -133,18 +143,6 @@ def cell(key: str, value: Any) -> Any:
     return value
 
 
-def final_number(text: str) -> str | None:
-    """The number after the first `####`, without thousands separators, as text."""
-    found = re.search(r"####\s*(-?[\d,]*\.?\d+)", text)
-    return found.group(1).replace(",", "") if found else None
-
-
-def right(said: str, reference: str) -> bool:
-    """Whether an answer agrees with its reference: on the number after ####, else wholly, but for outer white space."""
-    number = final_number(reference)
-    return final_number(said) == number if number is not None else said.strip() == reference.strip()
-
-
 def show_samples(samples: list[Answer]) -> None:
     """Question, the model's answer and the right one, each on one line."""
     for prompt, said, reference in samples:
@@ -153,8 +151,3 @@ def show_samples(samples: list[Answer]) -> None:
         say(one_line(prompt, 400))
         say(f"  model  {one_line(said, 160)}", "green" if ok else "yellow")
         say(f"  right  {one_line(reference, 160)}")
-
-
-def one_line(text: str, limit: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."

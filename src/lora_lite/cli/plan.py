@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import lora_lite as ll
 
 from ..core.errors import did_you_mean, size_text
 from ..cost.paper import Paper
+from ._base import BaseDtype, quiet
 from ._console import Bar, say, table
 from ._method import build_config
 
@@ -30,23 +32,61 @@ class Plan:
     """Rows of a training batch, for the costs."""
     length: int = 2048
     """Tokens of a row, for the costs."""
+    base_dtype: BaseDtype = "auto"
+    """Storage of the base weights; auto: the checkpoint's."""
+    gpu: str | None = None
+    """Memory of a GPU, such as 24GB: does a training step fit? With and without gradient checkpointing."""
     json: bool = False
     """Print one JSON object."""
+    debug: bool = False
+    """Show tracebacks and other libraries' messages."""
 
 
 def run(args: Plan) -> int:
-    model = skeleton(args.model)
+    quiet(args.debug)
+    model = skeleton(args.model, args.base_dtype)
     if args.compare:
         return compare(model, args)
     the_plan = ll.plan(model, build_config(args))
-    cost = ll.cost(model, build_config(args), args.batch, args.length) if args.cost else None
+    limit = gibibytes(args.gpu) if args.gpu is not None else None
+    cost = ll.cost(model, build_config(args), args.batch, args.length) if args.cost or limit else None
     if args.json:
         print(json.dumps(summary(the_plan) | ({"cost": dataclasses.asdict(cost)} if cost else {})))
     else:
         show(the_plan)
-        if cost:
+        if cost and args.cost:
             say(str(cost))
+        if cost and limit:
+            show_fit(cost, limit)
     return 0
+
+
+def gibibytes(text: str) -> float:
+    """`24GB`, `24GiB` or `24` as GiB, which is what the makers of GPUs mean.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    found = re.fullmatch(r"([0-9.]+)\s*(G|GB|GiB)?", text, re.I)
+    try:
+        number = float(found[1]) if found else 0.0
+    except ValueError:
+        number = 0.0
+    if number <= 0:
+        raise ll.ConfigError(f"--gpu takes a size such as 24GB, got {text!r}.")
+    return number
+
+
+def show_fit(c: ll.Cost, limit: float) -> None:
+    """Whether a step fits into a GPU: base, adapter, its gradients and moments, and what the passes keep."""
+    steady = c.base_bytes + c.adapter_bytes + c.gradient_bytes + c.optimizer_bytes
+    for name, saved in (
+        ("a step", c.base_saved + c.extra_saved),
+        ("with gradient checkpointing", c.base_checkpointed + c.extra_checkpointed),
+    ):
+        need = steady + saved
+        verdict = "fits" if need < 0.9 * limit * 2**30 else "does not fit"
+        say(f"{name}: {size_text(need)} of {limit:g} GiB: {verdict} ({c.batch} x {c.length} tokens; a tenth kept free)")
 
 
 def compare(model: Any, args: Plan) -> int:
@@ -108,8 +148,8 @@ def heading(c: ll.Cost) -> str:
     )
 
 
-def skeleton(name: str) -> Any:
-    """The model on the meta device: every shape and no weight.
+def skeleton(name: str, dtype: BaseDtype = "auto") -> Any:
+    """The model on the meta device: every shape and no weight; in the dtype of its checkpoint, as train loads it.
 
     Raises:
         FileError: no config can be found under that name.
@@ -121,12 +161,14 @@ def skeleton(name: str) -> Any:
 
     try:
         config = shape(name) if name in SHAPES else AutoConfig.from_pretrained(model_path(name))
-    except (OSError, ValueError) as e:
+    except Exception as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0].strip().rstrip(".")
         raise ll.FileError(
-            f"no model config under {name!r}: {str(e).splitlines()[0]} Give 'demo', a local folder or a hub id."
+            f"no model config under {name!r}: {first}. Give 'demo', a local folder or a hub id."
         ) from None
+    stored = config.dtype or config.get_text_config().dtype or torch.float32
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, dtype=stored if dtype == "auto" else getattr(torch, dtype))
 
 
 SHAPES = {

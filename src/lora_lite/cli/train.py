@@ -1,46 +1,61 @@
-"""`lora-lite train`: any method, any causal model, wordmath or any JSONL."""
+"""`lora-lite train`: any method, any causal model, wordmath or rows of one's own."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lora_lite as ll
 
+from . import _folder as folder
 from . import _session as session
+from ._base import BaseFlags, check_base, check_seed, load_base, quiet
 from ._console import clock, say, table
-from ._method import build_config
+from ._method import build_config, check_ignored
+from ._rows import Reader, RowFlags, check_data, fingerprint, held_out, reader_of
+from ._settings import write_settings
+from ._shown import show_answers, show_tokens
 
-FREE = ("resume", "overwrite", "dry_run", "debug", "threads", "adapter", "out", "keep", "epochs")
+FREE = ("resume", "overwrite", "dry_run", "debug", "threads", "adapter", "out", "keep", "epochs", "samples", "config",
+        "preset", "device", "report_to")  # fmt: skip
 """Flags that may differ when a run is resumed."""
+SHOWN = 3
+"""Rows that are shown as the model sees them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train an adapter and write it, a log of every step and a picture of the losses into a folder.
+class Train(RowFlags, BaseFlags):
+    """Train an adapter and write it, its settings, a log of every step and a picture of the losses into a folder.
 
     The same command with --resume goes on from the last checkpoint, to the same bits as a run without interruption.
     """
 
-    model: str = "demo"
-    """demo (the bundled base), a local model directory, or a hub id."""
+    config: Path | None = None
+    """Settings as YAML or JSON, such as the run.yaml of another run; flags that are given win."""
+    preset: Literal["small", "quality", "memory"] | None = None
+    """Settings for people who know no ranks: a small file, the best result, the least memory (4-bit base)."""
     data: str = "wordmath"
-    """wordmath, or a JSONL file with text, prompt and completion, or messages."""
+    """wordmath; a JSONL, JSON, CSV or Parquet file; - for JSONL on standard input; or a data set of the hub as NAME or
+    NAME:SPLIT. Columns: text, prompt and completion, messages, Alpaca's, or ShareGPT's."""
     eval_data: str | None = None
-    """JSONL for the eval loss. None: the validation split of wordmath, or a tenth of the file, held out."""
-    out: Path = Path("runs/train")
-    """Folder for adapter.safetensors, log.jsonl, loss.png, run.json and checkpoints."""
+    """Rows for the eval loss. None: the validation split of wordmath, or a part of the data, held out."""
+    out: Path | None = None
+    """Folder for the adapter, its settings, log, picture and checkpoints. None: runs/train, or the first of
+    runs/train-2, runs/train-3, ... that holds no run."""
     method: str = "lora"
+    init_from: Path | None = None
+    """Adapter whose tensors the training begins with, of the same method and sizes."""
     rows: int | None = None
-    """At most so many training rows; None: all (2,000 of wordmath)."""
-    eval_rows: int = 200
-    """At most so many eval rows; 0: no evaluation."""
+    """At most so many rows; None: all (2,000 of wordmath)."""
+    eval_rows: float = 200
+    """At most so many eval rows (of the data, a tenth at most); below 1: that share of the data; 0: no evaluation."""
     steps: int | None = None
-    """Optimiser steps; None: as many as --epochs makes."""
+    """Optimiser steps; None: as many as --epochs makes. More may be given with --resume."""
     epochs: float = 1.0
     """Passes over the data, where --steps is not given."""
     batch_size: int = 16
@@ -59,10 +74,8 @@ class Train:
     """Largest norm of the gradient; 0: no clipping."""
     seed: int = 0
     """Seed of the adapter's start, of the order of the data and of dropout."""
-    base_dtype: session.BaseDtype = "float32"
-    """Storage of the base weights (--dtype is the adapter's)."""
-    max_length: int = 512
-    """Longest row in tokens; prompts are cut at the beginning, texts at the end."""
+    bf16: bool = False
+    """Run the forward pass in bf16 autocast."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     calibration_batches: int | None = None
@@ -78,164 +91,285 @@ class Train:
     """Checkpoints kept, the newest ones."""
     best: bool = False
     """End with the adapter of the lowest eval loss, not with the last one."""
+    patience: int = 0
+    """Stop after so many evaluations in a row without a lower eval loss; 0: never."""
     trainer: Literal["hf", "sft"] = "hf"
     """transformers' Trainer, or TRL's SFTTrainer."""
-    threads: int = 0
-    """CPU threads; 0: torch's choice."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that also receive the figures: tensorboard, trackio, wandb, ..."""
+    samples: int = 3
+    """Answers of base and adapter to show side by side at the end."""
     resume: bool = False
     """Go on from the last checkpoint in --out."""
     overwrite: bool = False
-    """Replace a run that --out holds."""
+    """Replace a run that --out holds, once the new one has ended."""
     dry_run: bool = False
     """Show the plan, the steps and the tokens, and do nothing."""
-    debug: bool = False
-    """Show tracebacks and other libraries' messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a run is made of, once everything has been read and checked."""
+
+    args: Train
+    cfg: ll.AdapterConfig
+    out: Path
+    reader: Reader
+    train: list[dict[str, list[int]]]
+    evals: list[dict[str, list[int]]]
+    asked: list[dict[str, Any]]
+    """Rows whose answers are shown at the end."""
+    origin: str
+    steps: int
+    lr: float
+    resume: Path | None
 
 
 def run(args: Train) -> int:
     check(args)
     cfg = build_config(args)
-    variant = ll.get_variant(cfg.variant)
-    session.quiet(args.debug)
-    resume = session.last_checkpoint(args.out) if args.resume else None
-    if resume is None and not args.dry_run:
-        session.check_folder(args.out, args.overwrite)
-    model, tokenizer = session.prepare(args.model, args.base_dtype, args.threads, args.seed)
-    examples, held, origin = session.split_rows(
-        args.data, args.eval_data, args.rows, args.eval_rows if args.eval_every else 0, args.seed, tokenizer
-    )
-    train = session.encoded(examples, tokenizer, args.max_length)
-    evals = session.encoded(held, tokenizer, args.max_length)
-    if not train:
-        raise ll.FileError(f"{args.data} leaves no row to train on; lower --eval-rows.")
-    per_step = args.batch_size * args.accumulation
-    steps = args.steps if args.steps is not None else math.ceil(len(train) * args.epochs / per_step)
-    lr = variant.lr if args.lr is None else args.lr
-    facts = decisive(args, cfg, steps, lr)
-
+    check_ignored(args, cfg)
+    check_data(args.data)
+    if args.eval_data is not None:
+        check_data(args.eval_data)
+    quiet(args.debug)
+    out, resume = place(args)
+    work = prepared(args, cfg, out, resume)
     if args.dry_run:
-        from .plan import show
-
-        show(ll.plan(model, cfg))
-        average = sum(len(r["input_ids"]) for r in train) / len(train)
-        table(
-            ("what", "value"),
-            [
-                ("training rows", f"{len(train):,}"),
-                ("eval rows", f"{len(evals):,} ({origin})"),
-                ("steps", f"{steps:,} of {per_step} rows ({steps * per_step / len(train):.2f} epochs)"),
-                ("tokens", f"{round(average * steps * per_step):,} (padding not counted)"),
-                ("learning rate", f"{lr:g} ({args.schedule})"),
-                ("out", str(args.out)),
-            ],
-        )
-        return 0
-
+        return show_plan(work)
     if resume is not None:
-        session.check_same_run(args.out, facts)
+        folder.check_same_run(out, decisive(work))
+    model, tokenizer = load_base(args, args.model, args.seed)
+    tokenizer.chat_template = work.reader.tokenizer.chat_template
     adapter = session.attach(
-        model, cfg, args.calibration_batches, train, args.batch_size, tokenizer, reference=args.reference_weights
+        model, cfg, args.calibration_batches, work.train, args.batch_size, tokenizer, reference=args.reference_weights
     )
-    if resume is None:
-        session.open_folder(args.out, args.overwrite)
-        session.write_run(args.out, facts)
+    if args.init_from is not None and resume is None:
+        start_from(model, adapter, args.init_from)
+    variant = ll.get_variant(cfg.variant)
     say(
         f"{variant.name}: {adapter.num_parameters():,} trained parameters on {len(adapter.targets)} layers of "
         f"{args.model}"
     )
-    if variant.trains:
-        say(f"{steps} steps of {per_step} rows of {args.data}, lr {lr:g}; eval on {origin if evals else 'nothing'}")
-        if resume is not None:
-            say(f"resuming after {resume.name}")
-        seconds = learn(args, model, tokenizer, train, evals, steps, lr, resume)
-        say(f"trained in {clock(seconds)}")
-    path = ll.save(model, args.out / session.ADAPTER)
-    report(args.out, path)
+    with folder.opened(out, fresh=resume is None):
+        folder.write_run(out, decisive(work))
+        write_settings(out / folder.SETTINGS, "train", args)
+        if variant.trains:
+            learn(work, model, tokenizer)
+        path = ll.save(model, out / folder.ADAPTER)
+    if args.samples:
+        show_answers(model, tokenizer, work.asked[: args.samples], 48)
+        say()
+    report(out, path)
+    say(f"next     lora-lite chat {out}")
+    return 0
+
+
+def place(args: Train) -> tuple[Path, Path | None]:
+    """The folder of the run, and the checkpoint from which it goes on."""
+    out = args.out if args.out is not None else Path("runs/train")
+    if args.resume:
+        resume, damage = folder.last_checkpoint(out)
+        for line in damage:
+            say(line)
+        return out, resume
+    number = 1
+    while args.out is None and not args.overwrite and folder.own_files(out):
+        number += 1
+        out = Path(f"runs/train-{number}")
+    if not args.dry_run:
+        folder.check_folder(out, args.overwrite)
+    return out, None
+
+
+def prepared(args: Train, cfg: ll.AdapterConfig, out: Path, resume: Path | None) -> Work:
+    """Rows, tokens, steps and rate, before the model is loaded; what should be known of them is said."""
+    reader = reader_of(args, args.model)
+    rows = reader.rows(args.data, "train", args.rows, args.seed)
+    held, origin = [], "nothing"
+    if args.eval_rows and args.eval_every:
+        if args.eval_data is not None or args.data == "wordmath":
+            source, n = args.eval_data or args.data, max(1, int(args.eval_rows))
+            held = reader.rows(source, "validation", n, 0)
+            origin = f"{len(held)} rows of {args.eval_data or 'the validation split'}"
+        else:
+            rows, held = held_out(rows, args.eval_rows, args.seed)
+            origin = f"{len(held)} rows held out of {args.data}"
+    made = reader.tokens(rows)
+    evals = reader.tokens(held) if held else None
+    for line in reader.remarks(made) + (reader.remarks(evals) if evals and evals.lost + evals.cut else []):
+        say(f"note: {line}")
+    if not made.rows:
+        raise ll.FileError(f"{args.data} leaves no row to train on; raise --max-length or lower --eval-rows.")
+    per_step = args.batch_size * args.accumulation
+    steps = args.steps if args.steps is not None else math.ceil(len(made.rows) * args.epochs / per_step)
+    if args.warmup >= max(1, steps):
+        raise ll.ConfigError(
+            f"--warmup {args.warmup:g} is as long as the whole run of {steps} steps, so the rate would never reach its "
+            "height; give fewer, or a share below 1."
+        )
+    lr = ll.get_variant(cfg.variant).lr if args.lr is None else args.lr
+    return Work(
+        args=args, cfg=cfg, out=out, reader=reader, train=made.rows, evals=evals.rows if evals else [],
+        asked=held or rows, origin=origin, steps=steps, lr=lr, resume=resume,
+    )  # fmt: skip
+
+
+def show_plan(work: Work) -> int:
+    """The plan, the rows as the model sees them, the steps and the tokens."""
+    from .plan import show, skeleton
+
+    args, train = work.args, work.train
+    show(ll.plan(skeleton(args.model), work.cfg))
+    average = sum(len(r["input_ids"]) for r in train) / len(train)
+    per_step = args.batch_size * args.accumulation
+    table(
+        ("what", "value"),
+        [
+            ("training rows", f"{len(train):,}"),
+            ("eval rows", f"{len(work.evals):,} ({work.origin})"),
+            ("steps", f"{work.steps:,} of {per_step} rows ({work.steps * per_step / len(train):.2f} epochs)"),
+            ("tokens", f"{round(average * work.steps * per_step):,} (padding not counted)"),
+            ("learning rate", f"{work.lr:g} ({args.schedule})"),
+            ("out", str(work.out)),
+        ],
+    )
+    show_tokens(train[:SHOWN], work.reader.tokenizer)
     return 0
 
 
 def check(args: Train) -> None:
     """Values that no later step would catch with a good sentence."""
-    positive = ("batch_size", "accumulation", "keep") + (("steps",) if args.steps is not None else ())
-    for name in positive:
+    check_base(args)
+    check_seed(args.seed)
+    check_numbers(args)
+    if args.best or args.patience:
+        check_best(args)
+    if args.resume and args.overwrite:
+        raise ll.ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them.")
+    if args.init_from is not None and not args.init_from.exists():
+        raise ll.FileError(f"--init-from {args.init_from}: there is no such file.")
+
+
+def check_numbers(args: Train) -> None:
+    """Numbers that lie where they may."""
+    positive = ("batch_size", "accumulation", "keep")
+    for name in positive + tuple(n for n in ("steps", "rows") if getattr(args, n) is not None):
         if getattr(args, name) < 1:
             raise ll.ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
-    for name in ("eval_every", "save_every", "warmup", "clip", "weight_decay"):
+    for name in ("eval_every", "eval_rows", "save_every", "warmup", "clip", "weight_decay", "patience", "samples"):
         if not getattr(args, name) >= 0:
             raise ll.ConfigError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}.")
     for name in ("epochs", "lr"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ll.ConfigError(f"--{name} must be positive, got {value}.")
-    if args.best:
-        check_best(args)
-    if args.resume and args.overwrite:
-        raise ll.ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them.")
+    if args.max_length is not None and args.max_length < 2:
+        raise ll.ConfigError(f"--max-length must be at least 2, got {args.max_length}.")
 
 
 def check_best(args: Train) -> None:
-    """Keeping the best checkpoint needs evaluations, and a checkpoint right after one."""
+    """Stopping early and keeping the best need evaluations, the latter a checkpoint right after one."""
+    flag = "--best" if args.best else "--patience"
     if not (args.eval_every and args.eval_rows):
-        raise ll.ConfigError("--best needs evaluations: set --eval-every and --eval-rows above 0.")
-    if not args.save_every or args.save_every % args.eval_every:
+        raise ll.ConfigError(f"{flag} needs evaluations: set --eval-every and --eval-rows above 0.")
+    if args.best and (not args.save_every or args.save_every % args.eval_every):
         raise ll.ConfigError(
             "--best needs a checkpoint only after an evaluation: make --save-every a multiple of --eval-every "
             f"{args.eval_every}."
         )
 
 
-def decisive(args: Train, cfg: ll.AdapterConfig, steps: int, lr: float) -> dict[str, Any]:
+def decisive(work: Work) -> dict[str, Any]:
     """Everything that decides a run, as plain data."""
+    args = work.args
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in FREE}
-    facts = {**values, "steps": steps, "lr": lr, "config": cfg.to_dict(), "version": ll.__version__}
+    facts = {
+        **values,
+        "steps": work.steps,
+        "lr": work.lr,
+        "max_length": work.reader.max_length,
+        "config": work.cfg.to_dict(),
+        "tokens": fingerprint(work.train),
+        "version": ll.__version__,
+    }
     return json.loads(json.dumps(facts, default=str))
 
 
-def learn(
-    args: Train, model: Any, tokenizer: Any, train: Any, evals: Any, steps: int, lr: float, resume: Path | None
-) -> float:
-    """Run the training; returns its seconds."""
-    import time
+def start_from(model: Any, adapter: ll.Adapter, given: Path) -> None:
+    """Copy the tensors of another adapter into the fresh one.
 
-    from ._fit import Options, fit
+    Raises:
+        FileError: it has other targets, sizes or another method.
+    """
+    from ..io import native
+    from ..io.header import config_from_header
+
+    path = folder.adapter_path(given)
+    head, tensors = native.read(path)
+    method = config_from_header(head, str(path)).variant
+    if method != adapter.cfg.variant:
+        raise ll.FileError(f"--init-from {path} is of method {method!r}, and this run trains {adapter.cfg.variant!r}.")
+    native.check_keys(native.expected(adapter.record), tensors, str(path))
+    ll.load_adapter_state_dict(model, adapter.name, tensors)
+
+
+def learn(work: Work, model: Any, tokenizer: Any) -> None:
+    """Run the training; what is left of a run that has ended already is loaded."""
+    args, resume = work.args, work.resume
+    if resume is not None and folder.step_of(resume) >= work.steps:
+        from ..interop.trainer import load_checkpoint
+
+        load_checkpoint(model, resume)
+        say(f"the run has ended already, after step {folder.step_of(resume)}: nothing is trained. Give more --steps.")
+        return
+    per_step = args.batch_size * args.accumulation
+    evaluated = work.origin if work.evals else "nothing"
+    say(f"{work.steps} steps of {per_step} rows of {args.data}, lr {work.lr:g}; eval on {evaluated}")
+    if resume is not None:
+        say(f"resuming after {resume.name}")
+    else:
+        say("as the model sees the first rows, what is learned marked:")
+        show_tokens(work.train[:SHOWN], tokenizer)
+    fit_and_say(work, model, tokenizer)
+
+
+def fit_and_say(work: Work, model: Any, tokenizer: Any) -> None:
+    """Train, and say how it ended."""
+    from ._fit import Options, fit, last_figures
     from ._log import RunLog
 
-    options = Options(
-        steps=steps,
-        lr=lr,
-        batch_size=args.batch_size,
-        accumulation=args.accumulation,
-        warmup=args.warmup,
-        schedule=args.schedule,
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        seed=args.seed,
-        eval_every=args.eval_every,
-        save_every=args.save_every,
-        keep=args.keep,
-        best=args.best,
-        gradient_checkpointing=args.gradient_checkpointing,
-        trainer=args.trainer,
-    )
+    args = work.args
+    same = {f.name for f in dataclasses.fields(Options)} & {f.name for f in dataclasses.fields(args)}
+    values = {name: getattr(args, name) for name in same} | {"steps": work.steps, "lr": work.lr}
+    log = RunLog(work.out, f"{args.method} on {args.data}, seed {args.seed}")
     start = time.monotonic()
-    log = RunLog(args.out, f"{args.method} on {args.data}, seed {args.seed}")
     try:
-        fit(model, tokenizer, train, evals, options, args.out, log, resume)
+        trainer = fit(model, tokenizer, work.train, work.evals, Options(**values), work.out, log, work.resume)
     except KeyboardInterrupt:
-        found = sorted(args.out.glob("checkpoint-*"))
+        found = folder.checkpoints(work.out)
         hint = (
-            "the same command with --resume goes on from the last checkpoint"
+            "the same command with --resume goes on from the last checkpoint: lora-lite train --config "
+            f"{work.out / folder.SETTINGS} --out {work.out} --resume"
             if found
             else "no checkpoint had been written yet"
         )
         say(f"stopped; {hint}")
         raise
-    return time.monotonic() - start
+    seconds = time.monotonic() - start
+    before = folder.step_of(work.resume) if work.resume is not None else 0
+    old = max((row["tokens"] for row in log.rows if "tokens" in row and row["step"] <= before), default=0)
+    say(last_figures(log, seconds, int(trainer.state.num_input_tokens_seen) - old))
+    if trainer.state.global_step < work.steps:
+        say(f"stopped early: {args.patience} evaluations without a lower eval loss")
+    evals = [row["eval_loss"] for row in log.rows if "eval_loss" in row]
+    if evals:
+        say(f"eval loss {evals[0]:.4f} before, {min(evals) if args.best else evals[-1]:.4f} after {clock(seconds)}")
 
 
 def report(out: Path, adapter: Path) -> None:
     """Where things are."""
     say(f"adapter  {adapter} ({adapter.stat().st_size / 1024:.0f} KiB)")
-    for what, name in (("log", "log.jsonl"), ("picture", "loss.png")):
+    for what, name in (("log", "log.jsonl"), ("picture", "loss.png"), ("settings", folder.SETTINGS)):
         if (out / name).is_file():
             say(f"{what:<8} {out / name}")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 import lora_lite as ll
 
 from ..runtime.layers.kinds import kind_named
 from ..runtime.targets.choose import add_shared, make_target
 from ._console import markdown, say, table
+from ._method import field_docs
 
 WIDTH, RANK = 768, 8
 COLUMNS = ("method", "what it does", "site", "merges", "needs", "trained", "lr", "source")
@@ -19,8 +24,10 @@ COLUMNS = ("method", "what it does", "site", "merges", "needs", "trained", "lr",
 
 @dataclass(frozen=True, kw_only=True)
 class Variants:
-    """List the methods: what they do, where they act, what they need, how much they train."""
+    """List the methods: what they do, where they act, what they need, how much they train; or the page of one."""
 
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """One method: its formula, options and facts."""
     markdown: bool = False
     """Print a markdown table (the one of the README)."""
     json: bool = False
@@ -28,6 +35,8 @@ class Variants:
 
 
 def run(args: Variants) -> int:
+    if args.name is not None:
+        return show_page(ll.get_variant(args.name), args.json)
     found = [facts(v) for v in ll.variants()]
     if args.json:
         for row in found:
@@ -41,6 +50,27 @@ def run(args: Variants) -> int:
             "for AdamW."
         )
         say("Options of one: lora-lite train --method NAME --help")
+    return 0
+
+
+def show_page(variant: type[ll.Variant], as_json: bool) -> int:
+    """The page of one method: its docstring with the formula, its facts, and its options."""
+    known = facts(variant)
+    if as_json:
+        print(json.dumps({**known, "page": inspect.cleandoc(variant.__doc__ or ""), "ignores": list(variant.ignores)}))
+        return 0
+    say(f"{variant.name}: {inspect.cleandoc(variant.__doc__ or variant.title)}")
+    say()
+    shown = dict(zip(COLUMNS[2:], cells(known)[2:], strict=True)) | {"ignores": ", ".join(variant.ignores) or "-"}
+    table(("fact", "value"), list(shown.items()))
+    docs = field_docs(variant.config)
+    common = {f.name for f in dataclasses.fields(ll.AdapterConfig)}
+    own = [f for f in dataclasses.fields(variant.config) if f.name not in common]
+    if own:
+        say()
+        table(("option", "default", "what it does"), [(f.name, f.default, docs.get(f.name, "")) for f in own])
+    say()
+    say(f"cost on a model: lora-lite plan --method {variant.name} --cost --model NAME")
     return 0
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, shown
 
 Role = Literal["reader", "writer", "inner"]
 DTYPES = {
@@ -23,6 +25,20 @@ DTYPES = {
     "float16": torch.float16,
 }
 MAX_RANK = 1 << 20
+MAX_INT = 1 << 63
+LITERAL = re.compile(r"(?:[\w-]|\\?\.)*")
+"""A plain path: most patterns are, and nothing can be wrong with them."""
+ELSEWHERE = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target_names",
+    "exclude_modules": "exclude_names",
+    "modules_to_save": "train_modules",
+    "layers_to_transform": "layers",
+    "rank": "r",
+    "lora_r": "r",
+}
+"""Fields as other libraries call them -> ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +79,19 @@ class AdapterConfig:
     dequantize: bool = False
     """Allow methods that need the dense weight to read a quantised one."""
 
+    def __new__(cls, *args: object, **values: object) -> AdapterConfig:
+        """Name the field that was meant where other libraries call it otherwise. Raises `ConfigError`."""
+        where = cls.__name__
+        if args:
+            raise ConfigError(f"{where} takes its fields by name: {where}(r={args[0]!r}).")
+        fields = {f.name for f in dataclasses.fields(cls)}
+        for name in values:
+            if name in fields:
+                continue
+            hint = f" Here it is called {ELSEWHERE[name]!r}." if name in ELSEWHERE else did_you_mean(name, fields)
+            raise ConfigError(f"{where} has no field {name!r}.{hint}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
@@ -84,6 +113,11 @@ class AdapterConfig:
             raise ConfigError(f"{where}.dropout must lie in [0, 1), got {self.dropout}.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"{where}.dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}.")
+        if "all-linear" in (self.target_names or ()):
+            raise ConfigError(
+                f"{where}.target_names: 'all-linear' is what None, the default, means: the linear layers of the "
+                "blocks. Leave it out."
+            )
         for pattern, r in self.rank_pattern.items():
             if not 1 <= r <= MAX_RANK:
                 raise ConfigError(f"{where}.rank_pattern[{pattern!r}] must be between 1 and {MAX_RANK}, got {r}.")
@@ -91,10 +125,8 @@ class AdapterConfig:
             if not (math.isfinite(alpha) and alpha != 0):
                 raise ConfigError(f"{where}.alpha_pattern[{pattern!r}] must be finite and not 0, got {alpha}.")
         for field, pattern in self.patterns():
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise ConfigError(f"{where}.{field}: {pattern!r} is not a regular expression ({e}).") from None
+            if fault := _fault(pattern):
+                raise ConfigError(f"{where}.{field}: {shown(pattern)} is not a regular expression ({fault}).")
 
     @property
     def effective_alpha(self) -> float:
@@ -158,6 +190,18 @@ class AdapterConfig:
         return cls(**{k: v for k, v in data.items() if k in fields})
 
 
+@functools.lru_cache(1 << 14)
+def _fault(pattern: str) -> str:
+    """Why it is no regular expression, or an empty string; kept, since every target has a config."""
+    if LITERAL.fullmatch(pattern):
+        return ""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        return str(e)
+    return ""
+
+
 def matches(pattern: str, path: str) -> bool:
     """Whether the regular expression matches the whole path or its tail after a dot."""
     # fused experts are targets under `experts.lora_gate_up_proj`, and everybody calls them `experts.gate_up_proj`
@@ -193,7 +237,7 @@ def _coerce(value: object, hint: Any, where: str) -> Any:
         return tuple(_coerce(v, args[0], f"{where}[{i}]") for i, v in enumerate(_items(value, where)))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must be a mapping, got {value!r}.")
+            raise ConfigError(f"{where} must be a mapping, got {shown(value)}.")
         pairs = cast("Mapping[object, object]", value).items()
         return {_coerce(k, args[0], where): _coerce(v, args[1], f"{where}[{k!r}]") for k, v in pairs}
     return _plain_value(value, hint, where)
@@ -216,7 +260,7 @@ def _choice(value: object, allowed: tuple[Any, ...], where: str) -> Any:
     if value in allowed:
         return value
     raise ConfigError(
-        f"{where} must be one of {list(allowed)}, got {value!r}.{did_you_mean(str(value), map(str, allowed))}"
+        f"{where} must be one of {list(allowed)}, got {shown(value)}.{did_you_mean(str(value), map(str, allowed))}"
     )
 
 
@@ -228,14 +272,18 @@ def _items(value: object, where: str) -> Sequence[object]:
         return sorted(cast("set[Any]", value))
     if isinstance(value, (list, tuple)):
         return cast("Sequence[object]", value)
-    raise ConfigError(f"{where} must be a list, got {value!r}.")
+    raise ConfigError(f"{where} must be a list, got {shown(value)}.")
 
 
 def _plain_value(value: object, hint: Any, where: str) -> object:
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{where} must be finite, got {shown(value)}.")
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        if not -MAX_INT <= value < MAX_INT:
+            raise ConfigError(f"{where} must lie between -2**63 and 2**63, got {shown(value)}.")
         return value
     if hint in (bool, str) and isinstance(value, hint):
         return value
-    raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}.")
+    raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, got {shown(value)}.")

@@ -5,6 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+POOL = 2000
+"""Among how many names one is looked for that was meant."""
+WORD = 200
+"""Characters of a value in a message."""
+
 
 class LoraLiteError(Exception):
     """Base of every error raised on purpose by lora_lite."""
@@ -38,13 +43,17 @@ class BaseMismatchError(FileError):
     """The adapter was trained on other base weights than the model has."""
 
 
+class WriteError(FileError, OSError):
+    """A file could not be written where it was to stand: a full disk, a place that may not be written to."""
+
+
 class LoraLiteWarning(UserWarning):
     """The one warning class; `warnings.simplefilter("error", LoraLiteWarning)` makes all of them raise."""
 
 
 def did_you_mean(word: str, pool: Iterable[str], n: int = 3) -> str:
     """A sentence that names the entries of `pool` nearest to `word`, or an empty string."""
-    names = list(dict.fromkeys(pool))
+    names = _shortlist(word, list(dict.fromkeys(pool)))
     near = difflib.get_close_matches(word, names, n=n, cutoff=0.5)
     if not near:  # paths differ mostly in their prefix: compare the last segments too
         tails = {name.rsplit(".", 1)[-1]: name for name in names}
@@ -52,10 +61,27 @@ def did_you_mean(word: str, pool: Iterable[str], n: int = 3) -> str:
     return f" Did you mean {', '.join(repr(m) for m in near)}?" if near else ""
 
 
+def _shortlist(word: str, names: list[str]) -> list[str]:
+    """At most `POOL` names, those that end as the word does before others: comparing takes long."""
+    if len(names) > POOL:
+        tail = word.rsplit(".", 1)[-1]
+        names = sorted(names, key=lambda name: not name.endswith(tail))[:POOL]
+    return [name for name in names if len(name) <= 10 * WORD]
+
+
+def shown(value: object) -> str:
+    """A value as it stands in a message: not longer than is read."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= WORD else f"{text[:WORD]}…"
+
+
 def listing(items: Iterable[str], n: int = 6) -> str:
     """The first `n` items, quoted, and how many more there are."""
     items = list(items)
-    text = ", ".join(repr(i) for i in items[:n])
+    text = ", ".join(shown(i) for i in items[:n])
     return text + (f" and {len(items) - n} more" if len(items) > n else "")
 
 

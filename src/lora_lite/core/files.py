@@ -1,7 +1,9 @@
-"""Reading a safetensors file: the one place where such a file is opened."""
+"""Reading files that somebody else may have written: the one place where JSON and safetensors of adapters are opened.
+Whatever such a file does wrong is one class of error, `FileError`."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,7 +13,39 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import FileError, listing
+from .errors import FileError, LoraLiteError, listing
+
+DIGITS = 20
+"""Of a whole number in such JSON; 2⁶⁴ has twenty."""
+WORDS = 2000
+"""Characters of what a file may say of itself in a message."""
+WRONG = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError, MemoryError)
+"""What code raises that takes a value for what it should be. `RuntimeError` is torch's, and that of a nesting that is
+too deep."""
+
+
+@contextmanager
+def reading(where: str | os.PathLike[str], what: str = "") -> Generator[None, None, None]:
+    """Inside, whatever goes wrong with what a file says is a `FileError` that names the file, and in it `what`."""
+    name = os.fspath(where)
+    try:
+        yield
+    except FileError as e:
+        said = str(e)
+        if name in said and len(said) <= WORDS:
+            raise
+        raise type(e)(said[:WORDS] if name in said else f"{name}: {said[:WORDS]}") from None
+    except LoraLiteError as e:
+        raise FileError(f"{name}: {str(e)[:WORDS]}") from None
+    except SafetensorError as e:
+        raise FileError(
+            f"{name} cannot be read: damaged, or no safetensors file ({e}). "
+            "lora_lite reads no pickles: .bin, .pt and .pkl are refused."
+        ) from None
+    except FileNotFoundError:
+        raise FileError(f"{name} does not exist.") from None
+    except WRONG as e:
+        raise FileError(f"{name}: {what or 'it'} is malformed ({repr(e)[:WORDS]}).") from None
 
 
 @contextmanager
@@ -21,27 +55,48 @@ def opened(path: str | os.PathLike[str]) -> Generator[Any, None, None]:
     Raises:
         FileError: it is not there, or damaged; also where a tensor cannot be read inside the block.
     """
-    try:
-        with cast("Any", safe_open(os.fspath(path), "pt")) as f:
-            yield f
-    except FileNotFoundError:
-        raise FileError(f"{os.fspath(path)} does not exist.") from None
-    except SafetensorError as e:
-        raise FileError(
-            f"{os.fspath(path)} cannot be read: damaged, or no safetensors file ({e}). "
-            "lora_lite reads no pickles: .bin, .pt and .pkl are refused."
-        ) from None
+    with reading(path), cast("Any", safe_open(os.fspath(path), "pt")) as f:
+        yield f
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a file.
 
     Raises:
-        FileError: as `opened`, or a value is not finite.
+        FileError: as `opened`, or a value is complex or not finite.
     """
     with opened(path) as f:
         tensors: dict[str, Tensor] = {key: f.get_tensor(key) for key in f.keys()}
-    bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())]
+        strange = [k for k, t in tensors.items() if t.is_complex()]
+        bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())]
+    if strange:
+        raise FileError(f"{os.fspath(path)} holds complex numbers, which no adapter has: {listing(strange)}.")
     if bad:
         raise FileError(f"{os.fspath(path)} holds values that are not finite: {listing(bad)}.")
     return tensors
+
+
+def parsed(text: str | bytes, where: str) -> Any:
+    """Plain JSON, of a size that does no harm.
+
+    Raises:
+        FileError: it is no JSON, names a key twice, is nested deeper than Python goes, or holds a whole number of more
+            than `DIGITS` digits.
+    """
+    try:
+        return json.loads(text, parse_int=_whole, object_pairs_hook=_mapping)
+    except (ValueError, RecursionError) as e:
+        raise FileError(f"{where} is not JSON ({str(e)[:WORDS]}).") from None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found

@@ -74,6 +74,17 @@ class Layer(Protocol[Config]):
         ...
 
     @property
+    def peers(self) -> int:
+        """Number of layers that the adapter stands on, this one included; known in `penalty` and `on_step`, 1
+        elsewhere."""
+        ...
+
+    @property
+    def by_number(self) -> bool:
+        """Whether x picks columns of the weight by number, as an embedding's does: x @ M is some rows of M."""
+        ...
+
+    @property
     def weight(self) -> Tensor:
         """Dense (d_out, d_in) base weight, detached, whatever the layer stores.
 

@@ -6,7 +6,7 @@ from typing import TypeVar, cast
 
 from .config import AdapterConfig
 from .errors import ConfigError, did_you_mean
-from .variant import Derived, Variant
+from .variant import Derived, Variant, forward_of
 
 _TABLE: dict[str, type[Variant]] = {}
 T = TypeVar("T", bound=type)
@@ -15,9 +15,9 @@ T = TypeVar("T", bound=type)
 def register(cls: T) -> T:
     """Class decorator: enter an adapter method into the registry.
 
-    The class needs `name`, a static `param_specs(d_in, d_out, cfg)` and a static `forward(layer, x, y)` or
-    `forward_input(layer, x)`; every other member of `Variant` that it lacks takes the default. Registering a name again
-    replaces the class only if it is the same class defined anew (a notebook cell run twice).
+    The class needs `name`, a static `param_specs(d_in, d_out, cfg)` and a static `forward(layer, x, y)`,
+    `forward_input(layer, x)` or `weight(layer, W)`; every other member of `Variant` that it lacks takes the default.
+    Registering a name again replaces the class only if it is the same class defined anew (a notebook cell run twice).
 
     Raises:
         ConfigError: a member is missing or follows from others, or the name or what the class `holds` belongs to
@@ -30,8 +30,8 @@ def register(cls: T) -> T:
         )
     if not callable(getattr(cls, "param_specs", None)):
         raise ConfigError(f"{name}: write a static param_specs(d_in, d_out, cfg) -> dict[str, ParamSpec].")
-    if not (callable(getattr(cls, "forward", None)) or callable(getattr(cls, "forward_input", None))):
-        raise ConfigError(f"{name}: write a static forward(layer, x, y) or forward_input(layer, x).")
+    if not any(callable(getattr(cls, member, None)) for member in ("forward", "forward_input", "weight")):
+        raise ConfigError(f"{name}: write a static forward(layer, x, y), forward_input(layer, x) or weight(layer, W).")
     old = _TABLE.get(name)
     if old is not None and not _same(old, cls):
         raise ConfigError(f"the name {name!r} belongs to {old.__module__}.{old.__qualname__}; choose another name.")
@@ -55,7 +55,10 @@ def _completed(cls: type) -> type[Variant]:
     for member, default in vars(Variant).items():
         if member not in there and not member.startswith("__"):
             setattr(cls, member, default)
-    return cast("type[Variant]", cls)
+    page = cast("type[Variant]", cls)
+    if page.weight is not None:
+        page.forward, page.needs_weight = staticmethod(forward_of(page.weight)), True
+    return page
 
 
 def _check_facts(page: type[Variant]) -> None:
@@ -103,9 +106,32 @@ def get_variant(name: str) -> type[Variant]:
     return _TABLE[name]
 
 
+def check_config(cfg: object) -> None:
+    """Refuse what people pass instead of a config.
+
+    Raises:
+        ConfigError: a method's name, a dict, a class, or anything else; the line to type is named.
+    """
+    if isinstance(cfg, AdapterConfig):
+        return
+    got, hint = type(cfg).__name__, "lora_lite.LoRAConfig(r=8)"
+    if isinstance(cfg, str) and cfg in _TABLE:
+        got, hint = f"the name {cfg!r}", f"lora_lite.{get_variant(cfg).config.__name__}()"
+    elif isinstance(cfg, dict):
+        hint = "lora_lite.LoRAConfig(**settings)"
+    elif isinstance(cfg, type) and issubclass(cfg, AdapterConfig):
+        got, hint = f"the class {cfg.__name__}", f"{cfg.__name__}(r=8)"
+    raise ConfigError(f"the second argument is a config such as {hint}, got {got}.")
+
+
 def resolve(cfg: AdapterConfig) -> AdapterConfig:
     """`AdapterConfig(variant="x")` becomes the config class of x with the same fields; others are checked and
-    returned."""
+    returned.
+
+    Raises:
+        ConfigError: it is no config, names no method, or belongs to another one.
+    """
+    check_config(cfg)
     if not cfg.variant:
         raise ConfigError(
             f"{type(cfg).__name__} names no method: pass variant=..., one of {', '.join(sorted(_TABLE))}, or use a "

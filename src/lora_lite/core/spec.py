@@ -40,6 +40,8 @@ class ParamSpec:
         decay: False asks for weight decay 0 in `adapter.param_groups` (gains, rotations, magnitudes).
         lr_ratio: the tensor's learning rate divided by the base one (LoRA+).
         dtype: None takes the config's dtype; otherwise this one (integer indices).
+        below: of whole numbers 0, 1, ..., below - 1, which a file must keep to; a tuple bounds each row of the last
+            two dimensions on its own.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +51,7 @@ class ParamSpec:
     decay: bool = True
     lr_ratio: float = 1.0
     dtype: torch.dtype | None = None
+    below: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
@@ -66,6 +69,13 @@ class ParamSpec:
     def is_trained(self) -> bool:
         """Whether an optimiser sees this tensor."""
         return self.trainable and not self.as_buffer
+
+    def holds(self, t: Tensor) -> bool:
+        """Whether values from elsewhere lie in the declared range."""
+        if self.below is None or not t.numel():
+            return True
+        bound = torch.tensor(self.below)[..., None]
+        return bool(((t >= 0) & (t < bound)).all())
 
     def fill(self, t: Tensor, generator: Generator) -> None:
         """Draw the start value into `t`, a CPU tensor in full precision."""

@@ -52,6 +52,21 @@ class Gram(Protocol[Config]):
         """Σ xᵀx (d_in, d_in), in fp32 or better."""
         ...
 
+    @property
+    def sum(self) -> Tensor:
+        """Σ x (d_in,), in fp32 or better."""
+        ...
+
+    @property
+    def trace(self) -> Tensor:
+        """Σ ‖x‖²."""
+        ...
+
+    def leading(self, k: int, centred: bool = False) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues (k,) of C, descending, and eigenvectors (d_in, k), signs fixed; centred: of C
+        without the tokens' mean. Few tokens are decomposed themselves, without C."""
+        ...
+
 
 class Targets(Protocol[Config]):
     """The layers of a `group_init`: a list, with statistics of a pass of the data through the untouched model.

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from .config import AdapterConfig
@@ -36,6 +37,16 @@ def _trains(page: type[Variant]) -> bool:
     except LoraLiteError:  # the page refuses this size, which a method without trained tensors has no reason to
         return True
     return page.shared_specs is not None or any(spec.is_trained for spec in specs.values())
+
+
+def forward_of(weight: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any, Tensor], Tensor]:
+    """The `forward` that follows from a `weight`."""
+
+    def forward(layer: Any, x: Any, y: Tensor) -> Tensor:
+        W = layer.weight.to(torch.promote_types(torch.float32, y.dtype))
+        return y + x @ (weight(layer, W) - W).to(y.dtype).mT
+
+    return forward
 
 
 class Variant:
@@ -72,6 +83,8 @@ class Variant:
     own_weight: ClassVar[bool] = False
     """The adapter's weight in `ll.activate` is a variable of the page, `layer.strength`; otherwise the runtime blends
     the outputs with it."""
+    noisy: ClassVar[bool] = False
+    """Draws from torch's own generator in training, so that two training forwards differ; not in evaluation."""
     norms: ClassVar[bool] = False
     """The page also stands on a norm, where x is the normalised input, seen as one input per feature: x @ M has one row
     M (1, d_out)."""
@@ -82,6 +95,9 @@ class Variant:
     """Those of the common fields "r", "alpha" and "dropout" that the page does not use."""
     lr: ClassVar[float] = 1e-3
     """Recommended learning rate for AdamW."""
+    width_growth: ClassVar[float] = 0.0
+    """p where the first step at that rate changes the layer's outputs by a share that grows as width**p: with the start
+    of its authors a method may not be free of the width, and a rate found at one width is then another at a second."""
 
     # ---- what follows from other members
     exact_identity: ClassVar[Derived] = Derived(lambda page: page.identity_bound == 0, "identity_bound")
@@ -100,6 +116,9 @@ class Variant:
     """`(layer, x, y) -> y_new`, x (..., d_in), y (..., d_out)."""
     forward_input: Callable[[Any, Any], Tensor] | None = None
     """`(layer, x) -> x_new`, before the base layer."""
+    weight: Callable[[Any, Tensor], Tensor] | None = None
+    """`(layer, W (d_out, d_in)) -> W'`, W in fp32 or better, for a method that needs the dense weight anyway: a plain
+    layer then multiplies with W' once. `forward` follows from it, y + x (W' − W)ᵀ, and with it everything else."""
     factors: Callable[[Any], tuple[Tensor, Tensor]] | None = None
     """`(layer) -> (A (k, d_in), B (d_out, k))` with y_new = y + x Aᵀ Bᵀ, scale folded in: exact export, sums of
     adapters, grouped rows."""

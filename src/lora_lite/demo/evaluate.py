@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .data import batches
+from ..data.batches import batches
+from ..data.tokens import closing_ids, prompt_ids
 from .wordmath import Problem, extract_answer
 
 Progress = Callable[[int, int], None]
@@ -25,16 +26,18 @@ class Answers:
 def complete(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[dict[str, Any]]],
     batch_size: int = 50,
     max_new_tokens: int = 48,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Greedy completions, in the order of `prompts`: batches of like length, padded on the left, up to the end
-    token."""
+    """Greedy completions of texts, or of turns in the chat template, in the order of `prompts`: batches of like length,
+    padded on the left, up to the end token or the one that closes a turn."""
     import torch
 
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    ends = closing_ids(tokenizer)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found = [""] * len(prompts)
     was_training = model.training
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
@@ -43,13 +46,14 @@ def complete(
         with torch.no_grad():
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
-                enc = tokenizer([prompts[i] for i in part], return_tensors="pt", padding=True).to(model.device)
+                enc = tokenizer.pad({"input_ids": [ids[i] for i in part]}, return_tensors="pt").to(model.device)
                 out = model.generate(
                     input_ids=enc["input_ids"],
                     attention_mask=enc["attention_mask"],
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=ends or None,
                 )
                 for i, text in zip(
                     part,

@@ -1,12 +1,12 @@
-"""transformers' Trainer, and TRL's trainers which inherit it, on a model with attached adapters: checkpoints hold the
-adapter and never the base."""
+"""transformers' Trainer, and those of TRL and sentence-transformers which inherit it, on a model with adapters:
+attached inside, checkpoints that hold the adapter and never the base, a reference model without a second base."""
 
 from __future__ import annotations
 
-import os
+import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +15,130 @@ from torch import nn
 
 import lora_lite as ll
 
-from ..core.errors import FileError, StateError
-from ..io import native
-from ..io.header import config_from_header
-from ..runtime.layers.tensors import is_sharded
-from ..runtime.model.state import DEFAULT, state_of, unwrap
+from ..core.errors import StateError
+from ..runtime.model.state import state_of
+from . import reference
+from .card import card, fields
+from .folder import CARD, copy_adapters, load_checkpoint, write_folder
+from .homes import homes, new_home, trainable
+from .peft_config import our_config
+from .reference import Reference
+from .served import base_names_only
+
+__all__ = ["AdapterMixin", "adapter_trainer", "load_checkpoint", "trainer"]
 
 _Base: Any = object
 """The trainer's class, as the mixin sees it: known only where a subclass names it."""
 
 
-@cache
-def adapter_trainer(base: type | None = None) -> type:
-    """A Trainer class for models with attached adapters.
+def trainer(base: type, cfg: ll.AdapterConfig | None = None, **options: Any) -> type:
+    """A Trainer class for adapters, from one of transformers, TRL or sentence-transformers.
+
+        trainer = ll.trainer(SFTTrainer, ll.LoRAConfig(r=16))(model="Qwen/Qwen3-0.6B", args=args, train_dataset=data)
+        trainer = ll.trainer(DPOTrainer)(model=model, ...)                  # attached or loaded already
+
+    Checkpoints and `save_model` hold the adapters and nothing of the base, in a folder that `ll.load` reads, and PEFT
+    and `AutoModel` where the method allows. A reference model (DPO, KTO, GRPO, RLOO) is the same base with a frozen
+    copy of the adapter as it was, or the bare base where the trainer attached it.
 
     Args:
-        base: `transformers.Trainer` (the default), `trl.SFTTrainer` or another class that inherits the former.
+        base: the class, whose arguments stay as they are. A `peft_config=` among them may be a config of ours or
+            PEFT's LoraConfig; ours is attached in either case.
+        cfg: what to attach to the model, whether it is given as a module, by its name or by `model_init`. None: the
+            model has its adapter already, or `peft_config=` says what to attach.
+        options: further arguments of `ll.attach`, say `calibration_data=batches`.
 
     Returns:
-        A subclass of `base`; its arguments are those of `base`. Attach the adapter first, then construct it:
-
-            ll.attach(model, ll.LoRAConfig(r=8))
-            trainer = adapter_trainer()(model=model, args=TrainingArguments(...), train_dataset=data)
-            trainer.train(resume_from_checkpoint=True)
+        A subclass of `base`.
     """
+    made = adapter_trainer(base)
+    if cfg is None and not options:
+        return made
+    return type(made.__name__, (made,), {"adapter_cfg": cfg, "attach_options": options})
+
+
+@functools.cache
+def adapter_trainer(base: type | None = None) -> type:
+    """`ll.trainer` for models with attached adapters; `base` is transformers' Trainer where it is None."""
     if base is None:
         from transformers import Trainer as base
-    return type(f"Adapter{base.__name__}", (AdapterMixin, base), {})
+    root = next(c for c in reversed(base.__mro__) if "compute_loss" in vars(c))
+    inner = type("Inside", (_Inside, root), {})
+    bases = (AdapterMixin, inner) if base is root else (AdapterMixin, base, inner)
+    return type(f"Adapter{base.__name__}", bases, {"trainer_class": base})
+
+
+class _Inside(_Base):
+    """Stands between a trainer and transformers' own Trainer, where the model has been loaded and prepared, to attach
+    the adapter there."""
+
+    def __init__(self, model: nn.Module | str | None = None, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, str):
+            model = _loaded(model)
+        if model is None:  # model_init makes it, see `call_model_init`
+            super().__init__(model, *args, **kwargs)
+            return
+        self._adapt(model)  # type: ignore[attr-defined]
+        with _quantised_base_allowed(model):
+            super().__init__(model, *args, **kwargs)
 
 
 class AdapterMixin(_Base):
-    """What changes for adapters: parameter groups, penalty, schedule, and what a checkpoint holds. Put it before the
-    trainer: `class T(AdapterMixin, Trainer)`."""
+    """What changes for adapters: where they are attached, parameter groups, penalty, schedule, reference, and what a
+    checkpoint holds."""
 
-    def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(model, nn.Module) or not any(a.trainable for a in ll.adapters(model).values()):
-            raise StateError(
-                "this trainer trains adapters, and the model has no trainable one: call ll.attach(model, cfg) "
-                "or ll.load(model, path, trainable=True) before constructing it."
-            )
-        with _quantised_base_allowed(model), _tensors_kept(model):
-            super().__init__(model, *args, **kwargs)
+    trainer_class: type
+    adapter_cfg: ll.AdapterConfig | None = None
+    attach_options: dict[str, Any] = {}
+
+    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        self._to_attach = self.adapter_cfg
+        if kwargs.get("peft_config") is not None:
+            self._to_attach = kwargs.pop("peft_config")
+        self._reference: Reference | None = None
         self._scheduled_optimizer: Any = None
+        if model is not None:
+            self._check_has_adapter(model)
+        said = inspect.signature(self.trainer_class.__init__).bind_partial(self, model, *args, **kwargs).arguments
+        self._said_args = said.get("args")
+        way = "" if said.get("ref_model") is not None else reference.way(self.trainer_class, self._said_args)
+        if way:
+            self._reference = Reference()
+        if way == "argument":
+            kwargs["ref_model"] = self._reference
+        with _tensors_kept(model), _without_beta(self._said_args, way == "beta") as beta:
+            super().__init__(model, *args, **kwargs)
+        if way == "beta":
+            self.beta = self.beta if beta is None else beta
+            self.ref_model = self._reference if self.beta else None
+        served = next((v for v in vars(self).values() if callable(getattr(v, "sync_weights", None))), None)
+        if served is not None:
+            served.sync_weights = base_names_only(served.sync_weights, self.model)
+
+    def _check_has_adapter(self, model: Any) -> None:
+        if self._to_attach is None and not (isinstance(model, nn.Module) and trainable(model)):
+            raise StateError(
+                "this trainer trains adapters, and the model has no trainable one: give the config, "
+                "ll.trainer(TrainerClass, cfg), or call ll.attach(model, cfg) or ll.load(model, path, trainable=True) "
+                "before constructing it."
+            )
+
+    def _adapt(self, model: nn.Module) -> None:
+        """Attach what is to be attached, and let the reference follow."""
+        self._check_has_adapter(model)
+        fresh = self._to_attach is not None
+        if fresh:
+            home = new_home(model)
+            ll.attach(home, our_config(self._to_attach, home), **self.attach_options)
+        if self._reference is not None:
+            reference.check_arguments(self._said_args, model)
+            self._reference.follow(model, fresh)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """The model of a run or of a trial of a sweep, with its adapter."""
+        model = super().call_model_init(trial)
+        self._adapt(model)
+        return model
 
     # ---- optimiser
 
@@ -64,32 +146,28 @@ class AdapterMixin(_Base):
         """The optimiser that the arguments name, over `adapter.param_groups` and whatever else requires a gradient."""
         if self.optimizer is None:
             lr, decay = self.args.learning_rate, self.args.weight_decay
-            groups = [
-                group
-                for handle in ll.adapters(self.model).values()
-                if handle.trainable
-                for group in handle.param_groups(lr, decay)
-            ]
-            mine = {id(p) for group in groups for p in group["params"]}
-            rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in mine]
-            groups += [{"params": rest, "lr": lr, "weight_decay": decay}] if rest else []
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if {"params", "model", "optimizer_dict"} & set(options) or not isinstance(cls, type):
+            groups = [group for _, handle in trainable(self.model) for group in handle.param_groups(lr, decay)]
+            given = getattr(self, "optimizer_cls_and_kwargs", None)
+            cls, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            chosen = [options.pop(key) for key in ("params", "model", "optimizer_dict") if key in options]
+            if (chosen and not _are_plain_groups(chosen[0])) or not isinstance(cls, type):
                 raise StateError(
                     f"optim={self.args.optim!r} chooses its parameters itself, which would ignore the adapter's "
                     "groups; use 'adamw_torch'."
                 )
-            self.optimizer = cls(groups, **options)
+            others = chosen[0] if chosen else [{"params": list(self.model.parameters()), "weight_decay": decay}]
+            mine = {id(p) for group in groups for p in group["params"]}
+            self.optimizer = cls(groups + _without(others, mine, lr), **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning-rate schedule, and `ll.schedule` for methods that have one of their own."""
         target: Any = optimizer if optimizer is not None else self.optimizer
         target = getattr(target, "optimizer", target)  # accelerate's wrapper takes no hooks
-        scheduled = any(r.variant.on_step is not None for r in state_of(self.model).records.values())
-        if scheduled and self._scheduled_optimizer is not target:
-            ll.schedule(self.model, target, num_training_steps)
-            self._scheduled_optimizer = target
+        if self._scheduled_optimizer is not target:
+            for home in {id(home): home for home, handle in trainable(self.model) if _has_schedule(handle)}.values():
+                ll.schedule(home, target, num_training_steps)
+                self._scheduled_optimizer = target
         return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- loss
@@ -97,8 +175,8 @@ class AdapterMixin(_Base):
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The trainer's loss; while training, plus `ll.penalty` of the active adapters."""
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        state = state_of(self.model)
-        if not model.training or not any(state.records[n].variant.penalty for n, _ in state.active):
+        punished = [home for home in homes(self.model) if _has_penalty(home)] if model.training else []
+        if not punished:
             return result
         loss = result[0] if return_outputs else result
         # A loss that is normalised over the accumulated batch already is summed over its parts, not averaged.
@@ -106,64 +184,92 @@ class AdapterMixin(_Base):
         if scaled is None:
             scaled = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
         share = getattr(self, "current_gradient_accumulation_steps", 1) if scaled else 1
-        loss = loss + (ll.penalty(self.model) / share).to(loss.device)
+        for home in punished:
+            loss = loss + (ll.penalty(home) / share).to(loss.device)
         return (loss, result[1]) if return_outputs else loss
 
     # ---- checkpoints
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's training; trackers (`report_to`) find the adapter's fields in the model's config meanwhile."""
+        with _fields_told(self.model):
+            return super().train(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write every trainable adapter of the model into a folder, and nothing of the base."""
+        """Write the folder of every trainable adapter, and nothing of the base."""
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
-        for handle in _trainable(self.model):
-            if self.args.should_save:
-                folder.mkdir(parents=True, exist_ok=True)
-                ll.save(self.model, folder / adapter_file(handle.name), handle.name, compact=not _internal_call)
-            elif any(is_sharded(p) for p in handle.parameters()):
-                ll.adapter_state_dict(self.model, handle.name)  # takes its part in gathering the shards
+        write_folder(self.model, folder, self, compact=not _internal_call)
+        if self._reference is not None and _internal_call and self.args.should_save:
+            self._reference.save(folder)
+        if getattr(self.args, "push_to_hub", False) and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """The adapter's card, in the place of the trainer's, which would describe a whole model."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        tags = kwargs.get("tags") or ()
+        text = card(
+            self.model,
+            (folder / "adapter_config.json").is_file(),
+            self.state.log_history,
+            self.state.global_step,
+            model_name,
+            kwargs.get("dataset_name") or kwargs.get("dataset"),
+            [tags] if isinstance(tags, str) else tags,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CARD).write_text(text, encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_checkpoint(self.model if model is None else model, resume_from_checkpoint)
+        if self._reference is not None:
+            self._reference.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         load_checkpoint(self.model, self.state.best_model_checkpoint)
 
-
-def adapter_file(name: str) -> str:
-    """The file name of an adapter inside a checkpoint."""
-    return "adapter.safetensors" if name == DEFAULT else f"adapter-{name}.safetensors"
-
-
-def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Copy the adapters of a checkpoint folder into the attached, trainable adapters, in place, and set their schedules
-    to its step.
-
-    Raises:
-        FileError: an adapter is missing, has another config or other targets, or was trained on another base; nothing
-            is copied then.
-    """
-    model, found = unwrap(model), []
-    for handle in _trainable(model):
-        path = Path(folder) / adapter_file(handle.name)
-        if not path.is_file():
-            raise FileError(f"{folder} is no checkpoint of adapter {handle.name!r}: it holds no {path.name}.")
-        head, tensors = native.read(path)
-        theirs, ours = config_from_header(head, str(path)).to_dict(), handle.cfg.to_dict()
-        other = [f"{k}={theirs.get(k)!r}, not {v!r}" for k, v in ours.items() if theirs.get(k) != v]
-        if other:
-            raise FileError(
-                f"{path} was trained with another config ({'; '.join(other)}); attach with the same one to resume."
-            )
-        native.check_base(model, handle.record, head, "error", str(path))
-        native.check_keys(native.expected(handle.record), tensors, str(path))
-        found.append((handle, head, tensors))
-    for handle, head, tensors in found:
-        ll.load_adapter_state_dict(model, handle.name, tensors)
-        handle.record.steps = int(head.get("steps") or 0)
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        copy_adapters(checkpoint_folder, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
 
-def _trainable(model: nn.Module) -> list[ll.Adapter]:
-    return [handle for handle in ll.adapters(unwrap(model)).values() if handle.trainable]
+def _without(groups: list[dict[str, Any]], mine: set[int], lr: float) -> list[dict[str, Any]]:
+    """The groups without these parameters and without frozen ones, at `lr` where they name no rate; no empty group."""
+    found = []
+    for group in groups:
+        rest = [p for p in group["params"] if p.requires_grad and id(p) not in mine]
+        found += [{"lr": lr, **group, "params": rest}] if rest else []
+    return found
+
+
+def _are_plain_groups(found: Any) -> bool:
+    """Whether these are parameter groups as any optimiser takes them, and nothing that only one of them knows."""
+    return isinstance(found, list) and all(
+        isinstance(g, dict) and set(g) <= {"params", "lr", "weight_decay"} for g in found
+    )
+
+
+def _has_schedule(handle: ll.Adapter) -> bool:
+    return handle.record.variant.on_step is not None
+
+
+def _has_penalty(home: nn.Module) -> bool:
+    state = state_of(home)
+    return any(state.records[name].variant.penalty for name, _ in state.active)
+
+
+def _loaded(name: str) -> nn.Module:
+    """The model of a name or folder, of the class that its config names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name)
+    made = next((getattr(transformers, a) for a in config.architectures or () if hasattr(transformers, a)), None)
+    if made is None:
+        raise StateError(f"{name!r} does not say of which class its model is; load it and pass the model itself.")
+    return made.from_pretrained(name)
 
 
 @contextmanager
@@ -189,10 +295,38 @@ def _quantised_base_allowed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _tensors_kept(model: nn.Module) -> Iterator[None]:
+def _tensors_kept(model: Any) -> Iterator[None]:
     """TRL casts every trainable parameter of a quantised model to bfloat16; the adapter's precision is the config's."""
-    kept = [(p, p.data) for handle in _trainable(model) for p in handle.parameters()]
+    found = trainable(model) if isinstance(model, nn.Module) else []
+    kept = [(p, p.data) for _, handle in found for p in handle.parameters()]
     yield
     for p, data in kept:
         if p.dtype != data.dtype:
             p.data = data.to(p.device)
+
+
+@contextmanager
+def _without_beta(args: Any, act: bool) -> Iterator[float | None]:
+    """The KL factor of the arguments, which is 0 inside: a trainer that sees one loads a second base for it."""
+    if not act or args is None:
+        yield None
+        return
+    beta, args.beta = args.beta, 0.0
+    try:
+        yield beta
+    finally:
+        args.beta = beta
+
+
+@contextmanager
+def _fields_told(model: Any) -> Iterator[None]:
+    """The adapters' fields in the model's config, which every tracker logs."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        yield
+        return
+    config.lora_lite = fields(model)
+    try:
+        yield
+    finally:
+        vars(config).pop("lora_lite", None)

@@ -8,8 +8,8 @@ from torch import Tensor
 def full_tensor(t: Tensor) -> Tensor:
     """The complete tensor; every rank must call it. A plain tensor is returned as it is."""
     if hasattr(t, "ds_id"):
-        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+        import deepspeed  # pyright: ignore[reportMissingImports]
 
-        with GatheredParameters([t]):
+        with deepspeed.zero.GatheredParameters([t]):
             return t.detach().clone()
     return t.full_tensor() if hasattr(t, "full_tensor") else t  # type: ignore[operator]

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._version import __version__
 from ..core.config import AdapterConfig
-from ..core.errors import FileError, LoraLiteError, LoraLiteWarning, did_you_mean
-from ..core.files import opened
+from ..core.errors import FileError, LoraLiteWarning, did_you_mean, listing, shown
+from ..core.files import opened, parsed, reading
 from ..core.registry import get_variant
 from ..runtime.layers.kinds import DEFAULT_KIND, KINDS, kind_named
 from ..runtime.model.kind import Kind
 from ..runtime.model.record import Record, Target
 from ..runtime.targets.choose import add_shared, make_target
 from ..runtime.targets.structure import describe
+from .tensors import checksum
 
 FORMAT = 1
 
@@ -33,10 +32,14 @@ BESIDE = "target_variants"
 
 
 MAX_HEADER = 64 << 20
+MAX_PATTERNS = 1 << 13
+"""In one field of a config."""
+MAX_SCALE = 1e6
+"""Of alpha / r in a file: such a factor, and such a sum, float32 can still hold."""
 
 
-def header(record: Record) -> dict[str, Any]:
-    """The file's header: plain JSON, everything `load` needs."""
+def header(record: Record, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The file's header for these tensors: plain JSON, everything `load` needs."""
     cfg, variants = record.cfg.to_dict(), set[str]()
     targets = {}
     for t in record.targets.values():
@@ -49,7 +52,8 @@ def header(record: Record) -> dict[str, Any]:
         kind |= {"experts": t.experts} if t.experts else {}
         together = {"tied": t.tied} if t.tied else {}
         together |= {"shared": t.shared} if t.shared and not t.tied else {}
-        targets[t.path] = entry | ({"config": own} if own else {}) | kind | beside | together
+        sums = {"crc32": {short: checksum(tensors[t.key(short)]) for short in t.specs}} if t.specs else {}
+        targets[t.path] = entry | ({"config": own} if own else {}) | kind | beside | together | sums
     return {
         "format": FORMAT,
         "version": __version__,
@@ -64,7 +68,8 @@ def header(record: Record) -> dict[str, Any]:
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The header of an adapter file, checked to be ours; reads no tensor."""
     path = Path(path)
-    _check_size(path)
+    with reading(path):
+        _check_size(path)
     with opened(path) as f:
         meta = f.metadata() or {}
     if "lora_lite" not in meta:
@@ -72,10 +77,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is a safetensors file without a lora_lite header. For PEFT adapters pass the folder that holds "
             "adapter_config.json."
         )
-    try:
-        head = json.loads(meta["lora_lite"])
-    except (json.JSONDecodeError, RecursionError) as e:
-        raise FileError(f"{path}: the header is not JSON ({e}).") from None
+    head = parsed(meta["lora_lite"], f"{path}: the header")
     _check_format(head, path)
     if not isinstance(head.get("config"), dict) or not isinstance(head.get("targets"), dict) or not head["targets"]:
         raise FileError(f"{path}: the header has no config or no targets.")
@@ -85,7 +87,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _check_size(path: Path) -> None:
     """Raise before a reader believes what a file claims of its own header."""
     if not path.is_file():
-        raise FileError(f"{path} does not exist.")
+        raise FileError(f"{path} {'is no file' if path.exists() else 'does not exist'}.")
     with path.open("rb") as f:
         head_size = f.read(8)
     if len(head_size) == 8 and struct.unpack("<Q", head_size)[0] > MAX_HEADER:
@@ -100,25 +102,24 @@ def _check_format(head: Any, path: Path) -> None:
         raise FileError(f"{path}: the header names no format number.")
     required = head.get("requires") or []
     if head["format"] > FORMAT or required not in ([], [BESIDE]):
+        version = shown(head.get("version"))
         raise FileError(
-            f"{path} was written by lora_lite {head.get('version')} and needs a newer version than {__version__} "
-            f"(format {head['format']}, requires {required})."
+            f"{path} was written by lora_lite {version} and needs a newer version than {__version__} "
+            f"(format {head['format']}, requires {shown(required)})."
         )
 
 
 def config_from_header(head: dict[str, Any], where: str) -> AdapterConfig:
     """The config of a file; unknown optional keys warn, since a newer version may have written them."""
-    try:
+    _check_patterns(head["config"], where)
+    unknown: list[str] = []
+    with reading(where, "the config"):
         variant = get_variant(str(head["config"].get("variant")))
-        unknown: list[str] = []
         cfg = variant.config.from_dict(head["config"], unknown)
-    except LoraLiteError as e:
-        raise FileError(f"{where}: {e}") from None
-    except (TypeError, ValueError, OverflowError) as e:
-        raise FileError(f"{where}: the config is malformed ({e}).") from None
+        check_scale(cfg.scale, "the config")
     if unknown:
         warnings.warn(
-            f"{where}: ignored config keys of a newer version: {', '.join(unknown)}", LoraLiteWarning, stacklevel=3
+            f"{where}: ignored config keys of a newer version: {listing(unknown)}", LoraLiteWarning, stacklevel=3
         )
     return cfg
 
@@ -135,26 +136,15 @@ def record_from_header(model: nn.Module, head: dict[str, Any], name: str, where:
                 f"{where}: the model has no module {path!r}.{did_you_mean(path, modules)} The adapter belongs to "
                 "another architecture or to a model with another prefix."
             )
-        with _named(f"{where}: the entry of target {path!r}", where):
+        with reading(where, f"the entry of target {path!r}"):
             targets[path] = _target(path, entry, modules[path], cfg, widths)
-    with _named(f"{where}: what the targets share", where):
+    with reading(where, "what the targets share"):
         _tie(targets, entries)
         _share([targets[path] for path in modules if path in targets], cfg, entries)  # in the order of attach
     steps, total = (head.get(k, 0) for k in ("steps", "total_steps"))
     if not (_is_count(steps) and _is_count(total)):
-        raise FileError(f"{where}: steps and total_steps must be counts, got {steps!r} and {total!r}.")
+        raise FileError(f"{where}: steps and total_steps must be counts, got {shown(steps)} and {shown(total)}.")
     return Record(name, get_variant(cfg.variant), cfg, targets, steps=steps, total_steps=total)
-
-
-@contextmanager
-def _named(what: str, where: str) -> Iterator[None]:
-    """Inside, whatever a file's values do wrong becomes a `FileError`."""
-    try:
-        yield
-    except LoraLiteError as e:
-        raise FileError(f"{where}: {e}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
-        raise FileError(f"{what} is malformed ({e!r}).") from None
 
 
 def _modules(model: nn.Module, entries: dict[str, Any]) -> dict[str, nn.Module]:
@@ -188,8 +178,10 @@ def _target(path: str, entry: dict[str, Any], module: nn.Module, cfg: AdapterCon
     defaults = cfg if method is variant else method.config(variant=method.name)
     known = {f.name for f in dataclasses.fields(defaults)}
     changes = {k: v for k, v in entry.get("config", {}).items() if k in known}
+    _check_patterns(changes, path)
     own = method.config.from_dict({**defaults.to_dict(), **changes})
-    if abs(float(entry.get("scale", own.scale)) - own.scale) > 1e-6 * abs(own.scale):
+    check_scale(own.scale, path)
+    if not abs(float(entry.get("scale", own.scale)) - own.scale) <= 1e-6 * abs(own.scale):
         raise FileError(
             f"{path} was saved with scale {entry['scale']}, and its config makes {own.scale} of it: the config was "
             "edited."
@@ -240,6 +232,33 @@ def _share(targets: list[Target], cfg: AdapterConfig, entries: dict[str, Any]) -
                 f"{t.path} shares {claimed[t.path]!r} (tensor: owner) in the file, and variant {cfg.variant!r} shares "
                 f"{t.shared!r} in this model: an owner must be a target of the file that owns that tensor."
             )
+
+
+def _check_patterns(config: dict[str, Any], where: str) -> None:
+    """Raise where a config holds more patterns than are quickly looked at; a model has fewer layers."""
+    n = max((len(v) for v in config.values() if isinstance(v, (dict, list))), default=0)
+    if n > MAX_PATTERNS:
+        raise FileError(
+            f"{where}: a field of the config has {n} entries; at most {MAX_PATTERNS} are taken from a file."
+        )
+
+
+def check_scale(scale: float, whose: str) -> None:
+    """Raise where a file scales its update beyond anything that was ever trained."""
+    if not abs(scale) <= MAX_SCALE:
+        raise FileError(f"{whose} scales its update by {scale:g}; at most {MAX_SCALE:g} is taken from a file.")
+
+
+def check_sums(head: dict[str, Any], record: Record, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise where a tensor is not what was saved; files of versions before 0.2 hold no checksums."""
+    for t in record.targets.values():
+        sums = head["targets"][t.path].get("crc32") or {}
+        for short in t.specs:
+            if short in sums and sums[short] != checksum(tensors[t.key(short)]):
+                raise FileError(
+                    f"{where}: the numbers of {t.key(short)} are not those that were saved (their checksum differs): "
+                    "the file is damaged. Copy or download it again."
+                )
 
 
 def _is_count(value: Any) -> bool:

@@ -25,7 +25,8 @@ def load(
     """Attach an adapter from a file and make it the active one. Needs neither an SVD nor calibration data.
 
     Args:
-        path: a file written by `save`, or a folder in PEFT's layout.
+        path: a file written by `save`, a folder that a trainer left, or one in PEFT's layout. Of a folder with several
+            of our files the one of the adapter called `name` is read.
         name: the adapter's name in this model.
         trainable: go on training it.
         base_check: what to do when the base weights are not those the adapter was trained on.
@@ -38,6 +39,27 @@ def load(
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
     check_attachable(model, name)
-    if Path(path).is_dir():
-        return load_peft(unwrap(model), path, name, trainable)
+    if os.path.isdir(path):
+        own = _own_file(Path(path), name)
+        if own is None:
+            return load_peft(unwrap(model), path, name, trainable)
+        path = own
     return load_native(unwrap(model), path, name, trainable, base_check)
+
+
+def adapter_file(name: str) -> str:
+    """The file name of an adapter in a folder."""
+    return "adapter.safetensors" if name == DEFAULT else f"adapter-{name}.safetensors"
+
+
+def _own_file(folder: Path, name: str) -> Path | None:
+    """The file of ours that a folder holds for this adapter; None where it holds none of ours."""
+    found = sorted([*folder.glob("adapter.safetensors"), *folder.glob("adapter-*.safetensors")])
+    if len(found) < 2:
+        return found[0] if found else None
+    if folder / adapter_file(name) in found:
+        return folder / adapter_file(name)
+    raise FileError(
+        f"{folder} holds {', '.join(path.name for path in found)} and no {adapter_file(name)}; name the adapter "
+        "(name=...), or give the file itself."
+    )

@@ -21,21 +21,25 @@ from ..core.errors import (
     did_you_mean,
     listing,
 )
-from ..core.files import opened, read_tensors
+from ..core.files import opened, read_tensors, reading
+from ..core.spec import ParamSpec
 from ..runtime.call.acting import warn_idle
 from ..runtime.commit import commit
 from ..runtime.compact import compacted
 from ..runtime.handle import Adapter
+from ..runtime.layers.offload import brought_back, is_away
 from ..runtime.layers.read import fingerprint
 from ..runtime.layers.tensors import is_sharded
 from ..runtime.model.record import Record, Target
-from ..runtime.model.site import owned_tensors
+from ..runtime.model.site import owned_tensors, tensor_on
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from ..runtime.start.staging import filled, modules_of
 from .gather import full_tensor
-from .header import header, read_header, record_from_header
+from .header import check_sums, header, read_header, record_from_header
 from .tensors import write_tensors
 
+MAX_SAMPLE = 4096
+"""Numbers in a fingerprint; ours have 64."""
 BaseCheck = Literal["error", "warn", "ignore"]
 
 
@@ -76,7 +80,7 @@ def save(
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     _check_finite(record, tensors)
     warn_idle(model, state_of(model).records[record.name])
-    write_tensors(path, tensors, {"lora_lite": json.dumps(header(record), sort_keys=True)})
+    write_tensors(path, tensors, {"lora_lite": json.dumps(header(record, tensors), sort_keys=True)})
     return path
 
 
@@ -101,7 +105,7 @@ def _check_strangers(model: nn.Module) -> None:
 
 def _file_name(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # which takes names that the system does not
         raise FileError(f"{path} is a folder; give a file name such as {path / 'adapter.safetensors'}.")
     return path if path.suffix else path.with_suffix(".safetensors")
 
@@ -120,11 +124,16 @@ def load_native(
 ) -> Adapter:
     """Attach an adapter from a file written by `save`."""
     head = read_header(path)
-    record = record_from_header(model, head, name, str(path))
-    with opened(path) as f:  # nothing is read that would not be used
-        _check_names(expected(record), f.keys(), str(path))
-    tensors = read_tensors(path)
-    return _install(model, record, head, tensors, trainable, base_check, str(path))
+    with reading(path):
+        record = record_from_header(model, head, name, str(path))
+        with opened(path) as f:  # nothing is read that would not be used
+            _check_names(expected(record), f.keys(), str(path))
+        tensors = read_tensors(path)
+        check_keys(expected(record), tensors, str(path))
+        check_sums(head, record, tensors, str(path))
+        if base_check != "ignore":
+            check_base(model, record, head, base_check, str(path))
+    return commit(model, record, filled(model, record, tensors), trainable)
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -135,8 +144,8 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     """
     record = record_of(model, name)
     found: dict[str, Tensor] = {}
-    for target, short, _, tensor in owned_tensors(model, record):
-        whole = full_tensor(tensor).detach()
+    for target, short, module, tensor in owned_tensors(model, record):
+        whole = _at_hand(module, target.path, tensor)
         if tuple(whole.shape) != target.specs[short].shape:
             raise StateError(
                 f"{target.path}.{short} has shape {tuple(whole.shape)} where {target.specs[short].shape} is expected: "
@@ -151,6 +160,17 @@ def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, T
     return found
 
 
+def _at_hand(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
+    """The whole tensor: gathered from shards, or from where accelerate keeps it."""
+    if not tensor.is_meta or not is_away(module):
+        return full_tensor(tensor).detach()
+    attribute = next(k for k, t in (*module._parameters.items(), *module._buffers.items()) if t is tensor)
+    with torch.no_grad(), brought_back(module, path):
+        found = tensor_on(module, attribute)
+        assert found is not None
+        return found.detach()
+
+
 def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str, Tensor]) -> None:
     """Copy tensors of `adapter_state_dict` into an attached adapter, in place; compiled code stays valid.
 
@@ -159,7 +179,7 @@ def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str,
     """
     record = record_of(model, name)
     own = {target.key(short): tensor for target, short, _, tensor in owned_tensors(model, record)}
-    check_keys(own, state, "the state dict")
+    check_keys(expected(record), state, "the state dict")
     if any(is_sharded(t) for t in own.values()):
         raise StateError("the model is sharded; load the adapter before sharding, or use torch's set_model_state_dict.")
     with torch.no_grad():
@@ -172,22 +192,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     return read_header(path), read_tensors(path)
 
 
-def _install(
-    model: nn.Module,
-    record: Record,
-    head: dict[str, Any],
-    tensors: dict[str, Tensor],
-    trainable: bool,
-    base_check: str,
-    where: str,
-) -> Adapter:
-    check_keys(expected(record), tensors, where)
-    if base_check != "ignore":
-        check_base(model, record, head, base_check, where)
-    return commit(model, record, filled(model, record, tensors), trainable)
-
-
-def expected(record: Record) -> dict[str, Any]:
+def expected(record: Record) -> dict[str, ParamSpec]:
     """Key -> spec of every tensor that the adapter owns."""
     return {t.key(short): spec for t in record.targets.values() for short, spec in t.specs.items()}
 
@@ -203,8 +208,8 @@ def _check_names(wanted: Iterable[str], got: Iterable[str], where: str) -> None:
         raise FileError(f"{where}: {' '.join(parts)}{hint}")
 
 
-def check_keys(wanted: dict[str, Any], got: dict[str, Tensor], where: str) -> None:
-    """Raise `FileError` where names, shapes or dtypes are not the wanted ones."""
+def check_keys(wanted: dict[str, ParamSpec], got: dict[str, Tensor], where: str) -> None:
+    """Raise `FileError` where names, shapes, dtypes or whole numbers are not the wanted ones."""
     _check_names(wanted, got, where)
     for key, want in wanted.items():
         if tuple(want.shape) != tuple(got[key].shape):
@@ -212,6 +217,8 @@ def check_keys(wanted: dict[str, Any], got: dict[str, Tensor], where: str) -> No
         dtype = want.dtype or torch.float32
         if got[key].dtype != dtype and not (dtype.is_floating_point and got[key].is_floating_point()):
             raise FileError(f"{where}: {key} holds {got[key].dtype}, expected {dtype}.")
+        if not want.holds(got[key]):
+            raise FileError(f"{where}: {key} holds numbers outside of its range (below {want.below}).")
 
 
 def check_base(model: nn.Module, record: Record, head: dict[str, Any], base_check: str, where: str) -> None:
@@ -249,8 +256,9 @@ def _saved_fingerprint(target: Target, head: dict[str, Any], where: str) -> dict
     found = head["targets"][target.path].get("base")
     if not isinstance(found, dict) or not isinstance(found.get("sample"), list):
         return {}
-    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in found["sample"]):
-        raise FileError(f"{where}: the fingerprint of {target.path} is malformed.")
+    with reading(where, f"the fingerprint of {target.path}"):
+        if len(found["sample"]) > MAX_SAMPLE or not all(math.isfinite(v) for v in found["sample"]):
+            raise ValueError(f"{len(found['sample'])} numbers")
     return found
 
 

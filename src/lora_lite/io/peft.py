@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..core.config import AdapterConfig, matches
-from ..core.errors import FileError, StateError, did_you_mean, listing
-from ..core.files import read_tensors
+from ..core.config import AdapterConfig
+from ..core.errors import FileError, StateError, did_you_mean, listing, shown
+from ..core.files import opened, parsed, read_tensors, reading
 from ..core.registry import get_variant, variants
 from ..runtime.commit import commit
 from ..runtime.handle import Adapter
@@ -30,11 +30,19 @@ from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from ..runtime.start.staging import filled
 from ..runtime.targets.choose import make_target
 from ..runtime.view.expert import layer_views
-from .peft_experts import Pair, expert_factors, packed, unpacked
+from .header import check_scale
+from .native import check_keys, expected
+from .peft_experts import WRAPPED, Pair, expert_factors, packed, unpacked
 from .peft_whole import Values, called, full_values, patterns, split_whole, whole_targets
+from .places import replaced_folder
 from .tensors import write_tensors
 
 PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KNOWN = (".lora_A", ".lora_B", ".weight", ".bias")
+"""How the names of tensors end, those of modules saved whole included."""
+MAX_CONFIG = 16 << 20
+"""Bytes of adapter_config.json."""
 REFUSED = {
     "use_dora": "DoRA magnitudes",
     "layer_replication": "replicated layers",
@@ -50,11 +58,13 @@ def export(
     """Write one adapter for PEFT, vLLM, llama.cpp and others: exact for every method whose update is of low rank.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it is not there. An adapter in it is replaced at once, so that a killed process leaves the old
+            or the new one; its other files stay.
         format: "peft".
 
     Raises:
         StateError: the method's update is not a pair of low-rank factors (merge it instead), or the model is merged.
+        FileError: the folder cannot be written; what was in it is as it was.
     """
     if format != "peft":
         raise FileError(f"format must be 'peft', got {format!r}.")
@@ -70,13 +80,16 @@ def export(
         tensors |= full_values(model, record)
     config = _config(model, record, list(factors), parameters, r)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(
-        folder / "adapter_model.safetensors",
-        {f"{PREFIX}{key}": t for key, t in tensors.items()},
-        {"format": "pt", "written_by": f"lora_lite {__version__}"},
-    )
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with replaced_folder(folder, WEIGHTS) as new:
+        write_tensors(
+            new / WEIGHTS,
+            {f"{PREFIX}{key}": t for key, t in tensors.items()},
+            {"format": "pt", "written_by": f"lora_lite {__version__}"},
+        )
+        with (new / CONFIG).open("w") as f:
+            f.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
     return folder
 
 
@@ -154,8 +167,16 @@ def _config(model: nn.Module, record: Record, linear: list[str], parameters: lis
 def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, trainable: bool) -> Adapter:
     """Attach a LoRA adapter from a folder in PEFT's layout; every tensor of the file is used, or it raises."""
     folder = Path(folder)
-    config, tensors = _read_config(folder), _read_tensors(folder)
-    modules = dict(model.named_modules())
+    with reading(folder):
+        record, values = _read(model, folder, name)
+        check_keys(expected(record), values, str(folder))
+    return commit(model, record, filled(model, record, values), trainable)
+
+
+def _read(model: nn.Module, folder: Path, name: str) -> tuple[Record, dict[str, Tensor]]:
+    """The adapter of a folder, and its tensors by key; the model is only looked at."""
+    config, modules = _read_config(folder), dict(model.named_modules())
+    tensors = _read_tensors(folder, modules)
     saved, tensors = _saved_whole(config, modules, tensors, folder)
     cfg = get_variant("lora").config(
         train_modules=patterns(list(saved)),
@@ -166,18 +187,19 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str], name: str, train
     )
     pairs = _pairs(tensors, folder)
     of_experts, values = unpacked(model, config, pairs, cfg, folder)
+    ranks, alphas = _Overrides(config, "rank_pattern", "r"), _Overrides(config, "alpha_pattern", "lora_alpha")
     targets: dict[str, Target] = {}
     for path, pair in pairs.items():
         size = _checked_size(path, pair, modules, folder)
-        targets[path] = make_target(path, *size, _with_rank(cfg, path, pair["lora_A"].shape[0], config, folder))
+        own = _with_rank(cfg, path, pair["lora_A"].shape[0], ranks(path), float(alphas(path)), folder)
+        targets[path] = make_target(path, *size, own)
     targets |= of_experts
     if not targets:
         raise FileError(f"{folder}: adapter_model.safetensors holds no tensor.")
     whole, differences = whole_targets(saved, modules, cfg, folder)
     record = Record(name, get_variant("lora"), cfg, targets | whole)
     values |= pairs | differences
-    keyed = {t.key(short): values[path][short] for path, t in record.targets.items() for short in t.specs}
-    return commit(model, record, filled(model, record, keyed), trainable)
+    return record, {t.key(short): values[path][short] for path, t in record.targets.items() for short in t.specs}
 
 
 def _saved_whole(
@@ -186,7 +208,7 @@ def _saved_whole(
     """What the file holds of the modules in `modules_to_save`, and its other tensors."""
     names = config.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise FileError(f"{folder}: modules_to_save must be a list of names, got {names!r}.")
+        raise FileError(f"{folder}: modules_to_save must be a list of names, got {shown(names)}.")
     saved, rest = split_whole(names, modules, tensors, PREFIX)
     if missing := [n for n in names if not any(called(path, [n]) for path in saved)]:
         raise FileError(f"{folder}: modules_to_save names {listing(missing)}, of which the file holds no tensor.")
@@ -199,10 +221,7 @@ def _pairs(tensors: dict[str, Tensor], folder: Path) -> Values:
     for key, t in tensors.items():
         path, dot, letter = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if not dot or letter not in ("lora_A", "lora_B"):
-            raise FileError(
-                f"{folder}: tensor {key!r} is not a lora_A or lora_B weight; this adapter holds more than LoRA, which "
-                "is not read."
-            )
+            raise _more_than_lora(key, folder)
         pairs.setdefault(path, {})[letter] = t
     return pairs
 
@@ -223,30 +242,29 @@ def _checked_size(path: str, pair: dict[str, Tensor], modules: dict[str, nn.Modu
     return size
 
 
-def _with_rank(cfg: AdapterConfig, path: str, r: int, config: dict[str, Any], folder: Path) -> AdapterConfig:
+def _with_rank(cfg: AdapterConfig, path: str, r: int, declared: Any, alpha: float, folder: Path) -> AdapterConfig:
     """The config of one layer, with the rank and the alpha that the patterns say."""
-    declared = _pattern(config.get("rank_pattern"), path, config["r"])
     if r != declared:
-        raise FileError(f"{folder}: {path} has rank {r} in the file and {declared} in adapter_config.json.")
-    alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
-    return type(cfg)(**{**cfg.to_dict(), "r": r, "alpha": alpha})
+        raise FileError(f"{folder}: {path} has rank {r} in the file and {shown(declared)} in adapter_config.json.")
+    own = type(cfg)(**{**cfg.to_dict(), "r": r, "alpha": alpha})
+    check_scale(own.scale, f"{folder}: {path}")
+    return own
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     if not path.is_file():
         raise FileError(
             f"{folder} holds no adapter_config.json. For lora_lite's own format pass the .safetensors file."
         )
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise FileError(f"{path} is not JSON ({e}).") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise FileError(
-            f"{path}: peft_type {config.get('peft_type') if isinstance(config, dict) else config!r} cannot be read; "
-            "only LORA can."
-        )
+    with path.open("rb") as f:
+        text = f.read(MAX_CONFIG + 1)
+    if len(text) > MAX_CONFIG:
+        raise FileError(f"{path} has more than {MAX_CONFIG} bytes, which no configuration has.")
+    config = parsed(text, str(path))
+    kind = config.get("peft_type") if isinstance(config, dict) else config
+    if not isinstance(config, dict) or kind != "LORA":
+        raise FileError(f"{path}: peft_type {shown(kind)} cannot be read; only LORA can.")
     _check_supported(config, path)
     _check_numbers(config, path)
     return config
@@ -261,10 +279,11 @@ def _check_supported(config: dict[str, Any], path: Path) -> None:
                 "and load the merged model."
             )
     if config.get("bias", "none") != "none":
-        raise FileError(f"{path}: bias={config['bias']!r} trains base biases, which is not read.")
-    if config.get("init_lora_weights") not in (True, False, None, "gaussian", "eva", "orthogonal"):
+        raise FileError(f"{path}: bias={shown(config['bias'])} trains base biases, which is not read.")
+    start = config.get("init_lora_weights")
+    if start not in (True, False, None, "gaussian", "eva", "orthogonal"):
         raise FileError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} belongs to a base whose weights PEFT changed. "
+            f"{path}: init_lora_weights={shown(start)} belongs to a base whose weights PEFT changed. "
             "Save it in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
         )
 
@@ -272,30 +291,73 @@ def _check_supported(config: dict[str, Any], path: Path) -> None:
 def _check_numbers(config: dict[str, Any], path: Path) -> None:
     for field in ("r", "lora_alpha"):
         if not isinstance(config.get(field), (int, float)) or isinstance(config.get(field), bool):
-            raise FileError(f"{path}: {field} must be a number, got {config.get(field)!r}.")
+            raise FileError(f"{path}: {field} must be a number, got {shown(config.get(field))}.")
+    for field in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(field, False), bool):
+            raise FileError(f"{path}: {field} must be true or false, got {shown(config[field])}.")
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(field) or {}, dict):
             raise FileError(f"{path}: {field} must be a mapping.")
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / "adapter_model.safetensors"
+def _read_tensors(folder: Path, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of a folder; nothing is read where some belong to no module of the model."""
+    path = folder / WEIGHTS
     if not path.is_file():
         raise FileError(
             f"{folder} holds no adapter_model.safetensors; pickled adapters (adapter_model.bin) are never read."
         )
+    with opened(path) as f:
+        keys = list(f.keys())
+    for key in keys:
+        if not key.endswith(KNOWN):
+            raise _more_than_lora(key, folder)
+    foreign = [k for k in keys if not _module_of(k) or _module_of(k) not in modules]
+    if foreign:
+        name = _module_of(foreign[0])
+        raise FileError(
+            f"{folder}: {len(foreign)} tensors belong to no module of the model: {listing(foreign)}."
+            f"{did_you_mean(name, modules)}"
+        )
     return read_tensors(path)
 
 
-def _pattern(patterns: Any, path: str, default: Any) -> Any:
-    """PEFT's override rule for literal module names; a regular expression from a file is never run."""
-    for key, value in (patterns or {}).items():
-        plain = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if any(c in plain for c in "*+?()[]{}|\\"):
-            raise FileError(
-                f"the pattern {key!r} of adapter_config.json is a regular expression; only literal module names are "
-                "read from files."
-            )
-        if matches(plain.replace(".", "\\."), path):
-            return value
-    return default
+def _more_than_lora(key: str, folder: Path) -> FileError:
+    return FileError(
+        f"{folder}: tensor {shown(key)} is not a lora_A or lora_B weight; this adapter holds more than LoRA, which is "
+        "not read."
+    )
+
+
+def _module_of(key: str) -> str:
+    """The path of the module to which a tensor of a folder belongs."""
+    path, _, letter = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+    if letter not in ("lora_A", "lora_B"):
+        path = key.removeprefix(PREFIX).rpartition(".")[0]
+    while path.endswith(WRAPPED):
+        path = path.removesuffix(WRAPPED)
+    return path
+
+
+class _Overrides:
+    """PEFT's overrides of one number by literal module names, `^` in front standing for the whole path; a regular
+    expression from a file is never run."""
+
+    def __init__(self, config: dict[str, Any], field: str, default: str) -> None:
+        self.default = config[default]
+        self.named: dict[str, tuple[int, Any]] = {}
+        """Name -> (its place among the patterns, the first of which wins; value)."""
+        for key, value in (config.get(field) or {}).items():
+            plain = key.removesuffix("$").replace("\\.", ".")
+            if any(c in plain.removeprefix("^") for c in "^*+?()[]{}|\\"):
+                raise FileError(
+                    f"the pattern {shown(key)} of adapter_config.json is a regular expression; only literal module "
+                    "names are read from files."
+                )
+            self.named.setdefault(plain, (len(self.named), value))
+
+    def __call__(self, path: str) -> Any:
+        """What holds at a path."""
+        parts = path.split(".")
+        names = [f"^{path}", *(".".join(parts[i:]) for i in range(len(parts)))]
+        return min((self.named[n] for n in names if n in self.named), default=(0, self.default), key=lambda f: f[0])[1]

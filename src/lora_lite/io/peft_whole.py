@@ -56,6 +56,8 @@ def whole_targets(
                 f"{where}: {path} holds { ({k: tuple(t.shape) for k, t in own.items()}) } in the file and "
                 f"{ ({k: tuple(p.shape) for k, p in there.items()}) } in this model."
             )
+        if strange := [k for k, t in own.items() if not t.is_floating_point()]:
+            raise FileError(f"{where}: {path}.{strange[0]} holds {own[strange[0]].dtype}, expected floating numbers.")
         kind.inspect(module, path)
         _check_is_its_weight(kind, module, f"{where}: {path}")
         d_in, d_out = kind.size(module) or (0, 0)

@@ -10,6 +10,8 @@ from torch import Generator, Tensor
 
 BLOCKS = 8
 OVERSAMPLE = 8
+BURIED = 1e-9
+"""Share of the largest eigenvalue below which an eigenvector in fp64 is rounding."""
 
 
 def fix_signs(V: Tensor) -> Tensor:
@@ -27,6 +29,20 @@ def top_eigh(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
         found = e[-k:].flip(0), V[:, -k:].flip(1)
     e, V = found
     return e.clamp_min(0), V * fix_signs(V)
+
+
+def top_eigh_of_rows(X: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """`top_eigh` of XᵀX for X (n, d) with fewer rows than columns: XᵀX v = λ v for v = Xᵀu/√λ where XXᵀ u = λ u, an
+    (n, n) decomposition in fp64. None where X has no k directions that rounding leaves alone."""
+    if k > X.shape[0]:
+        return None
+    rows = X.to(torch.float64) if X.device.type != "mps" else X
+    e, U = torch.linalg.eigh(rows @ rows.mT)
+    e, U = e[-k:].flip(0), U[:, -k:].flip(1)
+    if not bool(e[-1] > BURIED * e[0]):
+        return None
+    V = rows.mT @ U / e.sqrt()
+    return e.to(X.dtype), (V * fix_signs(V)).to(X.dtype)
 
 
 def top_svd(M: Tensor, k: int, decays: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -72,7 +72,8 @@ def combine(
         factors = {
             path: _combined(pairs[path], path, method, rank, density, seed) for path in track(list(pairs), "combine")
         }
-        record = _held(name, factors, shapes, records[0].cfg.dtype)
+        kinds = {path: target.kind for r in records for path, target in r.targets.items()}
+        record = _held(name, factors, shapes, kinds, records[0].cfg.dtype)
         staged = stage(model, record, fill=False)
         for view in staged:
             record.variant.from_factors(view, *factors[view.path])  # type: ignore[misc]
@@ -117,7 +118,9 @@ def _check_summable(record: Record, weights: Mapping[str, float]) -> None:
         )
 
 
-def _held(name: str, factors: dict[str, Pair], shapes: dict[str, tuple[int, int]], dtype: str) -> Record:
+def _held(
+    name: str, factors: dict[str, Pair], shapes: dict[str, tuple[int, int]], kinds: dict[str, str], dtype: str
+) -> Record:
     """The adapter that will hold the combined factors, every target with the rank of its own."""
     keeper = holder("factors")
     top = max(A.shape[0] for A, _ in factors.values())
@@ -125,7 +128,7 @@ def _held(name: str, factors: dict[str, Pair], shapes: dict[str, tuple[int, int]
     targets = {}
     for path, (A, _) in factors.items():
         r = A.shape[0]
-        targets[path] = make_target(path, *shapes[path], dataclasses.replace(cfg, r=r, alpha=float(r)))
+        targets[path] = make_target(path, *shapes[path], dataclasses.replace(cfg, r=r, alpha=float(r)), kinds[path])
     return Record(name, keeper, cfg, targets)
 
 

@@ -22,10 +22,10 @@ from .model.held import hold, release
 from .model.kind import Hooks, Kind
 from .model.record import Record
 from .model.site import Site, Slot, base_parameters, owned_tensors, place
-from .model.state import SITE, STATE, ModelState, not_merged, outside_scope, record_of, state_of, unwrap
+from .model.state import SITE, STATE, ModelState, check_module, not_merged, outside_scope, record_of, state_of, unwrap
 from .model.undo import Undo, all_or_nothing, restoring
 from .start.staging import StagedTarget
-from .state_dicts import after_state_dict, before_load_state_dict
+from .state_dicts import after_state_dict, before_load_state_dict, savers
 from .targets.choose import check_owners
 
 HOOKS = Hooks(pre_hook, post_hook)
@@ -36,13 +36,16 @@ ROOT_HOOKS = {
     "_load_state_dict_pre_hooks": before_load_state_dict,
     "_state_dict_hooks": after_state_dict,
 }
+SAVING_HOOKS = {"_state_dict_hooks": after_state_dict}
 
 
 def check_attachable(model: nn.Module, name: str) -> None:
     """Raise when an adapter cannot be added to this model under this name."""
     if not name or not all(c.isalnum() or c in "_-" for c in name):
         raise StateError(f"an adapter's name consists of letters, digits, '_' and '-'; got {name!r}.")
+    check_module(model)
     _check_not_distributed(model)
+    _check_not_wrapped(model)
     model = unwrap(model)
     state = model.__dict__.get(STATE)
     _check_not_part(model, state)
@@ -60,6 +63,12 @@ def check_attachable(model: nn.Module, name: str) -> None:
 
 def _check_not_distributed(model: nn.Module) -> None:
     """Raise on a model whose parameters were dealt out to ranks already."""
+    if getattr(unwrap(model), "_tp_size", None):
+        raise StateError(
+            "the model is tensor-parallel (tp_plan): each rank holds a part of every weight, for which adapters have "
+            "no rule. Load it without tp_plan, attach, and use FSDP2 (fully_shard), DistributedDataParallel or "
+            "DeepSpeed. For serving, merge the adapter first and save the model."
+        )
     wrapper = type(model).__name__
     sharded = next((n for n, p in base_parameters(model) if is_sharded(p)), None)
     wrapped = wrapper in ("DistributedDataParallel", "FullyShardedDataParallel")
@@ -69,6 +78,22 @@ def _check_not_distributed(model: nn.Module) -> None:
     raise StateError(
         f"the model is already {how}; adapters added now would not be synchronised between ranks. Attach first, then "
         "call fully_shard / DistributedDataParallel / deepspeed.initialize."
+    )
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    """Raise on a model that another adapter library has put its own layers into."""
+    path = next((p for p, m in model.named_modules() if "base_layer" in m._modules and hasattr(m, "set_adapter")), None)
+    wrapped = callable(getattr(model, "get_base_model", None)) and "base_model" in model._modules
+    if path is None and not wrapped:
+        return
+    where = f"is a {type(model).__name__}" if wrapped else f"holds an adapter of PEFT ({path})"
+    cure = "load the base without that adapter (what load_adapter and add_adapter did cannot be undone)"
+    if wrapped:
+        cure = "model = model.merge_and_unload(), which keeps that adapter in the weights, or model = model.unload()"
+    raise StateError(
+        f"the model {where}, and an adapter added now would stand on PEFT's own tensors. First {cure}. Then "
+        "ll.attach(model, cfg), or ll.load(model, folder) for a LoRA that PEFT wrote."
     )
 
 
@@ -93,6 +118,7 @@ def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
 def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainable: bool, undo: Undo) -> Adapter:
     """The steps of `commit`."""
     state = state_of(model, create=True)
+    staged = _in_model_order(model, staged)
     record.trainable = trainable
     record.targets = {view.path: view.target for view in staged}
     check_owners(record.targets)
@@ -117,7 +143,7 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
         site.found, site.inspected = found.get(view.path), view.path in found
         owners = {short: modules[place(view.target, short, record.name)[0]] for short in view.target.shared}
         site.slots[record.name] = Slot(record, view.target, owners)
-        site.note_input()
+        site.note_pages()
     undo(restoring(state, state.records))
     _adopt(model, state, undo)
     state.base_trainable = list(dict.fromkeys((*state.base_trainable, *(path for path, _ in training))))
@@ -125,9 +151,21 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     state.records[record.name] = record
     state.active = ((record.name, 1.0),)
     state.row_epoch += 1
-    state.links, state.unhooked, state.train_calls = None, {}, 0
+    state.links, state.unhooked, state.train_calls, state.gradless = None, {}, 0, {}
     forget_compiled()
     return Adapter(model, record.name)
+
+
+def _in_model_order(model: nn.Module, staged: list[StagedTarget]) -> list[StagedTarget]:
+    """As the layers stand in the model, wherever the adapter comes from: an optimiser's state knows its parameters by
+    their number alone, and must fit an adapter that was loaded as it fitted the one that was attached."""
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+
+    def where(view: StagedTarget) -> int:
+        parent = view.path.rpartition(".")[0]  # a bank of experts is no module of the model yet
+        return order.get(view.path, order.get(parent, len(order)))
+
+    return sorted(staged, key=where)
 
 
 def _finish(view: StagedTarget, record: Record, modules: dict[str, nn.Module]) -> None:
@@ -190,13 +228,20 @@ def _adopt(model: nn.Module, state: ModelState, undo: Undo) -> None:
     """Make a model the root of its adapters, with the hooks of whole calls."""
     if STATE in model.__dict__:
         return
-    undo(lambda: (remove_hooks(model, ROOT_HOOKS), model.__dict__.pop(STATE, None)))
+    undo(lambda: (_remove_root_hooks(model), model.__dict__.pop(STATE, None)))
     model.__dict__[STATE] = state
     state.held = hold(model, undo)
     model.register_forward_pre_hook(root_pre_hook, with_kwargs=True)
     model.register_forward_hook(root_post_hook, with_kwargs=True, always_call=True)
     model.register_load_state_dict_pre_hook(before_load_state_dict)
-    model.register_state_dict_post_hook(after_state_dict)
+    for module in (model, *savers(model)):
+        module.register_state_dict_post_hook(after_state_dict)
+
+
+def _remove_root_hooks(model: nn.Module) -> None:
+    remove_hooks(model, ROOT_HOOKS)
+    for module in savers(model):
+        remove_hooks(module, SAVING_HOOKS)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -252,7 +297,7 @@ def _take_from(layer: nn.Module, site: Site, record: Record, undo: Undo) -> None
     """One adapter off one layer, and the hooks with the last one."""
     undo(restoring(site, site.slots))
     del site.slots[record.name]
-    site.note_input()
+    site.note_pages()
     if not site.slots:
         carrier = site.kind.hooked(layer)
         undo(restoring(layer, carrier._modules, *hook_tables(carrier)))
@@ -266,9 +311,9 @@ def _release(model: nn.Module, state: ModelState, undo: Undo) -> None:
         undo(lambda p=p: p.requires_grad_(False))
         p.requires_grad_(True)
     release(model, state.held, undo)
-    undo(restoring(model, *hook_tables(model)))
+    undo(restoring(model, *(table for m in (model, *savers(model)) for table in hook_tables(m))))
     del model.__dict__[STATE]
-    remove_hooks(model, ROOT_HOOKS)
+    _remove_root_hooks(model)
 
 
 def rename(model: nn.Module, old: str, new: str) -> None:

@@ -3,7 +3,9 @@ back."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +18,17 @@ from .call.acting import check_acts
 from .call.batch import call_batch, evaluating, values_of
 from .layers.cell import rounding
 from .layers.kinds import kind_named
-from .layers.tensors import bias_of, device_of, is_sharded, stored_weight
+from .layers.tensors import bias_of, device_of, exact_dtype, is_sharded, stored_weight
 from .model.call import Chosen
-from .model.kind import Cell
+from .model.kind import Cell, Part
 from .model.merged import Merged, Original
 from .model.record import Record
 from .model.site import Site, Slot, owned_tensors
 from .model.state import SITE, ModelState, outside_scope, record_of, state_of, unwrap
 from .progress import track
 from .select import active as active_scope
-from .view.expert import with_adapters
+from .view.expert import still_with_adapters
+from .view.folded import folded, shift
 
 
 @dataclass
@@ -39,7 +42,7 @@ class MergeReport:
     change: dict[str, float]
     """Path -> ‖W' − W‖ / ‖W‖."""
     rounding: dict[str, float]
-    """Path -> largest rounding of W' to its storage dtype, relative to the largest entry."""
+    """Path -> largest rounding of W' to its storage dtype in a sample of its rows, relative to the largest entry."""
     dequantised: list[str]
     """Paths of quantised layers that are dense now."""
     logit_error: float | None = None
@@ -68,8 +71,7 @@ class MergeReport:
 
 
 def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, check: Any = None) -> MergeReport:
-    """Fold adapters into the weights: W' and b' are read off the pages themselves, run in fp64 on the identity and on
-    zero.
+    """Fold adapters into the weights: W' and b' are read off the pages themselves, in fp64, a block at a time.
 
     Args:
         name: one adapter; None means the active set, with its weights and in its order.
@@ -140,42 +142,92 @@ def _chosen(model: nn.Module, state: ModelState, name: str | None) -> Chosen:
 def _merge_layer(
     model: nn.Module, path: str, layer: nn.Module, site: Site, merged: Merged, report: MergeReport
 ) -> None:
-    """Every matrix of one layer: read, fold the pages in, write."""
+    """Every matrix of one layer: copied, and written block by block from the copy."""
     slots = [(site.slots[n], weight) for n, weight in merged.active if n in site.slots]
     if not site.kind.writable(layer):
         _replace_layer(model, path, layer, site, slots, merged, report)
         return
-    bias = bias_of(layer)
-    original = Original(path, site.kind.stored(layer).detach().to("cpu", copy=True), had_bias=bias is not None)
+    bias, kept = bias_of(layer), site.kind.stored(layer).detach().clone()
+    original = Original(path, kept, had_bias=bias is not None)
     original.bias = None if bias is None else bias.detach().to("cpu", copy=True)
     merged.originals.append(original)
-    change = size = rounded = 0.0
+    measured = Measured()
     for cell in site.kind.cells(layer, path):
-        w, new, shift = merged_weight(layer, site, cell, slots)
-        change, size = change + float((new - w).square().sum()), size + float(w.square().sum())
-        rounded = max(rounded, cell.write(new, shift))
-    report.change[path], report.rounding[path] = (change / max(size, 1e-60)) ** 0.5, rounded
+        b = fold_cell(layer, site, cell, slots, cell.matrix(kept), cell.write, measured)
+        cell.write_bias(b)
+    original.weight = kept.cpu()
+    report.change[path], report.rounding[path] = measured.change, measured.rounding
 
 
-def merged_weight(
-    layer: nn.Module, site: Site, cell: Cell, slots: list[tuple[Slot, float]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(W, W', b') of one matrix in fp64, or fp32 where the device has no fp64: W'ᵀ = F(I) − F(0) and b' = F(0) for
-    F(v) = pages(base(pages_in(v)))."""
-    w, b = cell.read(torch.float32 if device_of(layer).type == "mps" else torch.float64)
+SAMPLED = 8
+"""The rounding is looked at in one row of so many: it costs as much as the merge."""
+
+
+@dataclass
+class Measured:
+    """Sums over the blocks of one layer."""
+
+    moved: float = 0.0
+    """‖W' − W‖²."""
+    size: float = 0.0
+    """‖W‖²."""
+    largest: float = 0.0
+    """Largest |W'|."""
+    off: float = 0.0
+    """Largest |stored W' − W'| of every `SAMPLED`-th row of a block."""
+
+    def add(self, w: Tensor, new: Tensor, change: Tensor, stored: Tensor) -> bool:
+        """Count one block of W, of W', of W' − W and of what is stored now; False where that is not finite."""
+        low, high = (float(t) for t in torch.aminmax(stored))
+        self.size += _square(w.to(torch.promote_types(torch.float32, w.dtype)))
+        self.moved += _square(change)
+        some = slice(None, None, SAMPLED)
+        below, above = (float(t) for t in torch.aminmax(stored[some] - new[some]))
+        self.off, self.largest = max(self.off, -below, above), max(self.largest, -low, high)
+        return math.isfinite(low) and math.isfinite(high)
+
+    @property
+    def change(self) -> float:
+        return (self.moved / max(self.size, 1e-60)) ** 0.5
+
+    @property
+    def rounding(self) -> float:
+        return self.off / max(self.largest, 1e-30)
+
+
+def _square(t: Tensor) -> float:
+    numbers = t.flatten()
+    return float(numbers.dot(numbers))
+
+
+def fold_cell(
+    layer: nn.Module,
+    site: Site,
+    cell: Cell,
+    slots: list[tuple[Slot, float]],
+    w: Tensor,
+    write: Callable[[Part, Tensor], Tensor],
+    measured: Measured,
+) -> Tensor:
+    """b' of one matrix W in fp64 or the device's best; W' goes block by block into the hands of `write`."""
     was_training = layer.training
     layer.training = False
     try:
-        new, shift = cell.read_off(with_adapters(layer, cell, slots, w, b), w)
+        dtype = exact_dtype(w.device)
+        f = still_with_adapters(layer, cell, slots, w, dtype)
+        b = shift(f, cell, w, dtype)
+        finite = bool(torch.isfinite(b).all())
+        for part, new, change in folded(f, cell, w, dtype):
+            finite = finite and measured.add(w[part], new, change, write(part, new))
     finally:
         layer.training = was_training
-    if not (torch.isfinite(new).all() and torch.isfinite(shift).all()):
+    if not finite:
         which = "" if cell.index is None else f" of expert {cell.index}"
         raise StateError(
             f"{site.path}: the merged weight{which} is not finite; look at the adapter's tensors with "
             "ll.adapter_state_dict."
         )
-    return w, new, shift
+    return b
 
 
 def _replace_layer(
@@ -189,11 +241,17 @@ def _replace_layer(
 ) -> None:
     """A dense layer in the place of one whose weight is packed."""
     (cell,) = site.kind.cells(layer, path)
-    w, new, shift = merged_weight(layer, site, cell, slots)
-    dense = site.kind.replacement(layer, new, shift)
+    w, _ = cell.read(exact_dtype(device_of(layer)))
+    new, measured = torch.empty_like(w), Measured()
+
+    def write(part: Part, block: Tensor) -> Tensor:
+        new[part] = block
+        return block
+
+    b = fold_cell(layer, site, cell, slots, w, write, measured)
+    dense = site.kind.replacement(layer, new, b)
     merged.originals.append(Original(path, module=layer))
-    report.change[path] = float((new - w).norm() / w.norm().clamp_min(1e-30))
-    report.rounding[path] = rounding(stored_weight(dense), new)
+    report.change[path], report.rounding[path] = measured.change, rounding(stored_weight(dense), new)
     report.dequantised.append(path)
     _set_submodule(model, path, dense)
 
@@ -241,8 +299,10 @@ def _mergeable(model: nn.Module, state: ModelState, chosen: Chosen, dequantize: 
 
 def _check_affine(record: Record) -> None:
     stream = kind_named(record.variant.site).stream
-    if stream or not record.variant.affine:
+    some = getattr(record.cfg, "positions", "all") != "all"
+    if stream or some or not record.variant.affine:
         where = " (it edits chosen positions of the residual stream)" if stream else ""
+        where = where or (" (it acts at chosen positions)" if some else "")
         raise StateError(
             f"adapter {record.name!r}: variant {record.variant.name!r} is not an affine function of its layer's "
             f"input{where}, so no weight can stand for it. Keep it attached."

@@ -146,8 +146,19 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     unadapted += _not_offered(structure, variant, cfg, beside)
     base = {id(p): p for _, p in base_parameters(model)}  # a tied parameter counts once
     rows = [_row(place, variant) for place in chosen]
-    notes = tied_notes(model, chosen) + _kind_notes(chosen) + _held_notes(model)
-    return Plan(cfg, targets, hits, unadapted, sum(map(_numel, base.values())), rows, notes)
+    notes = tied_notes(model, chosen) + _kind_notes(chosen) + _weight_notes(variant, targets) + _ignored(variant, cfg)
+    notes += _held_notes(model)
+    made = Plan(cfg, targets, hits, unadapted, sum(map(_numel, base.values())), rows, notes)
+    if made.trainable > made.base_params:
+        notes.append(f"more is trained than the base has: a rank of {cfg.r} is above the width of its layers")
+    return made
+
+
+def _ignored(variant: type[Variant], cfg: AdapterConfig) -> list[str]:
+    """What was set and has no effect with this method."""
+    plain = variant.config(variant=variant.name)
+    set_ = [name for name in variant.ignores if getattr(cfg, name) != getattr(plain, name)]
+    return [f"{name}={getattr(cfg, name)} has no effect: {variant.name} does not use it" for name in set_]
 
 
 def _tied_targets(structure: Structure, chosen: list[Place], targets: list[Target]) -> tuple[list[Place], list[Target]]:
@@ -199,6 +210,18 @@ def _held_notes(model: nn.Module) -> list[str]:
     return [
         f"running figures of {len(paths)} norms, such as {paths[0]}, are held while an adapter is attached; training "
         "normalises by the batch, evaluation by the base's figures"
+    ]
+
+
+def _weight_notes(variant: type[Variant], targets: list[Target]) -> list[str]:
+    """What a method that adapts the weight itself builds in every call."""
+    if variant.weight is None:
+        return []
+    sizes = [4 * t.d_in * t.d_out * max(1, t.experts) for t in targets if t.variant is variant]
+    return [
+        f"each layer's adapted weight is built in every call (up to {size_text(max(sizes))} in fp32); training keeps "
+        f"them ({size_text(sum(sizes))} over all layers) for the backward pass, with gradient checkpointing those of "
+        "one block at a time"
     ]
 
 

@@ -4,6 +4,7 @@ right, or said what to type instead."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -11,11 +12,14 @@ from torch import nn
 from .._torch import frame_of
 from ..core.errors import LoraLiteWarning
 from .model.record import Record
-from .model.site import place
-from .model.state import STATE, ModelState
+from .model.site import adapter_attributes, place
+from .model.state import SITE, STATE, ModelState
 
-NEAR = 8
-"""How many frames above a hook of torch's the function stands that the user called."""
+NEAR, NEAR_SAVING = 8, 20
+"""How many frames above a hook of torch's the function stands that the user called; more of them where a state dict is
+asked from module to module."""
+WRITERS = (("save_pretrained", ""), ("save_model", "accelerate."))
+"""(function, package) of those who write a state dict that only they read."""
 
 
 def before_load_state_dict(
@@ -45,24 +49,36 @@ def before_load_state_dict(
 
 
 def after_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """`save_pretrained` of a merged model writes the merged weights alone; of any other it writes tensors that
-    `from_pretrained` drops."""
-    state: ModelState = model.__dict__[STATE]
-    if frame_of("save_pretrained", "transformers.", within=NEAR) is None:
+    """`save_pretrained`, of any library and however deep inside the model, and accelerate's `save_model` write the
+    merged weights alone of a merged model; of any other they write tensors that are dropped by who reads the file.
+
+    It hangs on the model and on each module inside that has a `save_pretrained` of its own.
+    """
+    if model.__dict__.get(STATE) is None and prefix:  # part of a larger model, which is saved itself
         return
+    writer = next((f for f, package in WRITERS if frame_of(f, package, within=NEAR_SAVING) is not None), None)
+    sites = {path: m.__dict__[SITE] for path, m in model.named_modules() if SITE in m.__dict__}
+    if writer is None or not sites:
+        return
+    state: ModelState = next(iter(sites.values())).state
     if state.merged is not None:
-        for record in state.records.values():
-            for key in _keys(record):
-                state_dict.pop(prefix + key, None)
+        for path, module in model.named_modules():
+            for attribute in adapter_attributes(module):
+                state_dict.pop(f"{prefix}{path}.{attribute}" if path else prefix + attribute, None)
         return
     warnings.warn(
-        f"save_pretrained writes the base and the tensors of {', '.join(map(repr, state.records))} into one "
-        "checkpoint, of which from_pretrained reads the base alone. The adapter: ll.save(model, "
+        f"{writer} writes the base and the tensors of {', '.join(map(repr, state.records))} into one "
+        "checkpoint, of which who loads it reads the base alone. The adapter: ll.save(model, "
         "'adapter.safetensors') or ll.export(model, folder). A plain model with the adapter in its weights: "
         "ll.merge(model) first.",
         LoraLiteWarning,
         stacklevel=2,
     )
+
+
+def savers(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules inside a model that can be saved on their own, as the encoder of a sentence-transformer."""
+    return (m for m in model.modules() if m is not model and callable(getattr(m, "save_pretrained", None)))
 
 
 def _keys(record: Record) -> list[str]:

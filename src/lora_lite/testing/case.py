@@ -175,10 +175,16 @@ def randomise(model: nn.Module, name: str = "default", seed: int = 10, scale: fl
 
 
 def train(case: Case, model: Toy, steps: int = 1, lr: float = 1e-2, name: str = "default") -> list[float]:
-    """A few steps of AdamW on one batch; the method's schedule runs. Returns the losses."""
+    """A few steps of AdamW on one batch, with the same noise at every call; the method's schedule runs. Returns the
+    losses."""
     from ..runtime.handle import adapters
 
-    handle = adapters(model)[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return _train(case, model, adapters(model)[name], steps, lr)
+
+
+def _train(case: Case, model: Toy, handle: Adapter, steps: int, lr: float) -> list[float]:
     optimizer = torch.optim.AdamW(handle.param_groups(lr=lr), eps=1e-12)
     if case.variant.on_step is not None:
         schedule(model, optimizer, max(steps, 1))

@@ -3,6 +3,7 @@
 from .abba import ABBAConfig as ABBAConfig
 from .ablation import AblationConfig as AblationConfig
 from .adalora import AdaLoRAConfig as AdaLoRAConfig
+from .alora import ALoRAConfig as ALoRAConfig
 from .antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from .bd_lora import BDLoRAConfig as BDLoRAConfig
 from .bitfit import BitFitConfig as BitFitConfig
@@ -21,6 +22,7 @@ from .eva import EVAConfig as EVAConfig
 from .fourierft import FourierFTConfig as FourierFTConfig
 from .goft import GOFTConfig as GOFTConfig
 from .gralora import GraLoRAConfig as GraLoRAConfig
+from .hira import HiRAConfig as HiRAConfig
 from .hra import HRAConfig as HRAConfig
 from .ia3 import IA3Config as IA3Config
 from .ia3_ff import IA3FFConfig as IA3FFConfig
@@ -43,17 +45,28 @@ from .noreft import NoReFTConfig as NoReFTConfig
 from .oft import OFTConfig as OFTConfig
 from .olora import OLoRAConfig as OLoRAConfig
 from .pca_steering import PCASteeringConfig as PCASteeringConfig
+from .peanut import PEANuTConfig as PEANuTConfig
 from .pissa import PiSSAConfig as PiSSAConfig
 from .polar import PoLARConfig as PoLARConfig
 from .psoft import PSOFTConfig as PSOFTConfig
+from .pvera import PVeRAConfig as PVeRAConfig
 from .qa_lora import QALoRAConfig as QALoRAConfig
+from .randlora import RandLoRAConfig as RandLoRAConfig
+from .rasa import RaSAConfig as RaSAConfig
 from .road import RoadConfig as RoadConfig
+from .rosa import RoSAConfig as RoSAConfig
 from .s_steer import SSteerConfig as SSteerConfig
 from .shira import SHiRAConfig as SHiRAConfig
 from .singlora import SingLoRAConfig as SingLoRAConfig
+from .spectral_adapter import SpectralAdapterConfig as SpectralAdapterConfig
 from .ssvd import SSVDConfig as SSVDConfig
+from .supertuning import SuperTuningConfig as SuperTuningConfig
 from .svft import SVFTConfig as SVFTConfig
+from .tinylora import TinyLoRAConfig as TinyLoRAConfig
 from .token_rows import TokenRowsConfig as TokenRowsConfig
+from .unilora import UniLoRAConfig as UniLoRAConfig
+from .vblora import VBLoRAConfig as VBLoRAConfig
+from .vera import VeRAConfig as VeRAConfig
 from .waveft import WaveFTConfig as WaveFTConfig
 from .whole import WholeConfig as WholeConfig
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core import ConfigError, Layer
-from ..core.positions import BlockConfig, parse_positions
+from ..core.positions import BlockConfig, Since, parse_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class ReFTConfig(BlockConfig):
     def validate(self) -> None:
         super().validate()
         found = parse_positions(self.positions)
-        if not self.share and (isinstance(found, str) or not all(found)):
+        if not self.share and (isinstance(found, (str, Since)) or not all(found)):
             raise ConfigError(
                 f"{type(self).__name__}.share=False trains one edit for first and one for last tokens, so positions "
                 f"must name both, as in 'f7+l7'; got {self.positions!r}."

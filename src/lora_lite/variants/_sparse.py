@@ -18,7 +18,7 @@ def position_spec(rows: int, columns: int, n: int) -> ParamSpec:
         flat = distinct(rows * columns, n, generator)
         t.copy_(torch.stack((flat // columns, flat % columns)))
 
-    return ParamSpec((2, n), init=fill, as_buffer=True, dtype=torch.int32)
+    return ParamSpec((2, n), init=fill, as_buffer=True, dtype=torch.int32, below=(rows, columns))
 
 
 def distinct(total: int, n: int, generator: Generator) -> Tensor:
@@ -36,3 +36,9 @@ def positions(layer: Layer[Any]) -> tuple[Tensor, Tensor]:
     """Rows and columns of `lora_at`."""
     rows, columns = layer.lora_at.long().unbind()
     return rows, columns
+
+
+def largest(M: Tensor, n: int, smallest: bool = False) -> Tensor:
+    """Positions (2, n) of the n entries of M with the largest absolute values, in the order of rows."""
+    flat = M.abs().flatten().topk(n, largest=not smallest).indices.sort().values
+    return torch.stack((flat // M.shape[1], flat % M.shape[1]))

@@ -38,6 +38,7 @@ class ABBA(Hadamard):
     paper = "2505.14238"
     needs_weight = True
     lr = 1e-3
+    width_growth = -1.0
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: ABBAConfig) -> dict[str, ParamSpec]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import ConfigError, Layer, ParamSpec, StateError, StepTargets, Variant, register
+from ..ops.linalg import norm
 from ..ops.lowrank import add_lowrank, shrink
 from ._budget import BudgetConfig, best, budget
 
@@ -21,7 +22,7 @@ class AdaLoRAConfig(BudgetConfig):
     beta2: float = 0.85
     """Smoothing of the uncertainty."""
     orth_reg: float = 0.1
-    """Weight of the penalty that keeps A and B orthonormal; add `ll.penalty(model)` to the loss."""
+    """γ, the weight of the penalty that keeps A and B orthonormal; add `ll.penalty(model)` to the loss."""
 
     def validate(self) -> None:
         super().validate()
@@ -35,19 +36,21 @@ class AdaLoRA(Variant):
     ones.
 
     y' = y + s ((drop(x) Aᵀ) ∘ E) Bᵀ, A (r, d_in), B (d_out, r) ~ N(0, 0.02²), E (r,) = 0, s = alpha/r for the r of the
-    start throughout (PEFT's factor changes when a pruned file is loaded). penalty = γ (‖AAᵀ − I‖² + ‖BᵀB − I‖²), summed
-    over targets. After each optimiser step: I = |w ∂w| per entry, Ī ← β₁Ī + (1−β₁)I, Ū ← β₂Ū + (1−β₂)|I − Ī|; a triplet
-    scores Ī∘Ū of E_i plus the means over A_i and B_i. The b(t) best triplets of all targets live, the E_i of the others
-    become 0 (and may grow again until the next pruning): b(t) = b_T + (b_0 − b_T)(1 − (t−tinit)/(T−tinit−tfinal))³.
-    From T − tfinal on the choice is fixed. Ī and Ū are saved, so a resumed run goes on as if uninterrupted; a file
-    saved after step T holds live triplets only. Zhang et al. 2023, Adaptive Budget Allocation for Parameter-Efficient
-    Fine-Tuning, arXiv 2303.10512.
+    start throughout (PEFT's factor changes when a pruned file is loaded). penalty = γ times the mean of ‖AAᵀ − I‖ and
+    ‖BᵀB − I‖ over all targets, as in the authors' code, for which their γ is meant: it does not grow with the number of
+    targets (the text sums squares). After each optimiser step: I = |w ∂w| per entry, Ī ← β₁Ī + (1−β₁)I, Ū ← β₂Ū +
+    (1−β₂)|I − Ī|; a triplet scores Ī∘Ū of E_i plus the means over A_i and B_i. The b(t) best triplets of all targets
+    live, the E_i of the others become 0 (and may grow again until the next pruning): b(t) = b_T + (b_0 − b_T)(1 −
+    (t−tinit)/(T−tinit−tfinal))³. From T − tfinal on the choice is fixed. Ī and Ū are saved, so a resumed run goes on as
+    if uninterrupted; a file saved after step T holds live triplets only. Zhang et al. 2023, Adaptive Budget Allocation
+    for Parameter-Efficient Fine-Tuning, arXiv 2303.10512.
     """
 
     name = "adalora"
     config = AdaLoRAConfig
     paper = "2303.10512"
     lr = 1e-3
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: AdaLoRAConfig) -> dict[str, ParamSpec]:
@@ -77,7 +80,7 @@ class AdaLoRA(Variant):
     def penalty(layer: Layer[AdaLoRAConfig]) -> Tensor:
         A, B = layer.tiny("lora_A"), layer.tiny("lora_B")
         eye = torch.eye(layer.cfg.r, dtype=A.dtype, device=A.device)
-        return layer.cfg.orth_reg * ((A @ A.mT - eye).square().sum() + (B.mT @ B - eye).square().sum())
+        return layer.cfg.orth_reg * (norm(A @ A.mT - eye) + norm(B.mT @ B - eye)) / (2 * layer.peers)
 
     @staticmethod
     def on_step(targets: StepTargets[AdaLoRAConfig], cfg: AdaLoRAConfig, step: int) -> None:

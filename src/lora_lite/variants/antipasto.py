@@ -38,7 +38,7 @@ def block_size(k: int, cfg: AntiPaSTOConfig) -> int:
     """Size of the rotating blocks among k triplets."""
     if cfg.block is not None and k % cfg.block:
         raise ConfigError(f"block={cfg.block} does not divide the {k} triplets; change r or block.")
-    return cfg.block or next((b for b in (4, 3, 2) if k % b == 0), k)
+    return cfg.block or [b for b in (4, 3, 2, k) if k % b == 0][0]
 
 
 @register
@@ -49,10 +49,10 @@ class AntiPaSTO(SVDCore):
     W'(α) = U (S + αΔS) R(α) Vᵀ + rest over r triplets, R(α) = Cayley(αQ c) block-diagonal; ΔS (r,) and the skew Q from
     zero, the scale alpha is not used. α is the adapter's weight: `ll.activate(model, {"default": -1.0})`. R(α) R(−α) =
     I. The angles: a plane of Cayley(Q) turns by 2 atan μ, μ ≤ ‖q‖ for the entries q above the diagonal of its block, so
-    with t = tan(θ/2), θ = `max_angle`, c = (1 + ‖αq‖²/t²)^−½ bounds all of them by θ; the authors bound single entries,
-    and blocks of 4 turn further. With `calibration_data` the triplets are those with the largest S_i (E(v_iᵀx)²)^½,
-    otherwise those with the largest S_i. The authors start ΔS and Q at small random values, which departs from the
-    base. Clark 2026, AntiPaSTO, arXiv 2601.07473.
+    with t = tan(θ/2), θ = `max_angle`, c = (1 + ‖αq‖²/t²)^−½ bounds all of them by θ; the authors rotate all r triplets
+    as one block (`block=r`) and bound single entries, so that their planes turn further. With `calibration_data` the
+    triplets are those with the largest S_i (E(v_iᵀx)²)^½, otherwise those with the largest S_i. The authors start ΔS
+    and Q at small random values, which departs from the base. Clark 2026, AntiPaSTO, arXiv 2601.07473.
     """
 
     name = "antipasto"
@@ -61,6 +61,7 @@ class AntiPaSTO(SVDCore):
     ignores = ("alpha",)
     own_weight = True
     lr = 2e-3
+    width_growth = -0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: AntiPaSTOConfig) -> dict[str, ParamSpec]:

@@ -45,6 +45,7 @@ class C3A(Variant):
     paper = "2407.19342"
     ignores = ("r", "alpha")
     lr = 1e-1
+    width_growth = -0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: C3AConfig) -> dict[str, ParamSpec]:

@@ -35,6 +35,7 @@ class DEFT(Variant):
     config = DEFTConfig
     paper = "2509.22793"
     lr = 1e-3
+    width_growth = 1.0
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DEFTConfig) -> dict[str, ParamSpec]:

@@ -47,6 +47,7 @@ class DeLoRA(Variant):
     paper = "2503.18225"
     ignores = ("alpha",)
     lr = 3e-3
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: DeLoRAConfig) -> dict[str, ParamSpec]:

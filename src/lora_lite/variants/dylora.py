@@ -48,7 +48,7 @@ class DyLoRA(Variant):
         return {
             "lora_A": ParamSpec((cfg.r, d_in), init="kaiming"),
             "lora_B": ParamSpec((d_out, cfg.r)),
-            "lora_b": ParamSpec((1,), init=f"constant:{cfg.r}", as_buffer=True, dtype=torch.int64),
+            "lora_b": ParamSpec((1,), init=f"constant:{cfg.r}", as_buffer=True, dtype=torch.int64, below=cfg.r + 1),
         }
 
     @staticmethod

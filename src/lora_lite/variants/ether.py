@@ -26,12 +26,14 @@ class ETHERConfig(AdapterConfig):
 
 @register
 class ETHER(Variant):
-    """Hyperplane reflections: x' = x H, H = blockdiag(I − 2 û_1 û_1ᵀ, …, I − 2 û_n û_nᵀ), lora_u (n, d_in/n) ~ N(0, 1).
+    """Hyperplane reflections: x' = x H, H = blockdiag(I − 2 û_1 û_1ᵀ, …, I − 2 û_n û_nᵀ).
 
-    A departure: no reflection is near the identity, ‖H − I‖ is 2√n whatever û, so a fresh adapter changes the output
-    (ETHER+ does not), and the learning rate cannot change how far training goes. In exchange nothing has to be tuned.
-    d_in parameters. The published code mixes rows where n > 1; this is the block-diagonal H of the paper. Bini et al.
-    2024, ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections, arXiv 2405.20271.
+    lora_u (n, d_in/n) ~ U(±√(n/d_in)), so ‖u_i‖ is 0.58 at any width, as the authors start: only û counts, and a step
+    turns it by 1.7 lr √(d_in/n). A departure: no reflection is near the identity, ‖H − I‖ is 2√n whatever û, so a fresh
+    adapter changes the output (ETHER+ does not), and the learning rate cannot change how far training goes. In exchange
+    nothing has to be tuned. d_in parameters. The published code mixes rows where n > 1; this is the block-diagonal H of
+    the paper. Bini et al. 2024, ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections, arXiv
+    2405.20271.
     2n d_in multiply-adds per token.
     """
 
@@ -41,12 +43,13 @@ class ETHER(Variant):
     ignores = ("r", "alpha", "dropout")
     identity_bound = math.inf
     lr = 3e-3
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: ETHERConfig) -> dict[str, ParamSpec]:
         if d_in % cfg.n_blocks:
             raise ConfigError(f"n_blocks={cfg.n_blocks} does not divide the {d_in} inputs.")
-        return {"lora_u": ParamSpec((cfg.n_blocks, d_in // cfg.n_blocks), init="normal", decay=False)}
+        return {"lora_u": ParamSpec((cfg.n_blocks, d_in // cfg.n_blocks), init="kaiming", decay=False)}
 
     @staticmethod
     def forward_input(layer: Layer[ETHERConfig], x: Tensor) -> Tensor:

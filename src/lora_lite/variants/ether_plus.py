@@ -31,11 +31,12 @@ class ETHERPlusConfig(AdapterConfig):
 class ETHERPlus(Variant):
     """W' = H' W H with blocks I − û ûᵀ + v̂ v̂ᵀ in H (d_in) and H' (d_out); the bias stays as it is.
 
-    û and v̂ start equal, so the two terms cancel: u = u0 + Δu, v = u0 + Δv, u0 (n, d/n) ~ N(0, 1) frozen and saved, Δu
-    = Δv = 0 trained. With e = v̂ − û, −ûûᵀ + v̂v̂ᵀ = û eᵀ + e v̂ᵀ: an exact zero is added at the start, and the
-    gradient of e is not zero. A block moves by at most 2 in the Frobenius norm, however long training goes. 2 (d_in +
-    d_out) parameters. The published code mixes rows where n > 1; this is the block-diagonal H of the paper. Bini et al.
-    2024, ETHER: Efficient Finetuning of Large-Scale Models with Hyperplane Reflections, arXiv 2405.20271.
+    û and v̂ start equal, so the two terms cancel: u = u0 + Δu, v = u0 + Δv, u0 (n, d/n) ~ U(±√(n/d)) frozen and saved,
+    Δu = Δv = 0 trained; ‖u0‖ is 0.58 at any width, as the authors start, and a step turns û by 1.7 lr √(d/n). With e =
+    v̂ − û, −ûûᵀ + v̂v̂ᵀ = û eᵀ + e v̂ᵀ: an exact zero is added at the start, and the gradient of e is not zero. A block
+    moves by at most 2 in the Frobenius norm, however long training goes. 2 (d_in + d_out) parameters. The published
+    code mixes rows where n > 1; this is the block-diagonal H of the paper. Bini et al. 2024, ETHER: Efficient
+    Finetuning of Large-Scale Models with Hyperplane Reflections, arXiv 2405.20271.
     4n (d_in + d_out) multiply-adds per token.
     """
 
@@ -44,6 +45,7 @@ class ETHERPlus(Variant):
     paper = "2405.20271"
     ignores = ("r", "alpha", "dropout")
     lr = 3e-3
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: ETHERPlusConfig) -> dict[str, ParamSpec]:
@@ -53,7 +55,7 @@ class ETHERPlus(Variant):
                 raise ConfigError(f"n_blocks={cfg.n_blocks} does not divide the {d} {side}puts.")
             shape = (cfg.n_blocks, d // cfg.n_blocks)
             specs[f"lora_{side}_u"] = specs[f"lora_{side}_v"] = ParamSpec(shape, decay=False)
-            specs[f"lora_{side}_u0"] = ParamSpec(shape, init="normal", as_buffer=True)
+            specs[f"lora_{side}_u0"] = ParamSpec(shape, init="kaiming", as_buffer=True)
         return specs
 
     @staticmethod

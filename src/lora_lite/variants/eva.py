@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core import AdapterConfig, ConfigError, ParamSpec, Targets, register
-from ..ops.spectrum import top_eigh
 from ._lowrank import LowRank
 
 
@@ -22,6 +21,8 @@ class EVAConfig(AdapterConfig):
     """Largest rank that a target may get, over r; the mean stays r. 1 leaves every target at r."""
     tokens: Literal["all", "labelled"] = "all"
     """Which tokens count besides padding, which never does: "labelled" leaves out those with label -100."""
+    centre: bool = False
+    """Take the mean input off first, as the authors' code and PEFT do: the directions in which inputs differ."""
 
     def validate(self) -> None:
         super().validate()
@@ -37,8 +38,8 @@ class EVA(LowRank):
     inputs X (tokens, d_in), B = 0. They are the leading eigenvectors of XᵀX, summed over the calibration data, so the
     weight is never read and a quantised base serves as well. Over all targets the Σr directions with the largest
     σᵢ²/‖X‖² are kept, at most ρr per target; a target that keeps none is left out, and s stays what it was. Signs are
-    fixed, so the start is deterministic. The inputs are not centred (as in the authors' code; PEFT centres them). Same
-    cost as LoRA. Paischer et al. 2024, One Initialization to Rule them All: Fine-tuning via Explained Variance
+    fixed, so the start is deterministic. The inputs are not centred unless `centre`, which the authors' code and PEFT
+    do. Same cost as LoRA. Paischer et al. 2024, One Initialization to Rule them All: Fine-tuning via Explained Variance
     Adaptation, arXiv 2410.07170.
     """
 
@@ -47,6 +48,7 @@ class EVA(LowRank):
     paper = "2410.07170"
     needs_data = "batches"
     lr = 1e-3
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: EVAConfig) -> dict[str, ParamSpec]:
@@ -59,14 +61,15 @@ class EVA(LowRank):
         shares: dict[str, Tensor] = {}
         for gram in targets.each_gram(calibration_data, labelled=cfg.tokens == "labelled"):
             sizes = {v.path: min(v.in_features, int(cfg.rho * v.cfg.r)) for v in gram.views}
-            e, V = top_eigh(gram.C, max(sizes.values()))
+            e, V = gram.leading(max(sizes.values()), cfg.centre)
+            total = gram.trace - (gram.sum.square().sum() / gram.n if cfg.centre else 0.0)
             for view in gram.views:
                 if gram.n < view.cfg.r:
                     raise ConfigError(
                         f"{view.path}: the calibration data has {gram.n} tokens, too few for rank {view.cfg.r}."
                     )
                 directions[view.path] = V.mT[: sizes[view.path]]
-                shares[view.path] = (e / gram.C.trace().clamp_min(1e-30)).cpu()[: sizes[view.path]]
+                shares[view.path] = (e / total.clamp_min(1e-30)).cpu()[: sizes[view.path]]
         owner = torch.cat([torch.full((len(shares[v.path]),), i) for i, v in enumerate(targets)])
         best = torch.cat([shares[v.path] for v in targets]).argsort(descending=True, stable=True)[:budget]
         ranks = [int(n) for n in torch.bincount(owner[best], minlength=len(targets))]

@@ -50,6 +50,7 @@ class FourierFT(Variant):
     paper = "2405.03003"
     ignores = ("r", "alpha")
     lr = 3e-2
+    width_growth = -1.75
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: FourierFTConfig) -> dict[str, ParamSpec]:

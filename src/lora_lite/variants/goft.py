@@ -22,9 +22,10 @@ class GOFT(Variant):
     Level k rotates inputs 2^k m and 2^k m + 2^(k−1), m = 0, 1, …, by its own angles, all at once: (a, b) → (a cosθ − b
     sinθ, a sinθ + b cosθ). So input 0 ends up mixed with all others, which suffices to turn any one direction into any
     other. lora_theta (d_in − 1) = 0, and what is added to x is computed from cosθ − 1 = −2 sin²(θ/2): an exact zero at
-    the start. Norms are kept to rounding. d_in − 1 parameters. The published code bounds θ by π tanh, and rotates
-    neighbours at every level; this is the tree of the paper. Ma et al. 2024, Parameter Efficient Quasi-Orthogonal
-    Fine-Tuning via Givens Rotation, arXiv 2404.04316.
+    the start. Norms are kept to rounding. d_in − 1 parameters. The published code bounds θ by π tanh, trains a scale
+    per input beside it unless told not to, and rotates neighbours at every level, where from the second level on its
+    product is not orthogonal; this is the tree of the paper, angles alone. Ma et al. 2024, Parameter Efficient
+    Quasi-Orthogonal Fine-Tuning via Givens Rotation, arXiv 2404.04316.
     4 d_in multiply-adds per token.
     """
 

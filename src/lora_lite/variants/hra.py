@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..ops.lowrank import lowrank_update
@@ -34,8 +34,9 @@ class HRA(Variant):
     """Orthogonal adaptation by r Householder reflections.
 
     W' = W H_1 H_2 ⋯ H_r with H_i = I − 2 û_i û_iᵀ, so x' = x H_r ⋯ H_1; or W' = H_1 ⋯ H_r W with `side="output"`. U (r,
-    d), d = d_in or d_out. Vectors start equal in pairs, and two equal reflections cancel. U = U0 + ΔU, U0 ~ U(±1/√d)
-    frozen once per pair and saved, ΔU = 0 trained; all pairs together are x + (x Zᵀ) M with two (r, d) matrices,
+    d), d = d_in or d_out. Vectors start equal in pairs, and two equal reflections cancel. U = U0 + ΔU, U0 ~
+    U(±1/√⌈r/2⌉) frozen once per pair and saved, ΔU = 0 trained: as the authors start, whose ‖u‖ grows with √d, so that
+    a step turns every û by 1.2 lr √r at any width; all pairs together are x + (x Zᵀ) M with two (r, d) matrices,
     exactly zero at the start: see `ops.orthogonal`. 2rd. With odd r the last vector moves against its frozen start, so
     every r starts at the identity; PEFT starts far from it then. PEFT multiplies r dense d x d matrices per forward.
     Its Gram-Schmidt mode (λ = ∞: I − 2QQᵀ) is never near the identity and is left out. Yuan et al. 2024, Bridging The
@@ -53,7 +54,7 @@ class HRA(Variant):
         d = d_in if cfg.side == "input" else d_out
         return {
             "lora_U": ParamSpec((cfg.r, d), decay=False),
-            "lora_U0": ParamSpec(((cfg.r + 1) // 2, d), init="kaiming", as_buffer=True),
+            "lora_U0": ParamSpec(((cfg.r + 1) // 2, d), init=fill_pairs, as_buffer=True),
         }
 
     @staticmethod
@@ -69,6 +70,12 @@ class HRA(Variant):
         U0, dU = layer.tiny("lora_U0"), layer.tiny("lora_U")
         V = torch.nn.functional.normalize(U0.repeat_interleave(2, 0)[: len(dU)] + dU, dim=-1)
         return layer.cfg.orthogonality * (torch.eye(len(V), dtype=V.dtype, device=V.device) - V @ V.mT).square().sum()
+
+
+def fill_pairs(t: Tensor, g: Generator) -> None:
+    """U(±1/√p) for the p pairs."""
+    bound = t.shape[0] ** -0.5
+    t.uniform_(-bound, bound, generator=g)
 
 
 def rotate(layer: Layer[HRAConfig], v: Tensor) -> Tensor:

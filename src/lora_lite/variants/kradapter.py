@@ -38,6 +38,7 @@ class KRAdapter(Variant):
     paper = "2508.00230"
     ignores = ("r", "alpha")
     lr = 1e-3
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: KRAdapterConfig) -> dict[str, ParamSpec]:

@@ -29,6 +29,7 @@ class LoHa(Hadamard):
     config = LoHaConfig
     paper = "2108.06098"
     lr = 3e-3
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoHaConfig) -> dict[str, ParamSpec]:

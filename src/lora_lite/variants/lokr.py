@@ -47,6 +47,7 @@ class LoKr(Variant):
     config = LoKrConfig
     paper = "2309.14859"
     lr = 1e-3
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoKrConfig) -> dict[str, ParamSpec]:

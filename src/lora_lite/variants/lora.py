@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..core import Layer, ParamSpec, register
@@ -23,9 +24,11 @@ class LoRAConfig(ScaledConfig):
 class LoRA(LowRank):
     """Low-rank update of a frozen weight.
 
-    y' = y + s (drop(x) Aᵀ) Bᵀ, A (r, d_in), B (d_out, r), s = alpha/r, or alpha/√r with `use_rslora`.
-    A ~ U(±1/√d_in), B = 0, so a fresh adapter adds an exact zero. r(d_in + d_out) parameters.
-    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685.
+    y' = y + s (drop(x) Aᵀ) Bᵀ, A (r, d_in), B (d_out, r), s = alpha/r, or alpha/√r with `use_rslora`. A ~ U(±1/√d_in),
+    B = 0, so a fresh adapter adds an exact zero. On an embedding, whose x picks single columns of A, they start the
+    other way round, A = 0 and B ~ N(0, 1), as PEFT's: a token that training never shows keeps its vector, and a step
+    does not shrink with the vocabulary. r(d_in + d_out) parameters. Hu et al. 2021, LoRA: Low-Rank Adaptation of Large
+    Language Models, arXiv 2106.09685.
     """
 
     name = "lora"
@@ -40,6 +43,12 @@ class LoRA(LowRank):
             "lora_A": ParamSpec((cfg.r, d_in), init=cfg.init_A),
             "lora_B": ParamSpec((d_out, cfg.r), lr_ratio=cfg.lr_ratio_B),
         }
+
+    @staticmethod
+    def init(layer: Layer[LoRAConfig], cfg: LoRAConfig) -> None:
+        if layer.by_number and cfg.init_A == "kaiming":
+            layer.lora_B = torch.randn(layer.lora_B.shape, generator=layer.generator("lora_B"))
+            layer.lora_A = torch.zeros(layer.lora_A.shape)
 
     @staticmethod
     def from_factors(layer: Layer[LoRAConfig], A: Tensor, B: Tensor) -> None:

@@ -47,6 +47,7 @@ class LoRAGA(Deviation):
     paper = "2407.05000"
     needs_data = "batches"
     lr = 5e-5
+    width_growth = 0.75
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAGAConfig) -> dict[str, ParamSpec]:

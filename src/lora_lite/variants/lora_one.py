@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch import nn
 
 from ..core import AdapterConfig, ConfigError, ParamSpec, Targets, register
 from ..ops.spectrum import top_svd
-from ._lowrank import LowRank
+from ._lowrank import LowRank, ScaledConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAOneConfig(AdapterConfig):
+class LoRAOneConfig(ScaledConfig):
     variant: str = "lora_one"
+    use_rslora: bool = True
+    """Scale alpha/√r, for which γ and the rate are meant, instead of alpha/r."""
     gamma: float = 128.0
     """Larger makes the built-in step smaller: s BA = −(s/γ) U (S/S₁) Vᵀ."""
 
@@ -24,6 +27,11 @@ class LoRAOneConfig(AdapterConfig):
         if not self.gamma > 0:
             raise ConfigError(f"LoRAOneConfig.gamma must be positive, got {self.gamma}.")
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], unknown: list[str] | None = None) -> AdapterConfig:
+        """Files from before `use_rslora` hold the scale alpha/r."""
+        return super().from_dict({"use_rslora": False, **data}, unknown)
+
 
 @register
 class LoRAOne(LowRank):
@@ -31,9 +39,9 @@ class LoRAOne(LowRank):
     base on purpose.
 
     G = ∂loss/∂W over the calibration batches = U S Vᵀ; B = −U_r (S_r/S₁)^½/√γ, A = (S_r/S₁)^½ V_rᵀ/√γ; y' = y + s
-    (drop(x) Aᵀ) Bᵀ. The singular values over the largest one follow the authors' code (their text writes S itself).
-    r(d_in + d_out). Zhang et al. 2025, LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language
-    Models, arXiv 2502.01235.
+    (drop(x) Aᵀ) Bᵀ, s = alpha/√r. The singular values over the largest one follow the authors' code (their text writes
+    S itself); the authors' command takes r = 8, alpha = 16. r(d_in + d_out). Zhang et al. 2025, LoRA-One: One-Step Full
+    Gradient Could Suffice for Fine-Tuning Large Language Models, arXiv 2502.01235.
     """
 
     name = "lora_one"
@@ -42,6 +50,7 @@ class LoRAOne(LowRank):
     needs_data = "batches"
     identity_bound = math.inf
     lr = 2e-4
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAOneConfig) -> dict[str, ParamSpec]:

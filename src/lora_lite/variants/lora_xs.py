@@ -30,6 +30,7 @@ class LoRAXS(SVDCore):
     config = LoRAXSConfig
     paper = "2405.17604"
     lr = 4e-3
+    width_growth = -0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAXSConfig) -> dict[str, ParamSpec]:

@@ -25,7 +25,9 @@ class LoReFT(Variant):
     orthonormalised in every forward (QR with fixed signs), so R Rᵀ = I whatever the optimiser does. D = b = 0 at the
     start, an exact identity from which D and b learn at once; pyreft draws W apart from R, so that its fresh adapter
     changes the model, and applies its dropout to the whole of h', here to h inside the bracket. Edits the first and
-    last tokens of the prompt only (`positions`), never generated ones: no cost while decoding, nothing to merge. Wu et
+    last tokens of the prompt only (`positions`), never generated ones: no cost while decoding, nothing to merge. Of n
+    tokens pyreft edits n//2 at each end, so none of a prompt of one token; so here with "f7+l7", while "l7" alone takes
+    all 7 that there are. Wu et
     al. 2024, ReFT: Representation Finetuning for Language Models, arXiv 2404.03592. lr 9e-4, no weight decay.
     2rd multiply-adds per chosen token, and a QR of (d, r) per call.
     """
@@ -36,6 +38,7 @@ class LoReFT(Variant):
     site = "block"
     affine = False
     lr = 9e-4
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoReFTConfig) -> dict[str, ParamSpec]:

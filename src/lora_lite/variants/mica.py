@@ -34,6 +34,7 @@ class MiCA(Variant):
     paper = "2604.01694"
     needs_weight = True
     lr = 2e-3
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MiCAConfig) -> dict[str, ParamSpec]:

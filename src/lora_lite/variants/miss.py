@@ -43,6 +43,7 @@ class MiSS(Variant):
     paper = "2409.15371"
     ignores = ("alpha",)
     lr = 2e-4
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MiSSConfig) -> dict[str, ParamSpec]:

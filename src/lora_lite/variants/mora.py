@@ -41,6 +41,7 @@ class MoRA(Variant):
     paper = "2405.12130"
     ignores = ("alpha",)
     lr = 3e-4
+    width_growth = 0.25
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MoRAConfig) -> dict[str, ParamSpec]:

@@ -31,6 +31,7 @@ class NoReFT(Variant):
     site = "block"
     affine = False
     lr = 9e-4
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: NoReFTConfig) -> dict[str, ParamSpec]:

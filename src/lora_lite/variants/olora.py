@@ -31,6 +31,7 @@ class OLoRA(Deviation):
     paper = "2406.01775"
     needs_weight = True
     lr = 5e-4
+    width_growth = 0.5
 
     @staticmethod
     def init(layer: Layer[OLoRAConfig], cfg: OLoRAConfig) -> None:

@@ -41,6 +41,7 @@ class PoLAR(Variant):
     config = PoLARConfig
     paper = "2506.03133"
     lr = 4e-3
+    width_growth = -0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: PoLARConfig) -> dict[str, ParamSpec]:

@@ -34,6 +34,7 @@ class PSOFT(SVDCore):
     paper = "2505.11235"
     ignores = ("alpha",)
     lr = 1e-3
+    width_growth = -0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: PSOFTConfig) -> dict[str, ParamSpec]:

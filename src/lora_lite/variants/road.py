@@ -37,8 +37,10 @@ class ROAD(Variant):
     (y1, y2) → (α cosθ y1 − α sinθ y2, α sinθ y1 + α cosθ y2). Trained: a = α − 1 and θ, (k, ⌈d_out/2⌉) each, both 0. As
     a change of y: α cosθ − 1 = a cosθ − 2 sin²(θ/2), which is zero at the start and loses nothing later. k d_out
     parameters for even d_out. A group that is left at the end is smaller; the middle one of an odd number of outputs is
-    scaled by α cosθ alone. PEFT trains α itself and needs d_out to be a multiple of the group. Liao, Monz 2024, 3-in-1:
-    2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability, arXiv 2409.00119.
+    scaled by α cosθ alone. PEFT trains α itself and needs d_out to be a multiple of the group. The authors published no
+    code; that the bias is rotated too, and partners half a group apart, follow PEFT, where the paper pairs neighbours
+    of Wx. Liao, Monz 2024, 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability,
+    arXiv 2409.00119.
     """
 
     name = "road"

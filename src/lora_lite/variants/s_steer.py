@@ -30,7 +30,9 @@ class SSteer(Variant):
     = y + α (U√S)(δ_S ∘ x_S), δ_S = mean(x_S⁺) − mean(x_S⁻) over the rows of (positive batch, negative batch) pairs at
     their last token. √S cancels: y' = y + α U(δ_S ∘ Uᵀ(y − b)), so U (d_out, r) and δ_S (r) are all that is kept, and
     small r keeps the noise of 1/√S out of δ_S. α is `strength` times the weight in `ll.active(model, {name: w})`. Acts
-    on every token, is affine, so it can be merged. After wassname's ssteer (2025), without gates.
+    on every token, is affine, so it can be merged. After the
+    description of wassname's ssteer (2025), without gates; its code weighs by √S, normalises δ and takes all triplets,
+    so strengths do not carry over.
     2r d_out multiply-adds per token.
     """
 

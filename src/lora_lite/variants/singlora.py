@@ -31,6 +31,7 @@ class SingLoRA(Variant):
     config = SingLoRAConfig
     paper = "2507.05566"
     lr = 1e-3
+    width_growth = 0.5
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: SingLoRAConfig) -> dict[str, ParamSpec]:

@@ -55,7 +55,7 @@ class TokenRows(Variant):
         return {
             "lora_rows": ParamSpec((len(ids), d_out)),
             "lora_ids": ParamSpec(
-                (len(ids),), init=lambda t, _: t.copy_(torch.tensor(ids)), as_buffer=True, dtype=torch.int64
+                (len(ids),), init=lambda t, _: t.copy_(torch.tensor(ids)), as_buffer=True, dtype=torch.int64, below=d_in
             ),
         }
 

@@ -50,6 +50,7 @@ class WaveFT(Variant):
     paper = "2505.12532"
     ignores = ("r", "alpha")
     lr = 7.5e-3
+    width_growth = -0.75
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: WaveFTConfig) -> dict[str, ParamSpec]:

@@ -39,6 +39,7 @@ class Whole(Variant):
     norms = True
     holds = "modules"
     lr = 1e-4
+    width_growth = 1.0
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: WholeConfig) -> dict[str, ParamSpec]:

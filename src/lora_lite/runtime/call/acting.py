@@ -4,8 +4,8 @@ named."""
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterator
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..._torch import within_compiled
+from ..._torch import end_mode, runs_compiled, within_compiled
 from ...core.errors import LoraLiteWarning, StateError, listing
 from ..layers.kinds import kind_of
 from ..layers.tensors import is_sharded
@@ -23,7 +23,7 @@ from ..model.record import Record
 from ..model.site import Site
 from ..model.state import SITE, STATE, ModelState
 
-Step = tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]
+Step = tuple[nn.Module, str, nn.Module]
 LOOKUPS = (F.embedding, torch.embedding, F.embedding_bag)
 ASKS = ("to", "type_as")
 """Functions that take the second tensor's dtype and device, not its values."""
@@ -47,19 +47,16 @@ def begin(model: nn.Module, state: ModelState) -> None:
         state.train_calls += 1
         for name in names if state.unhooked.get(True) and any(m.ran for m in _sites(model, state)) else ():
             check_acts(state, state.records[name], "it would not be trained there")
-    if training not in state.unhooked and state.watch is None and not _is_compiled(model):
-        _inspect(model, state)
-        state.watch = watch = Watch(model, state)
-        watch.__enter__()
+    if training not in state.unhooked and _may_listen(state) and not _is_compiled(model):
+        _listen(model, state)
 
 
 def end(model: nn.Module, state: ModelState, failed: bool) -> None:
     """After it, an exception included: name what other code read."""
     watch: Watch | None = state.watch
-    if watch is None:
+    if watch is None or watch.thread != get_ident():
         return
-    state.watch = None
-    watch.__exit__(None, None, None)
+    _stop_listening(state)
     if failed:
         return
     if watch.training:
@@ -82,11 +79,37 @@ def _watch_buffers(before: Seen, after: Seen) -> None:
         )
 
 
+def _may_listen(state: ModelState) -> bool:
+    """Not while another thread's call is listened to; what a call left that was interrupted goes."""
+    watch: Watch | None = state.watch
+    if watch is not None and watch.thread == get_ident():
+        _stop_listening(state)
+    return state.watch is None
+
+
+def _listen(model: nn.Module, state: ModelState) -> None:
+    _inspect(model, state)
+    for site in _sites(model, state):
+        site.awaited = True
+    state.watch = watch = Watch(model, state)
+    watch.__enter__()
+
+
+def _stop_listening(state: ModelState) -> None:
+    watch, state.watch = state.watch, None
+    end_mode(watch)
+
+
 def note_run(site: Site) -> None:
-    """A layer's hook runs."""
-    site.ran = True
-    if site.state.watch is not None:
-        site.state.watch.ran.add(site.path)
+    """An awaited layer's hook runs. It is awaited on where no gradient reaches it yet, in a call that has one."""
+    state = site.state
+    site.ran, site.awaited = True, state.call_grad and not torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        return
+    if not site.awaited:
+        state.fed.add(site.path)
+    if state.watch is not None:
+        state.watch.ran.add(site.path)
 
 
 def check_acts(state: ModelState, record: Record, consequence: str) -> None:
@@ -130,7 +153,7 @@ def _sites(model: nn.Module, state: ModelState) -> Iterator[Site]:
 
 def _is_compiled(model: nn.Module) -> bool:
     """Whether parts of it run as compiled code, in which no hook can say that it ran."""
-    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+    return any(runs_compiled(m) for m in model.modules())
 
 
 def _check_present(model: nn.Module, state: ModelState, names: set[str]) -> None:
@@ -160,7 +183,7 @@ def _links(model: nn.Module, state: ModelState) -> Links:
         found[site.path] = site
         while path and path not in steps:
             above, _, name = path.rpartition(".")
-            steps[path] = weakref.ref(modules[above]), name, weakref.ref(modules[path])
+            steps[path] = modules[above], name, modules[path]
             path = above
     lost = {path for record in state.records.values() for path in record.targets if path not in found}
     return Links(list(steps.values()), lost)
@@ -179,7 +202,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, state: ModelState) -> None:
         super().__init__()
-        self.training = state.call_grad and model.training
+        self.training, self.thread = state.call_grad and model.training, get_ident()
         self.buffers = look(model) if self.training else {}
         self.read: dict[str, None] = {}
         self.ran: set[str] = set()

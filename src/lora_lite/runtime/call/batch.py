@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+TOKENS = ("input_ids", "inputs_embeds")
+"""What transformers calls a sequence of tokens."""
 
 
 def call_batch(model: nn.Module, batch: Any) -> Any:
@@ -21,6 +24,19 @@ def values_of(output: Any) -> Iterable[Any]:
     if isinstance(output, dict):
         return output.values()
     return output if isinstance(output, (tuple, list)) else (output,)
+
+
+def batch_first(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor of a call whose first dimension is the batch: the input as transformers names it, else the first with
+    two dimensions or more. `cache_position` (tokens,) may stand before them all, and has no batch."""
+    for name in (getattr(model, "main_input_name", ""), *TOKENS):
+        if isinstance(kwargs.get(name), Tensor):
+            return kwargs[name]
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0]
+    for value in tensors:
+        if value.dim() > 1:
+            return value
+    return tensors[0] if tensors else None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ..model.site import Site
 from ..model.state import SITE
 from ..view.expert import adapted
 from .acting import note_run
-from .recompute import note_gradient, selection_of
+from .recompute import selection_of
 from .rows import row_groups
 
 
@@ -52,7 +52,7 @@ def _step_aside(owner: nn.Module) -> None:
 
 def experts_pre_hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the experts run."""
-    active, rows, _ = selection_of(_owned(owner)[0].__dict__[SITE].state)
+    active, rows, _ = selection_of(_owned(owner)[0].__dict__[SITE])
     if rows is None and active:
         _stand_before(owner, active)
 
@@ -64,11 +64,10 @@ def experts_post_hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if output is None:  # an exception is on its way
         return None
     for bank in _owned(owner):
-        note_run(bank.__dict__[SITE])
-        if bank.__dict__[SITE].state.call_grad:
-            note_gradient(bank.__dict__[SITE])
+        if bank.__dict__[SITE].awaited:
+            note_run(bank.__dict__[SITE])
     site: Site = _owned(owner)[0].__dict__[SITE]
-    _, rows, _ = selection_of(site.state)
+    _, rows, _ = selection_of(site)
     return None if rows is None else _by_rows(owner, site, rows, args, kwargs, output)
 
 

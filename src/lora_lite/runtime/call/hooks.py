@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import SelectionError, WeightError
+from ...core.errors import SelectionError, StateError, WeightError
+from ..layers.offload import brought_back, is_away
 from ..model.call import Call, Selection
 from ..model.site import Site, Slot
 from ..model.state import SITE
@@ -16,36 +18,54 @@ from ..view.composed import blend
 from ..view.layer import LayerView
 from .acting import note_run
 from .grouped import grouped
-from .recompute import note_gradient, selection_of
+from .recompute import selection_of
 from .rows import row_groups
+from .stand_in import rest, stand_before, step_aside
+
+ABSENT: Any = object()
+COPIED = (
+    "this layer was made from an adapted one by something that copied its hooks and nothing else of the adapter, as "
+    "torch.ao's quantize_dynamic does. Merge first, and do it to a plain model: ll.merge(model); "
+    "model.save_pretrained(folder); type(model).from_pretrained(folder)."
+)
+"""What a hook says that is called in another form than it was registered in."""
 
 
 def pre_hook(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """x -> every active `forward_input`, in attach order."""
+    if kwargs is None:
+        raise StateError(COPIED)
     site: Site = layer.__dict__[SITE]
-    if not site.has_input:
+    if not (site.has_input or site.has_weight):
         return None
-    selection = selection_of(site.state)
+    if site.has_weight:
+        step_aside(layer)  # what an interrupted call has left
+    selection = selection_of(site)
     if not selection[0] and selection[1] is None:
         return None
     key = None if args else first_name(layer, kwargs)
     x = args[0] if key is None else kwargs[key]
     new = apply_selected(layer, site, x, None, selection)
+    if site.has_weight and selection[1] is None:
+        stand_before(layer, site, selection[0], selection[2])
     if new is x:
         return None
     return ((new, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: new})
 
 
-def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = ABSENT) -> Any:
     """y -> every active `forward`, in attach order, each seeing the rewritten x and the previous y."""
+    if output is ABSENT:
+        raise StateError(COPIED)
     site: Site = layer.__dict__[SITE]
-    if not torch.compiler.is_compiling():
+    if site.awaited:
         note_run(site)
-        if site.state.call_grad:
-            note_gradient(site)
-    selection = selection_of(site.state)
+    stood_in = site.has_weight and step_aside(layer)
+    if output is None and sys.exc_info()[0] is not None:  # the layer failed, and its exception is on its way
+        return None
+    selection = selection_of(site)
     if not selection[0] and selection[1] is None:
         return None
     x = args[0] if args else kwargs[first_name(layer, kwargs)]
@@ -61,6 +81,8 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
             "before it would train on wrong gradients. Use a weight-only quantisation that is differentiable "
             "(bitsandbytes, torchao int8 weight-only, quanto)."
         )
+    if stood_in:
+        selection = (rest(site, selection[0]), *selection[1:])
     inner_x, inner_y = site.kind.enter(layer, x, y)
     new = apply_selected(layer, site, inner_x, inner_y, selection)
     if new is inner_y:
@@ -71,6 +93,13 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 def apply_selected(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, selection: Selection) -> Tensor:
     """The page of every selected adapter on this layer. y None: the input side."""
+    if is_away(layer):
+        with brought_back(layer, site.path):
+            return _apply_selected(layer, site, x, y, selection)
+    return _apply_selected(layer, site, x, y, selection)
+
+
+def _apply_selected(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, selection: Selection) -> Tensor:
     active, rows, call = selection
     if y is not None and x.dtype != y.dtype and isinstance(x, Tensor) and x.is_floating_point():
         x = x.to(y.dtype)  # autocast, or a layer that returns another dtype than it takes

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import SelectionError
-from ...core.positions import parse_positions
+from ...core.positions import Since, parse_positions
 from ..model.call import Call, Columns, Prompt
 from ..model.state import ModelState
 from ..view.cache import cache_of
+from .batch import TOKENS
+from .invoked import since
 
 IGNORED = -100
 CURE = (
@@ -46,11 +48,32 @@ def locate(state: ModelState, model: nn.Module, args: tuple[Any, ...], kwargs: d
             f"{who}: an encoder-decoder model has two sequences and no prompt in either; use positions='all'."
         )
     batch = _Batch(model, args, kwargs, who)
+    invoked: dict[str, Columns] = {text: _since(state, text, batch) for text in texts if text.startswith("from:")}
+    about_prompts = [text for text in texts if text not in invoked]
+    return Call((batch.B, batch.T), invoked | _prompts(state, model, batch, about_prompts))
+
+
+def _prompts(state: ModelState, model: nn.Module, batch: _Batch, texts: list[str]) -> dict[str, Columns]:
+    """What `Call.found` holds for the wordings that speak of the prompt."""
+    if not texts:
+        return {}
     if _is_over(state.prompt, batch.past, batch.T):
-        over: dict[str, Columns] = {text: (None, None, 0) if text == "generated" else () for text in texts}
-        return Call((batch.B, batch.T), over)
+        return {text: (None, None, 0) if text == "generated" else () for text in texts}
     n = _lengths(state, model, batch)
-    return Call((batch.B, batch.T), {text: _columns(text, n, batch) for text in texts})
+    return {text: _columns(text, n, batch) for text in texts}
+
+
+def _since(state: ModelState, text: str, batch: _Batch) -> Columns:
+    """What it holds for one that speaks of tokens."""
+    spec = parse_positions(text)
+    assert isinstance(spec, Since)
+    last = state.begun.get(text)
+    keep, begun = since(batch.tokens, spec.tokens, batch.past, batch.cache, last, batch.who)
+    if begun is not None:
+        state.begun[text] = begun
+    if batch.mask is not None:
+        keep = keep & batch.mask.index_select(1, torch.arange(batch.T, device=batch.device) + batch.past)
+    return None, keep, 0
 
 
 class _Batch:
@@ -90,7 +113,7 @@ class _Batch:
 def _columns(text: str, n: Tensor, batch: _Batch) -> Columns:
     """What `Call.found` holds for one wording, n (B,) being the lengths of the prompts."""
     spec = parse_positions(text)
-    if not isinstance(spec, str):
+    if not isinstance(spec, (str, Since)):
         return _prompt_tokens(*spec, n, batch.count, batch.T, batch.past)
     column = torch.arange(batch.T, device=batch.device) + batch.past
     if batch.count is None or batch.mask is None:
@@ -220,7 +243,7 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 def _tokens(named: Mapping[str, Any]) -> Tensor | None:
     """The input with one entry per token."""
-    for value in (named.get("input_ids"), named.get("inputs_embeds"), *named.values()):
+    for value in (*map(named.get, TOKENS), *named.values()):
         if isinstance(value, Tensor) and value.dim() >= 2:
             return value
     return None

@@ -6,28 +6,31 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..._torch import backward_is_running, function_cuts, inside_checkpoint, inside_reentrant_checkpoint
 from ...core.errors import LoraLiteWarning, SelectionError, listing
 from ..model.call import Selection
 from ..model.site import Site
 from ..model.state import ModelState
+from .batch import values_of
 
 
-def selection_of(state: ModelState) -> Selection:
+def selection_of(site: Site) -> Selection:
     """(active adapters with weights, one adapter per row or None, token positions or None) for the running forward.
 
     A recomputation in backward may run after the `with` block of its forward and on another thread: it gets the
     selection of the checkpointed forward that waits for it. Two such forwards under different selections cannot be told
     apart, so they raise.
     """
+    state = site.state
     chosen: Selection = (state.active, state.rows, state.call)
     if torch.compiler.is_compiling():
         if inside_checkpoint() and not state.compiled_checkpoint:
             state.compiled_checkpoint = True
         return chosen
     if not backward_is_running():
-        if in_checkpoint(state):
+        if _in_checkpoint(site):
             if state.pending_done:
                 state.pending, state.pending_done = [], False
             if chosen not in state.pending:
@@ -61,48 +64,55 @@ def changed(state: ModelState) -> None:
         )
 
 
-def in_checkpoint(state: ModelState) -> bool:
+def _in_checkpoint(site: Site) -> bool:
     """Whether a checkpointed region is running forward for the first time."""
+    state = site.state
     if torch.is_grad_enabled():
         return inside_checkpoint()
     if state.call_grad:  # and none here: a reentrant checkpoint, or the model's own no_grad
+        if site.path not in state.gradless:
+            state.gradless[site.path] = function_cuts()
+            state.newly_gradless.append(site.path)
+            site.awaited = True  # it may run again, with a gradient
         return True
     return not state.in_call and inside_reentrant_checkpoint()  # the search is long
 
 
-def note_gradient(site: Site) -> None:
-    """A layer runs in a call with gradients: does it have one here?"""
-    state = site.state
-    if torch.is_grad_enabled():
-        state.fed.add(site.path)
-    elif site.path not in state.cut and (cuts := function_cuts()) is not False:
-        state.cut[site.path] = cuts is True
-
-
-def check_fed(state: ModelState) -> None:
-    """After a training call: name the targets that ran without a gradient.
+def check_fed(state: ModelState, output: Any) -> None:
+    """After a training call in which layers ran without a gradient: name the targets that no gradient reaches.
 
     Raises:
         SelectionError: a reentrant checkpoint cut them off.
     """
     names = dict.fromkeys((*(n for n, _ in state.active), *(n for n in state.rows or () if n is not None)))
     trained = [r for n in names if (r := state.records[n]).trainable and r.variant.trains]
-    cut = {p: how for p, how in state.cut.items() if p not in state.fed and any(p in r.targets for r in trained)}
-    lost = [path for path, by_checkpoint in cut.items() if by_checkpoint]
-    if lost:
-        raise SelectionError(
-            "gradient checkpointing with use_reentrant=True runs blocks without gradient because no input of theirs "
-            f"requires one, so {len(lost)} of {len(cut) + len(state.fed)} targets would not train: {listing(lost)}. "
-            "Call model.enable_input_require_grads(), or enable checkpointing with use_reentrant=False."
-        )
-    if cut and not state.cut_noted:
+    new, state.newly_gradless = state.newly_gradless, []
+    cut = [p for p in new if p not in state.fed and any(p in r.targets for r in trained)]
+    bare = [path for path in cut if state.gradless[path] is None]
+    _check_cut(state, [path for path in cut if state.gradless[path]], bool(trained), output)
+    if bare and not state.cut_noted:
         state.cut_noted = True
         warnings.warn(
-            f"{listing(cut)} ran under the model's own torch.no_grad() in a training call, so the adapter does not "
+            f"{listing(bare)} ran under the model's own torch.no_grad() in a training call, so the adapter does not "
             "train there. Leave them out (exclude_names), or let the model run them with gradients.",
             LoraLiteWarning,
             stacklevel=4,
         )
+
+
+def _check_cut(state: ModelState, lost: list[str], trains: bool, output: Any) -> None:
+    """Raise where a reentrant checkpoint cut these targets off, or the whole output."""
+    checkpointed = any(how is not None for how in state.gradless.values())
+    whole = trains and checkpointed and not any(isinstance(v, Tensor) and v.requires_grad for v in values_of(output))
+    if not (lost or whole):
+        return
+    state.gradless = {}  # the next call is asked again
+    what = "no adapter would train" if whole else f"{len(lost)} targets would not train: {listing(lost)}"
+    raise SelectionError(
+        "gradient checkpointing with use_reentrant=True runs blocks without gradient because no input of theirs "
+        f"requires one, so {what}. Call model.enable_input_require_grads(), or enable checkpointing with "
+        "use_reentrant=False."
+    )
 
 
 def _show(selection: Any) -> str:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...core.errors import LoraLiteWarning, StateError
 from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
 from ..view import kept as memo
 from . import acting
+from .batch import batch_first
+from .invoked import note_cache
 from .positions import locate
 from .recompute import check_fed
-from .vocabulary import watch_vocabulary
+from .vocabulary import await_head, check_head, watch_vocabulary
 
 
 def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -24,7 +27,7 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     state: ModelState = model.__dict__[STATE]
     if not torch.compiler.is_compiling():
         state.in_call, state.call_grad = True, torch.is_grad_enabled()
-        state.fed, state.cut = set(), {}
+        state.newly_gradless, state.fed = [], set()
         memo.begin(state, model, kwargs)
         if state.vocabulary:
             watch_vocabulary(model, state)
@@ -32,33 +35,38 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if state.call_grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)
+            if state.vocabulary:
+                await_head(model, state)
     call = locate(state, model, args, kwargs)
     if call is not state.call:  # an exporter follows no needless change
         state.call = call
     if state.rows is None:  # reading the size would make a compiled model depend on it
         return
-    state.batch = None
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            state.batch = int(value.shape[0])
-            break
+    first = batch_first(model, args, kwargs)
+    state.batch = None if first is None else int(first.shape[0])
 
 
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Raise when a reentrant checkpoint left adapted layers of a training call without a gradient."""
+    """Raise when a training call left something without a gradient: adapted layers, by a reentrant checkpoint, or what
+    stands on a head that it did not call. Also called when the model failed, to end what was begun."""
     state: ModelState = model.__dict__[STATE]
     if state.call is not None:
         state.call = None
     if torch.compiler.is_compiling():
         return
-    acting.end(model, state, failed=output is None)
+    failed = output is None and sys.exc_info()[0] is not None
+    acting.end(model, state, failed)
+    if state.begun:
+        note_cache(state.begun, output)
     state.batch = state.memo = None
     state.in_call, had_grad = False, state.call_grad
     state.call_grad = False
-    if output is None:  # an exception is on its way
+    if failed or not (had_grad and model.training):
         return
-    if had_grad and state.cut and model.training and torch.is_grad_enabled():
-        check_fed(state)
+    if state.vocabulary:
+        check_head(model, state)
+    if state.gradless and torch.is_grad_enabled():
+        check_fed(state, output)
 
 
 def _watch_schedules(state: ModelState) -> None:

@@ -1,4 +1,4 @@
-"""A vocabulary that was resized under an adapter."""
+"""An adapter on the vocabulary: resized under it, or multiplied with by somebody else than the head itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...core.errors import StateError
+from ..model.site import Site
 from ..model.state import SITE, ModelState
 
 VOCABULARY = ("get_input_embeddings", "get_output_embeddings")
@@ -46,3 +47,44 @@ def watch_vocabulary(model: nn.Module, state: ModelState) -> None:
                 f"ll.detach(model); model.resize_token_embeddings({now}); ll.attach(model, cfg). An adapter that does "
                 "not act on the vocabulary may stay attached."
             )
+
+
+def await_head(model: nn.Module, state: ModelState) -> None:
+    """Expect the head to be called in this training call, where an acting adapter stands on it."""
+    site = _head_site(model)
+    if site is not None and any(name in site.slots for name in _acting(state)):
+        site.awaited = True
+
+
+def check_head(model: nn.Module, state: ModelState) -> None:
+    """Raise when the head was awaited, and the call multiplied with its weight without calling it.
+
+    Raises:
+        StateError: what stands on the head would train nothing.
+    """
+    site = _head_site(model)
+    if site is None or not site.awaited:
+        return
+    site.awaited = False
+    names = ", ".join(repr(name) for name in _acting(state) if name in site.slots)
+    raise StateError(
+        f"adapter {names} acts on {site.path!r}, which was not called: a fused head (TRL, Liger and cut cross-entropy "
+        "have one) multiplies with its weight itself, so the adapter would neither act nor train. Leave the head out: "
+        f"exclude_names=({site.path.rsplit('.', 1)[-1]!r},) for an adapter on it, train_modules without it, no token "
+        "rows on embeddings that are tied to it. Or compute the loss from logits: transformers' Trainer with "
+        "use_liger_kernel=False does."
+    )
+
+
+def _head_site(model: nn.Module) -> Site | None:
+    """Where adapters stand on the output head; None where none does."""
+    try:
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if head is None else head.__dict__.get(SITE)
+
+
+def _acting(state: ModelState) -> list[str]:
+    """The adapters that act on some row."""
+    return [n for n in dict.fromkeys(state.rows) if n] if state.rows is not None else [n for n, _ in state.active]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
-from ..model.kind import Cell, Function, Kind
+from ..model.kind import Cell, Kind, Part
 from .tensors import bias_of, check_readable
-
-COLUMNS = 1024  # of the identity, pushed through the pages at a time
 
 
 class MatrixCell(Cell):
@@ -22,26 +18,24 @@ class MatrixCell(Cell):
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         stored = self.kind.stored(self.module)
         check_readable(stored, self.path)
-        return self.kind.as_matrix(self.module, stored.detach()).to(dtype), self._bias(dtype)
+        return self.matrix(stored.detach()).to(dtype), self.bias(dtype)
 
-    def write(self, w: Tensor, b: Tensor) -> float:
-        weight = self.kind.stored(self.module)
-        stored = w.to(weight.dtype)
-        weight.copy_(self.kind.as_stored(self.module, stored))
-        self._write_bias(b)
-        return rounding(stored, w)
+    def matrix(self, stored: Tensor) -> Tensor:
+        return self.kind.as_matrix(self.module, stored)
 
-    def read_off(self, f: Function, w: Tensor) -> tuple[Tensor, Tensor]:
-        new, zero = torch.empty_like(w), f(w.new_zeros(1, w.shape[1]))[0]
-        for start, eye in identity(w):
-            new[:, start : start + eye.shape[0]] = (f(eye) - zero).mT
-        return new, zero
-
-    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
         b = self.kind.bias(self.module)
         return None if b is None else b.detach().to(dtype)
 
-    def _write_bias(self, b: Tensor) -> None:
+    def write(self, part: Part, block: Tensor) -> Tensor:
+        weight = self.kind.stored(self.module).detach()
+        matrix = self.kind.as_matrix(self.module, weight)
+        matrix[part] = block.to(weight.dtype)
+        if matrix.data_ptr() != weight.data_ptr():  # a copy, as of a kernel with its channels last
+            weight.copy_(self.kind.as_stored(self.module, matrix))
+        return matrix[part]
+
+    def write_bias(self, b: Tensor) -> None:
         old = bias_of(self.module)
         if old is not None:
             old.copy_(b.to(old.dtype))
@@ -49,16 +43,6 @@ class MatrixCell(Cell):
             self.module.__dict__.pop("bias", None)  # a layer may say `self.bias = None` before it knows of parameters
             new = nn.Parameter(b.to(self.kind.stored(self.module).dtype), requires_grad=False)
             self.module.register_parameter("bias", new)
-
-
-def identity(w: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, up to `COLUMNS` rows of the identity (n, d_in)) until all of W's inputs had theirs."""
-    d_in = w.shape[1]
-    for start in range(0, d_in, COLUMNS):
-        n = min(COLUMNS, d_in - start)
-        eye = w.new_zeros(n, d_in)
-        eye[torch.arange(n), torch.arange(start, start + n)] = 1
-        yield start, eye
 
 
 def rounding(stored: Tensor, exact: Tensor) -> float:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import TargetError, listing
-from ..model.kind import Cell, Function, Kind, P
+from ..model.kind import Cell, Kind, P
 from ..model.site import Site
 from ..model.state import SITE
-from .cell import COLUMNS, MatrixCell
+from .cell import MatrixCell
 from .tensors import is_ordinary, is_packed, stored_weight
 from .tried import can_be_tried, has_own_forward, scale_of_lookup
 from .virtual import VirtualInput, refuse_input
@@ -55,14 +55,16 @@ def scale_of(module: nn.Module) -> float:
 
 
 class EmbeddingCell(MatrixCell):
-    """W (d, V) of an embedding that stores Wᵀ."""
+    """W (d, V) of an embedding that stores Wᵀ. Every lookup has one id, so what a page adds to all stands in W."""
 
-    def read_off(self, f: Function, w: Tensor) -> tuple[Tensor, Tensor]:
-        new, size = torch.empty_like(w), w.shape[1]
-        for start in range(0, size, COLUMNS):  # the rows of a large vocabulary are looked up, never built
-            ids = torch.arange(start, min(COLUMNS + start, size), device=w.device)
-            new[:, start : start + len(ids)] = f(Lookup(ids, size, w.dtype)).mT
-        return new, w.new_zeros(w.shape[0])
+    has_bias = False
+
+    def write_bias(self, b: Tensor) -> None:
+        pass  # an embedding has none
+
+    def units(self, start: int, n: int, w: Tensor, room: Tensor | None = None) -> Any:
+        size = w.shape[1]  # the rows of a large vocabulary are looked up, never built
+        return Lookup(torch.arange(start, min(start + n, size), device=w.device), size, w.dtype)
 
 
 class Embedding(Kind):

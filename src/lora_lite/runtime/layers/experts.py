@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ..._torch import remove_hooks
 from ...core.errors import size_text
-from ..model.kind import Cell, Function, Hooks, Kind
+from ..model.kind import Cell, Hooks, Kind, Part
 from .bank import Bank, banks, banks_in
-from .cell import rounding
 
 
 class ExpertCell(Cell):
@@ -22,20 +21,23 @@ class ExpertCell(Cell):
         self.bank, self.index = bank, index
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        b = self.bank.bias
-        w = self.bank.dense().detach()[self.index].to(dtype)
-        return w, None if b is None else b.detach()[self.index].to(dtype)
+        return self.matrix(self.bank.weight.detach()).to(dtype), self.bias(dtype)
 
-    def write(self, w: Tensor, b: Tensor) -> float:
-        stored = self.bank.dense().data[self.index]
-        stored.copy_(w.to(stored.dtype))
+    def matrix(self, stored: Tensor) -> Tensor:
+        return (stored.mT if self.bank.transposed else stored)[self.index]
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        b = self.bank.bias
+        return None if b is None else b.detach()[self.index].to(dtype)
+
+    def write(self, part: Part, block: Tensor) -> Tensor:
+        stored = self.matrix(self.bank.weight.detach())
+        stored[part] = block.to(stored.dtype)
+        return stored[part]
+
+    def write_bias(self, b: Tensor) -> None:
         if self.bank.bias is not None:
             self.bank.bias.data[self.index].copy_(b.to(self.bank.bias.dtype))
-        return rounding(stored, w)
-
-    def read_off(self, f: Function, w: Tensor) -> tuple[Tensor, Tensor]:
-        zero = f(w.new_zeros(1, w.shape[1]))[0]
-        return (f(torch.eye(w.shape[1], dtype=w.dtype, device=w.device)) - zero).mT, zero
 
 
 class Experts(Kind):

@@ -29,6 +29,7 @@ class Linear(Kind):
     groups_rows = True
     inside_blocks = True
     replaceable = True
+    takes_weight = True
 
     def size(self, module: nn.Module) -> tuple[int, int] | None:
         return dims(module)
@@ -110,7 +111,7 @@ class LinearCell(MatrixCell):
     """W of a linear layer; a packed one is read off what it does."""
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        return read_linear(self.module, self.path, dtype), self._bias(dtype)
+        return read_linear(self.module, self.path, dtype), self.bias(dtype)
 
 
 LINEAR = Linear()

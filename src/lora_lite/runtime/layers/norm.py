@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import WeightError
-from ..model.kind import Cell, Function, Kind
-from .cell import MatrixCell, rounding
+from ..model.kind import Cell, Kind, Part
+from .cell import MatrixCell
 from .norm_reading import Norm, norm_of, norm_width, read_norm
-from .tensors import bias_of, stored_weight
+from .tensors import bias_of, exact_dtype, stored_weight
 from .virtual import VirtualInput, rows_only
 
 
@@ -40,23 +40,29 @@ class NormCell(MatrixCell):
     """W (d, 1): the gain, which is the stored weight plus the norm's offset."""
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        return norm_of(self.module).gain(self.module, dtype)[:, None], self._bias(dtype)
+        return norm_of(self.module).gain(self.module, dtype)[:, None], self.bias(dtype)
 
-    def write(self, w: Tensor, b: Tensor) -> float:
+    def matrix(self, stored: Tensor) -> Tensor:
+        return stored.to(exact_dtype(stored.device))[:, None] + norm_of(self.module).offset
+
+    def write(self, part: Part, block: Tensor) -> Tensor:
+        weight, offset = stored_weight(self.module).detach(), norm_of(self.module).offset
+        weight[part[0]] = (block[:, 0] - offset).to(weight.dtype)
+        return weight[part[0]].to(block.dtype)[:, None] + offset
+
+    def write_bias(self, b: Tensor) -> None:
         if bias_of(self.module) is None and bool(b.any()):
             raise WeightError(
                 f"{self.path}: the adapter adds a bias, and this {type(self.module).__name__} has none to hold it; "
                 "keep the adapter attached."
             )
-        weight, exact = stored_weight(self.module), w[:, 0] - norm_of(self.module).offset
-        stored = exact.to(weight.dtype)
-        weight.copy_(stored)
-        self._write_bias(b)
-        return rounding(stored, exact)
+        super().write_bias(b)
 
-    def read_off(self, f: Function, w: Tensor) -> tuple[Tensor, Tensor]:
-        one, zero = (f(Normed(t)) for t in (torch.ones_like(w.mT), torch.zeros_like(w.mT)))
-        return (one - zero).mT, zero[0]
+    def units(self, start: int, n: int, w: Tensor, room: Tensor | None = None) -> Any:
+        return Normed(torch.ones_like(w.mT))
+
+    def zero(self, w: Tensor) -> Any:
+        return Normed(torch.zeros_like(w.mT))
 
 
 class NormKind(Kind):

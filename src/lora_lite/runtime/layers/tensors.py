@@ -9,14 +9,16 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ..._torch import is_fake
 from ...core.errors import WeightError
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def stored_weight(module: nn.Module) -> Tensor:
-    """`module.weight`, known to be a tensor."""
-    w = module.weight
+    """`module.weight`, known to be a tensor; the parameter, whatever stands before it."""
+    w = module._parameters.get("weight")
+    w = module.weight if w is None else w
     assert isinstance(w, Tensor)
     return w
 
@@ -34,13 +36,16 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 
 def is_ordinary(w: object) -> bool:
-    """Whether `w` is a dense floating tensor of torch's own type. torchao keeps `nn.Linear` and changes this type."""
-    return isinstance(w, Tensor) and type(w) in (nn.Parameter, Tensor) and type(w.data) is Tensor and w.dtype in FLOATS
+    """Whether `w` is a dense floating tensor of torch's own type, or stands for one without values. torchao keeps
+    `nn.Linear` and changes this type."""
+    if not isinstance(w, Tensor) or w.dtype not in FLOATS:
+        return False
+    return (type(w) in (nn.Parameter, Tensor) and type(w.data) is Tensor) or is_fake(w)
 
 
 def is_packed(w: object, numel: int) -> bool:
     """Whether `w` is anything but a floating tensor of so many numbers; a shard of one counts as one."""
-    if not isinstance(w, Tensor) or (type(w) not in (nn.Parameter, Tensor) and not is_sharded(w)):
+    if not isinstance(w, Tensor) or (type(w) not in (nn.Parameter, Tensor) and not is_sharded(w) and not is_fake(w)):
         return True
     return w.dtype not in FLOATS or w.numel() != numel
 
@@ -80,6 +85,11 @@ def laid_out_as(t: Tensor, like: Tensor) -> Tensor:
     return t
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """fp64, or fp32 where the device has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def check_readable(w: object, path: str) -> None:
     """Raise where a weight has no values here.
 
@@ -91,8 +101,8 @@ def check_readable(w: object, path: str) -> None:
     if w.is_meta:
         raise WeightError(
             f"{path}: the weight is on the meta device (offloaded by accelerate, or not loaded yet), so it cannot be "
-            "read. Load the model without offloading, e.g. from_pretrained(..., device_map=None), attach, then "
-            "dispatch it."
+            "read. Load the model without offloading, from_pretrained(..., device_map=None), and attach; then it may "
+            "be offloaded: accelerate.cpu_offload(model), accelerate.disk_offload(model, folder)."
         )
     if is_sharded(w):
         raise WeightError(f"{path}: the weight is sharded. Attach before fully_shard / deepspeed.initialize.")

@@ -28,6 +28,20 @@ class Prompt:
         """Column at which the prompts of the present generation are known to be over."""
 
 
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """What a call leaves behind for those that continue its cache, of positions that begin at some tokens."""
+
+    cache: weakref.ref[object] | None
+    """The cache it filled; None where the call did not bring it."""
+    columns: int
+    """Number of columns so far."""
+    rows: Tensor
+    """(B,) bool, True where the tokens have occurred."""
+    tail: Tensor
+    """(B, k − 1), the last tokens, with which the next ones may complete an occurrence."""
+
+
 class Call:
     """The positions in one call of the model, for every wording that an acting adapter uses.
 
@@ -58,17 +72,16 @@ def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
 class Links:
     """Every step from the model down to an adapted layer, so that a replaced one is noticed at little cost."""
 
-    def __init__(self, steps: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]], lost: set[str]) -> None:
-        self.steps, self.lost = steps, lost
-        """(parent, name, child), and the paths of targets that are not there any more."""
+    def __init__(self, steps: list[tuple[nn.Module, str, nn.Module]], lost: set[str]) -> None:
+        self.tables = [parent._modules for parent, _, _ in steps]
+        self.names = [name for _, name, _ in steps]
+        self.children: list[nn.Module | None] = [child for _, _, child in steps]
+        self.lost = lost
+        """Paths of targets that are not there any more."""
 
     def hold(self) -> bool:
-        """Whether every child is still where it was."""
-        for parent, name, child in self.steps:
-            holder = parent()
-            if holder is None or holder._modules.get(name) is not child():
-                return False
-        return True
+        """Whether every child is still where it was. A module equals itself alone."""
+        return list(map(dict.get, self.tables, self.names)) == self.children
 
 
 @dataclass

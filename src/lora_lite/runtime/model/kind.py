@@ -47,8 +47,8 @@ def not_what_it_seems(module: nn.Module, path: str, why: str) -> str:
 
 
 P = TypeVar("P", bound=HasModule)
-Function = Callable[[Any], Tensor]
-"""A layer with its adapters as a function of its input."""
+Part = tuple[slice, slice]
+"""Rows and columns of a matrix."""
 
 
 class Cell:
@@ -56,19 +56,41 @@ class Cell:
 
     index: int | None = None
     """Number of the expert it belongs to; None where the layer has one matrix."""
+    has_bias = True
+    """Whether what the layer gives for a zero has a place of its own, beside W."""
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """W and b."""
         raise NotImplementedError
 
-    def write(self, w: Tensor, b: Tensor) -> float:
-        """Put W and b in the place of the stored ones. Returns the largest rounding to the storage dtype, relative to
-        the largest entry."""
+    def matrix(self, stored: Tensor) -> Tensor:
+        """W out of a copy of the layer's stored weight."""
         raise NotImplementedError
 
-    def read_off(self, f: Function, w: Tensor) -> tuple[Tensor, Tensor]:
-        """(W', b') of the affine f: b' = f(0), W'ᵀ = f(I) − f(0). w: the base's W, for its shape, dtype and device."""
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """b."""
         raise NotImplementedError
+
+    def write(self, part: Part, block: Tensor) -> Tensor:
+        """Put a block in the place of a part of the stored W. Returns what stands there now, rounded to the storage
+        dtype."""
+        raise NotImplementedError
+
+    def write_bias(self, b: Tensor) -> None:
+        """Put b in the place of the stored one, or where there was none and b is not zero."""
+        raise NotImplementedError
+
+    def units(self, start: int, n: int, w: Tensor, room: Tensor | None = None) -> Any:
+        """Up to n rows of the identity (n, d_in) from row `start` on, as an input of the layer: their product with Wᵀ
+        is W's columns as rows. w: the shape, dtype and device of W. room: where they may stand."""
+        n = min(n, w.shape[1] - start)
+        eye = w.new_zeros(n, w.shape[1]) if room is None else room[:n].zero_()
+        eye[torch.arange(n), torch.arange(start, start + n)] = 1
+        return eye
+
+    def zero(self, w: Tensor) -> Any:
+        """One zero, as an input of the layer."""
+        return w.new_zeros(1, w.shape[1])
 
 
 class Kind:
@@ -87,6 +109,8 @@ class Kind:
     """x and y are ordinary tensors of vectors, so a pair of factors means the same everywhere."""
     groups_rows = False
     """Several adapters of one batch may act on it with one call."""
+    takes_weight = False
+    """While it runs, another weight may stand before the stored one."""
     by_number = False
     """It picks rows of its weight by number, so a layer that multiplies with the same weight is tied to it."""
     inside_blocks = False
@@ -155,7 +179,7 @@ class Kind:
     def join(self, module: nn.Module, path: str, hooks: Hooks) -> None:
         """Put the hooks on."""
         module.register_forward_pre_hook(hooks.before, with_kwargs=True)
-        module.register_forward_hook(hooks.after, with_kwargs=True)
+        module.register_forward_hook(hooks.after, with_kwargs=True, always_call=self.takes_weight)
 
     def part(self, module: nn.Module, path: str, hooks: Hooks) -> None:
         """Take the hooks off."""
@@ -193,7 +217,8 @@ class Kind:
 
     def stored(self, module: nn.Module) -> Tensor:
         """The weight as the layer stores it."""
-        w = module.weight
+        w = module._parameters.get("weight")
+        w = module.weight if w is None else w
         assert isinstance(w, Tensor)
         return w
 

@@ -17,7 +17,7 @@ from .kind import Kind
 from .record import Record, Target
 from .state import DEFAULT, SITE, STATE, ModelState, unwrap
 
-PAGES = ("forward", "forward_input", "factors", "by_feature", "act")
+PAGES = ("forward", "forward_input", "weight", "factors", "by_feature", "act")
 
 
 class Slot:
@@ -38,6 +38,7 @@ class Slot:
         "own_weight",
         "owners",
         "path",
+        "weight",
     )
 
     def __init__(self, record: Record, target: Target, owners: dict[str, nn.Module]) -> None:
@@ -75,7 +76,9 @@ class Site:
         self.own = own
         """The layer's parameters before it was adapted, by attribute: what is the base's."""
         self.slots: dict[str, Slot] = {}
-        self.has_input = False
+        self.has_input = self.has_weight = False
+        self.awaited = False
+        """Somebody wants to know that it runs, see `call.acting` and `call.vocabulary`."""
         self.found: object = None
         """What its kind found out about the layer, see `Kind.inspect`, once it was"""
         self.inspected = True
@@ -84,9 +87,10 @@ class Site:
         self.stacks: dict[tuple[object, ...], Stack] = {}
         """Factors of several adapters side by side, see `grouped`."""
 
-    def note_input(self) -> None:
-        """Whether any adapter rewrites the input, after the slots have changed."""
+    def note_pages(self) -> None:
+        """Whether any adapter rewrites the input, or says what becomes of the weight, after the slots have changed."""
         self.has_input = any(slot.forward_input is not None for slot in self.slots.values())
+        self.has_weight = any(slot.weight is not None for slot in self.slots.values())
 
 
 def stored_name(short: str, adapter: str) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import SelectionError, StateError, did_you_mean
-from .call import Call, Chosen, Links, Memo, Prompt, RowGroup, Rows, Selection
+from ...core.errors import ConfigError, SelectionError, StateError, did_you_mean
+from .call import Begun, Call, Chosen, Links, Memo, Prompt, RowGroup, Rows, Selection
 from .merged import Merged
 from .record import Record
 
@@ -42,19 +42,23 @@ class ModelState:
         """A call of the whole model is running."""
         self.call_grad = False
         """Whether the running root call was entered with gradients enabled."""
+        self.gradless: dict[str, bool | None] = {}
+        """Paths of layers that ran without a gradient in a training call -> whether a reentrant checkpoint cut it off
+        there; None: the model's own `no_grad`, see `call.recompute`."""
+        self.newly_gradless: list[str] = []
+        """Those of them that were seen first in the present root call."""
         self.fed: set[str] = set()
-        """Paths of the layers that ran with a gradient in the present root call."""
-        self.cut: dict[str, bool] = {}
-        """Paths of those that ran without -> whether it was because of a reentrant checkpoint that no gradient
-        enters, or of the model's own `no_grad`."""
+        """Paths of awaited layers that ran with a gradient in the present root call."""
         self.cut_noted = False
-        """Whether the latter was warned about."""
+        """Whether the model's own `no_grad` was warned about."""
         self.prompt: Prompt | None = None
         """What `ll.prompt` says, see `call.positions`."""
         self.call: Call | None = None
         """Token positions in the running root call, for the adapters that ask for some."""
         self.previous: Tensor | None = None
         """Tokens of the last call, where the next one may show that they were a prompt growing without a cache."""
+        self.begun: dict[str, Begun] = {}
+        """Wording of positions -> what its last call left for one that continues the same cache."""
         self.memo: Memo | None = None
         """What pages keep from one step of cached decoding to the next, see `view.kept`; None where nothing may be
         kept."""
@@ -84,8 +88,22 @@ class ModelState:
         return {**ModelState().__dict__, **{k: self.__dict__[k] for k in kept}}
 
 
+def check_module(model: object) -> None:
+    """Refuse a tokenizer, a config, swapped arguments: every public entry comes through here.
+
+    Raises:
+        ConfigError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the first argument is the model, a torch.nn.Module, got {type(model).__name__}; the order is "
+            "ll.attach(model, cfg), ll.load(model, path)."
+        )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside torch.compile's and DistributedDataParallel's wrappers."""
+    """The user's module inside torch.compile's and DistributedDataParallel's wrappers; what is no module raises."""
+    check_module(model)
     while True:
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]

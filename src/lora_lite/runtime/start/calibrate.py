@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import ConfigError, StateError
 from ...core.targets import Targets as Promised
+from ...ops.spectrum import top_eigh, top_eigh_of_rows
 from ..call.batch import call_batch, evaluating
 from ..call.hooks import first_name
 from ..call.scope import nobody_acts
@@ -30,6 +31,8 @@ from .staging import StagedTarget
 
 Visit = Callable[[StagedTarget, Tensor, Tensor], None]
 VisitWhole = Callable[[StagedTarget, Tensor, Tensor, "Tensor | None"], None]
+FEW = 4
+"""Tokens are few while there are at least so many inputs for each."""
 IGNORED = -100
 """The label that a loss leaves out."""
 
@@ -44,13 +47,59 @@ class Moments:
     square: Tensor
 
 
-@dataclass
 class Gram:
-    """Σ xᵀx (d_in, d_in) over n tokens, in fp32 or better, of the targets that receive one and the same tensor."""
+    """Σ xᵀx (d_in, d_in) and Σ x (d_in,) over n tokens, in fp32 or better, of the targets that receive one and the same
+    tensor.
 
-    views: list[StagedTarget]
-    n: int
-    C: Tensor
+    While the tokens are few beside the inputs they are kept themselves: they are smaller than the sum, and so is the
+    decomposition of their products with each other.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.views: list[StagedTarget] = []
+        self.n = 0
+        self._tokens: list[Tensor] = []
+        self._sum = tokens.new_zeros(0)
+        self.sum = tokens.new_zeros(tokens.shape[-1])
+        self._d = tokens.shape[-1]
+
+    def add(self, tokens: Tensor) -> None:
+        """Count some tokens (n, d_in)."""
+        self.n += tokens.shape[0]
+        self.sum.add_(tokens.sum(0))
+        self._tokens.append(tokens.clone())
+        if len(self._sum) or FEW * self.n > self._d:
+            self._fold()
+
+    def _fold(self) -> None:
+        if not len(self._sum):
+            self._sum = self._tokens[0].new_zeros(self._d, self._d)
+        for tokens in self._tokens:
+            self._sum.addmm_(tokens.mT, tokens)
+        self._tokens.clear()
+
+    @property
+    def C(self) -> Tensor:
+        self._fold()
+        return self._sum
+
+    @property
+    def trace(self) -> Tensor:
+        """Σ ‖x‖²."""
+        if len(self._sum):
+            return self._sum.trace()
+        return torch.stack([tokens.square().sum() for tokens in self._tokens]).sum()
+
+    def leading(self, k: int, centred: bool = False) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues (k,), descending, and eigenvectors (d_in, k), signs fixed; of the tokens without
+        their mean, where that is asked for."""
+        mean = self.sum / self.n
+        if not len(self._sum):
+            tokens = torch.cat(self._tokens)
+            found = top_eigh_of_rows(tokens - mean if centred else tokens, k)
+            if found is not None:
+                return found
+        return top_eigh(self.C - torch.outer(self.sum, mean) if centred else self.C, k)
 
 
 class Targets(list[StagedTarget]):
@@ -96,7 +145,7 @@ class Targets(list[StagedTarget]):
             pending = [v for v in pending if leader[v.path] not in grams]
             for path in list(grams):
                 gram = grams.pop(path)
-                _check_finite(gram.C, path)
+                _check_finite(gram.trace, path)
                 yield gram
 
     def gram(self, data: Any, labelled: bool = False) -> dict[str, Tensor]:
@@ -239,9 +288,8 @@ def _grams_of_pass(
                 postponed.add(first)
                 return
             used += size
-            grams[first] = Gram([], 0, tokens.new_zeros(tokens.shape[-1], tokens.shape[-1]))
-        grams[first].n += tokens.shape[0]
-        grams[first].C.addmm_(tokens.mT, tokens)
+            grams[first] = Gram(tokens)
+        grams[first].add(tokens)
 
     targets.stream_whole(data, visit, labelled, views)
     for path, first in leader.items():

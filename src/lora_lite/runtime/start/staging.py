@@ -19,7 +19,7 @@ from ..model.record import Record, Target
 from ..model.site import Slot
 from ..targets.choose import make_target
 from ..targets.structure import describe
-from ..view.composed import composed
+from ..view.composed import Composed
 from ..view.expert import sliced
 from ..view.layer import DenseView, StagedView, generator_for
 
@@ -182,7 +182,7 @@ def _try_without_bias(view: StagedTarget, kind: Kind) -> None:
     for k, t in tensors.items():
         if t.is_floating_point():
             tensors[k] = t.float() + 0.1 * torch.randn(t.shape, generator=g).to(t.device)
-    f = composed([(view._slot, 1.0, DenseView(view.module, view._slot, w, None, tensors))], w, None)
+    f = Composed([(view._slot, 1.0, DenseView(view.module, view._slot, w, None, tensors))], w, None)
     if bool(f(w.new_zeros(1, w.shape[1])).any()):
         raise TargetError(
             f"{view.path}: variant {view.cfg.variant!r} adds a bias, and these {kind.name} have none; take "

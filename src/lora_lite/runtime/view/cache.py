@@ -14,7 +14,10 @@ def cache_of(named: Mapping[str, Any]) -> Any:
     for value in named.values():
         if hasattr(value, "get_seq_length"):
             return value
-    return next((value for value in named.values() if _is_legacy(value)), None)
+    for value in named.values():
+        if _is_legacy(value):
+            return value
+    return None
 
 
 def _is_legacy(value: Any) -> bool:

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from ...core.errors import StateError
 from ..layers.bank import Bank
+from ..layers.tensors import device_of
 from ..model.call import Chosen
-from ..model.kind import Cell, Function
+from ..model.kind import Cell
 from ..model.record import Record
 from ..model.site import Site, Slot, tensor_on
 from ..model.state import SITE, unwrap
-from .composed import composed
+from .composed import Composed
+from .folded import adapted_matrix
 from .layer import DenseView, LayerView
 
 
@@ -30,6 +32,8 @@ def layer_views(model: nn.Module, record: Record) -> list[LayerView]:
         view = LayerView(layer, slot, None)
         view.still = True
         found.append(view)
+    for view in found:
+        view.peers = len(found)
     return found
 
 
@@ -43,24 +47,24 @@ def matrix_views(view: LayerView) -> Iterator[LayerView]:
     for cell in site.kind.cells(module, site.path):
         w, _ = cell.read(torch.float32)
         one = DenseView(module, slot, w, None, sliced(stored_tensors(module, slot), cell))
-        one._dtype = view._dtype
+        one._dtype, one.peers = view._dtype, view.peers
         yield one
 
 
 def stored_tensors(module: nn.Module, slot: Slot) -> dict[str, Tensor]:
-    """Short name -> stored tensor of one adapter on its layer.
+    """Short name -> stored tensor of one adapter on its layer; shared ones from their owner, on this layer's device.
 
     Raises:
         StateError: a tensor is gone.
     """
     found = {}
     for short, attribute in slot.keys.items():
-        t = tensor_on(module, attribute)
+        t = tensor_on(slot.owners.get(short, module), attribute)
         if t is None:
             raise StateError(
                 f"adapter {slot.name!r}: {slot.path}.{attribute} is gone; detach and load the adapter again."
             )
-        found[short] = t
+        found[short] = t if short not in slot.owners else t.to(device_of(module))
     return found
 
 
@@ -71,13 +75,25 @@ def sliced(tensors: dict[str, Tensor], cell: Cell) -> dict[str, Tensor]:
 
 def with_adapters(
     module: nn.Module, cell: Cell, slots: list[tuple[Slot, float]], w: Tensor, b: Tensor | None
-) -> Function:
+) -> Composed:
     """One matrix with these adapters as a function of x."""
     views = []
     for slot, weight in slots:
-        own = None if cell.index is None else sliced(stored_tensors(module, slot), cell)
+        own = stored_tensors(module, slot) if cell.index is None else sliced(stored_tensors(module, slot), cell)
         views.append((slot, weight, DenseView(module, slot, w, b, own)))
-    return composed(views, w, b)
+    return Composed(views, w, b)
+
+
+def still_with_adapters(
+    module: nn.Module, cell: Cell, slots: list[tuple[Slot, float]], w: Tensor, dtype: torch.dtype
+) -> Composed:
+    """The same in `dtype` and without gradients, W in the dtype in which it is stored."""
+    b, views = cell.bias(dtype), []
+    for slot, weight in slots:
+        own = {k: t.detach() for k, t in stored_tensors(module, slot).items()}
+        own = own if cell.index is None else sliced(own, cell)
+        views.append((slot, weight, DenseView(module, slot, w, b, own, dtype)))
+    return Composed(views, w, b)
 
 
 def adapted(bank: Bank, site: Site, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
@@ -93,8 +109,8 @@ def adapted(bank: Bank, site: Site, chosen: Chosen) -> tuple[Tensor, Tensor | No
     new, shifts = [], []
     for cell in site.kind.cells(bank, site.path):
         own_w, own_b = cell.read(wide)
-        shifted, _ = cell.read_off(with_adapters(bank, cell, slots, own_w, None), own_w)  # or W + b − b would round
-        new.append(shifted.to(w.dtype))
+        f = with_adapters(bank, cell, slots, own_w, None)  # with b, W + b − b would round
+        new.append(adapted_matrix(f, cell).to(w.dtype))
         if b is not None:
             zero = own_w.new_zeros(1, bank.d_in)
             shifts.append(with_adapters(bank, cell, slots, own_w, own_b)(zero)[0].to(b.dtype))
@@ -105,5 +121,5 @@ def _plus_factors(bank: Bank, slot: Slot, weight: float, w: Tensor) -> Tensor:
     """w + weight B A, for all experts at once."""
     factors = slot.factors
     assert factors is not None
-    A, B = torch.vmap(lambda t: factors(DenseView(bank, slot, w, None, t)))(stored_tensors(bank, slot))
+    A, B = torch.vmap(lambda W, t: factors(DenseView(bank, slot, W, None, t)))(w, stored_tensors(bank, slot))
     return torch.baddbmm(w, (weight * B).to(w.dtype), A.to(w.dtype))

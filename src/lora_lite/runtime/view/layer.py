@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ...core.config import AdapterConfig
@@ -61,6 +60,8 @@ class LayerView:
         """Outside of any forward: dropout and other noise of training do not exist for it."""
         self.strength: float = 1.0
         """The adapter's weight in `ll.activate`, for methods that declare `own_weight`."""
+        self.peers: int = 1
+        """Number of layers that the adapter stands on, where all of them are at hand."""
 
     def __getattr__(self, name: str) -> Tensor:
         # reached only for names that are not the view's own
@@ -90,9 +91,8 @@ class LayerView:
             tensor = self._brought(name, tensor)
         if tensor is not None and tensor.is_meta and "_hf_hook" in self._module.__dict__:
             raise WeightError(
-                f"adapter {slot.name!r} on {slot.path}: accelerate offloads this layer, and with it the adapter's "
-                "tensors, which are on the meta device when the adapter acts. Merge before offloading (ll.merge), or "
-                "keep adapted layers on a device."
+                f"adapter {slot.name!r} on {slot.path}: accelerate keeps {name} elsewhere and does not bring it for "
+                "this layer's call. Merge before offloading (ll.merge), or keep adapted layers on a device."
             )
         if tensor is None:
             raise StateError(
@@ -108,8 +108,10 @@ class LayerView:
                 "of it are not gathered here. Shard the whole model last, fully_shard(model), and call the model, not "
                 "one of its blocks."
             )
-        own = next((p for p in self._module._parameters.values() if p is not None), None)
-        return tensor.to(device_of(self._module) if own is None else own.device)
+        for own in self._module._parameters.values():  # a compiler of torch 2.6 knows no next(iterator, default)
+            if own is not None:
+                return tensor.to(own.device)
+        return tensor.to(device_of(self._module))
 
     def tiny(self, name: str) -> Tensor:
         """The stored tensor in `promote_types(float32, dtype of the page)`: for Cayley maps, norms and other small
@@ -145,6 +147,11 @@ class LayerView:
     def training(self) -> bool:
         """Whether the layer trains."""
         return self._module.training and not self.still
+
+    @property
+    def by_number(self) -> bool:
+        """Whether x picks columns of the weight by number, as an embedding's does."""
+        return self._kind.by_number
 
     @property
     def in_features(self) -> int:
@@ -259,9 +266,10 @@ class StagedView(LayerView):
 
 
 class DenseView(LayerView):
-    """The view that merging and swapped-in weights use: weight and bias given, all in one precision, no dropout.
+    """The view that merging and swapped-in weights use: weight and bias given, all computed in `dtype`, no dropout.
 
-    Of a layer with several matrices it shows one: the adapter's tensors are the slices of that one.
+    Of a layer with several matrices it shows one: the adapter's tensors are the slices of that one. A weight that is
+    stored in another dtype is cast a few rows at a time.
     """
 
     def __init__(
@@ -271,9 +279,11 @@ class DenseView(LayerView):
         weight: Tensor,
         bias: Tensor | None,
         tensors: dict[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(module, slot, weight.dtype)
+        super().__init__(module, slot, dtype or weight.dtype)
         self._weight, self._bias, self._tensors = weight, bias, tensors
+        self._memo: dict[str, Any] = {}
 
     def master(self, name: str) -> Tensor:
         if self._tensors is None:
@@ -283,30 +293,44 @@ class DenseView(LayerView):
         return self._tensors[name]
 
     def once(self, what: str, compute: Callable[[], T]) -> T:
-        return compute()  # the memo of a generation knows a layer, not its experts
+        if what not in self._memo:  # the memo of a generation knows a layer, not its experts
+            self._memo[what] = compute()
+        return self._memo[what]
 
     @property
     def weight(self) -> Tensor:
-        return self._weight
+        return self._weight.to(self._dtype)
 
     @property
     def bias(self) -> Tensor | None:
         return self._bias
 
     def row_norms(self) -> Tensor:
-        return torch.linalg.vector_norm(self._weight, dim=1)
+        return torch.linalg.vector_norm(self._weight, dim=1, dtype=self._dtype)
 
     def column_norms(self) -> Tensor:
-        return torch.linalg.vector_norm(self._weight, dim=0)
+        return torch.linalg.vector_norm(self._weight, dim=0, dtype=self._dtype)
 
     def base(self, v: Tensor) -> Tensor:
-        return F.linear(v.to(self._weight.dtype), self._weight, self._bias)
+        y = self.project(v)
+        return y if self._bias is None else y + self._bias
 
     def project(self, v: Tensor) -> Tensor:
-        return F.linear(v.to(self._weight.dtype), self._weight)
+        return product(v.to(self._dtype), self._weight)
 
     def dropout(self, x: Tensor) -> Tensor:
         return x
+
+
+ROWS = 128
+"""Rows of a weight that are cast at a time."""
+
+
+def product(v: Any, w: Tensor) -> Tensor:
+    """v Wᵀ in v's dtype, without a cast copy of W."""
+    if v.dtype == w.dtype:
+        return v @ w.mT
+    return torch.cat([v @ rows.to(v.dtype).mT for rows in w.split(ROWS)], -1)
 
 
 if TYPE_CHECKING:  # what pages are typed with is what they get

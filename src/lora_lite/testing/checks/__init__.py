@@ -12,6 +12,7 @@ from . import same_seed as same_seed
 from . import selection as selection
 from . import saving as saving
 from . import training as training
+from . import width as width
 from . import fields as fields
 from . import tensors as tensors
 from .suite import CHECKS as CHECKS

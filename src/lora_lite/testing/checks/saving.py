@@ -65,6 +65,11 @@ def round_trip(case: Case) -> None:
             case.expect(
                 all(p.requires_grad for p in handle.parameters()), "load(trainable=True) left a trained tensor frozen."
             )
+            order = [tuple(p.shape) for p in adapters(model)["default"].parameters()]
+            case.expect(
+                [tuple(p.shape) for p in handle.parameters()] == order,
+                "the loaded parameters come in another order, which an optimiser's saved state would not fit.",
+            )
     fresh = case.fresh(seed=1)  # frozen tensors start elsewhere too
     load_adapter_state_dict(fresh, None, own)
     case.expect(torch.equal(run(fresh, x), y), "load_adapter_state_dict gives another output.")

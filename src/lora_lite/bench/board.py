@@ -1,0 +1,169 @@
+"""The leaderboard: which runs are left, which rate a method is given, and what its runs say."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lora_lite as ll
+from lora_lite.core.errors import FileError
+
+from .learn import Setting
+
+GRID = (1 / 3, 1.0, 3.0, 9.0)
+"""The same factors on the recommended rate for every method."""
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % points of Student's t with 1, 2, ... degrees of freedom."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the leaderboard: a method, perhaps at another size than its default."""
+
+    method: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        changes = ", ".join(f"{k}={v}" for k, v in self.fields.items())
+        return f"{self.method} ({changes})" if changes else self.method
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is the same for all entries of a board."""
+
+    task: str
+    steps: int
+    seeds: int = 3
+    grid: tuple[float, ...] = GRID
+
+    def factor(self, setting: Setting) -> float:
+        """The grid's factor of a run's rate."""
+        return self.grid[self.rates(Entry(setting.method)).index(setting.lr)]
+
+    def rates(self, entry: Entry) -> list[float]:
+        """The rates that the entry may choose from: the grid times the recommended one, to three digits."""
+        return [float(f"{factor * ll.get_variant(entry.method).lr:.3g}") for factor in self.grid]
+
+    def selections(self, entry: Entry) -> list[Setting]:
+        """One run per rate, with seed 0, judged on validation questions."""
+        return [self._setting(entry, "select", 0, lr) for lr in self.rates(entry)]
+
+    def finals(self, entry: Entry, lr: float) -> list[Setting]:
+        """The runs that count: seeds 1, 2, ..., at the chosen rate, judged on the test."""
+        return [self._setting(entry, "final", seed, lr) for seed in range(1, self.seeds + 1)]
+
+    def _setting(self, entry: Entry, phase: Any, seed: int, lr: float) -> Setting:
+        return Setting(self.task, entry.method, phase, seed, lr, self.steps, dict(entry.fields))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the runs of one entry say so far."""
+
+    entry: Entry
+    rates: dict[float, float]
+    """Rate -> share of right validation answers, of the rates that have run."""
+    chosen: float | None
+    """The rate of the final runs; None until all rates have run."""
+    finals: list[Row]
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(r["accuracy"] for r in self.finals) if self.finals else None
+
+    @property
+    def half(self) -> float | None:
+        """Half the 95 % interval of the mean over seeds, by Student's t; None below two seeds."""
+        n = len(self.finals)
+        if n < 2:
+            return None
+        spread = statistics.stdev(r["accuracy"] for r in self.finals)
+        return (STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96) * spread / math.sqrt(n)
+
+    def average(self, key: str) -> float | None:
+        """Mean of a figure over the final runs that have it."""
+        found = [r[key] for r in self.finals if r.get(key) is not None]
+        return statistics.fmean(found) if found else None
+
+    @property
+    def forgotten(self) -> float | None:
+        """By how much the loss on the base's own text grew."""
+        found = [r["remembered"] for r in self.finals if r.get("remembered")]
+        grown = [f["after"] - f["before"] for f in found if None not in f.values()]
+        return statistics.fmean(grown) if grown else None
+
+
+def read(path: Path) -> list[Row]:
+    """The finished runs of a file, one JSON object per line; a last line that was cut by a stop is passed over.
+
+    Raises:
+        FileError: the file holds something else.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            Setting.of(row)
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise FileError(
+                f"{path}:{number} is no row of `lora-lite bench learn`; give another file, or remove the line."
+            ) from None
+        rows.append(row)
+    return rows
+
+
+def add(path: Path, row: Row) -> None:
+    """Append one finished run; after a line that was cut, on a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    kept = "".join(json.dumps(r) + "\n" for r in read(path)) if cut else None
+    if kept is not None:
+        path.write_text(kept, encoding="utf-8")
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def standing(rows: Iterable[Row], protocol: Protocol, entry: Entry) -> Standing:
+    """What the rows say of one entry under this protocol; rows of another one do not count."""
+    known = {Setting.of(row).key: row for row in rows if row["method"] == entry.method}
+    selected = [known[s.key] for s in protocol.selections(entry) if s.key in known]
+    rates = {row["lr"]: row["accuracy"] for row in selected}
+    chosen = None
+    if len(rates) == len(set(protocol.rates(entry))):
+        best = max(selected, key=lambda r: (r["accuracy"], -(math.inf if r["loss"] is None else r["loss"])))
+        chosen = best["lr"]
+    finals = [known[s.key] for s in protocol.finals(entry, chosen) if s.key in known] if chosen is not None else []
+    return Standing(entry, rates, chosen, finals)
+
+
+def left(rows: Sequence[Row], protocol: Protocol, entries: Sequence[Entry]) -> list[Setting]:
+    """The runs that can start now and are not finished: rates first, finals of an entry once its rate is chosen."""
+    finished = {Setting.of(row).key for row in rows}
+    todo: list[Setting] = []
+    for entry in entries:
+        now = standing(rows, protocol, entry)
+        settings = protocol.selections(entry) if now.chosen is None else protocol.finals(entry, now.chosen)
+        todo += [s for s in settings if s.key not in finished]
+    return todo
+
+
+def count_left(rows: Sequence[Row], protocol: Protocol, entries: Sequence[Entry]) -> int:
+    """All runs that are left, those included whose rate is not chosen yet."""
+    total = 0
+    for entry in entries:
+        now = standing(rows, protocol, entry)
+        total += len(set(protocol.rates(entry))) - len(now.rates) + protocol.seeds - len(now.finals)
+    return total

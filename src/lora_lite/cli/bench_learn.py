@@ -1,0 +1,258 @@
+"""`lora-lite bench learn`: which methods learn, at which rate, how surely, and at what price."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lora_lite as ll
+
+from ._console import clock, say, table
+
+if TYPE_CHECKING:
+    from ..bench.board import Entry, Protocol, Row
+    from ..bench.learn import Setting, Task
+
+TASKS = ("wordmath", "glosses", "metamath")
+STEPS = {"wordmath": 300, "glosses": 375, "metamath": 5000}
+GUESS = {"wordmath": 0.25, "glosses": 1.0, "metamath": 2.0}
+"""Seconds of a step before any run has been timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learn:
+    """Train methods on a task under one protocol, and rank them with their uncertainty.
+
+    Every method gets the same steps on the same rows in the same order, which the seed decides. Its rate is chosen from
+    the same grid around its recommended one, on validation questions; then seeds 1, 2, ... run at that rate and answer
+    the test. Finished runs are kept in --results and never repeated; an interrupted one goes on from its last
+    checkpoint.
+    """
+
+    task: Literal["wordmath", "glosses", "metamath"] = "wordmath"
+    """wordmath (the bundled base), glosses (a real sentence encoder and WordNet), metamath (any causal model, GSM8K; a
+    GPU is needed)."""
+    methods: tuple[str, ...] = ("lora",)
+    """Methods, or `all` for every one that trains."""
+    parameters: tuple[int, ...] = ()
+    """Run the methods at these numbers of trained parameters instead of their default sizes, such as 20000 120000."""
+    steps: int | None = None
+    """Optimiser steps of every run; None: 300 of wordmath, 375 of glosses, 5,000 of metamath."""
+    seeds: int = 3
+    """Final runs of each method."""
+    grid: tuple[float, ...] = (1 / 3, 1.0, 3.0, 9.0)
+    """Factors on each method's recommended rate."""
+    jobs: int = 1
+    """Processes side by side, one thread each."""
+    base: str | None = None
+    """Another base for glosses and metamath: a folder or hub id."""
+    data: str | None = None
+    """Training data of metamath (hub id or file), or WordNet's data.noun for glosses."""
+    test_data: str | None = None
+    """Test data of metamath: a hub id, or a file with question and answer."""
+    results: Path = Path("benchmarks/results/learn.jsonl")
+    """One JSON object per finished run, appended."""
+    checkpoints: Path = Path("runs/learn")
+    """Folder for the checkpoints of runs that are under way."""
+    report: Path | None = None
+    """Write a page, pictures and a self-contained HTML report into this folder."""
+    limit: float | None = None
+    """Start no run after so many minutes."""
+    dry_run: bool = False
+    """Say which runs are left and about how long they take."""
+
+
+def main(words: list[str]) -> int:
+    """`lora-lite bench learn` with these flags."""
+    import tyro
+
+    return run(tyro.cli(Learn, prog="lora-lite bench learn", args=words, config=(tyro.conf.FlagCreatePairsOff,)))
+
+
+def run(args: Learn) -> int:
+    check(args)
+    from ..bench import board
+
+    protocol = board.Protocol(args.task, args.steps or STEPS[args.task], args.seeds, args.grid)
+    rows = board.read(args.results)
+    entries = chosen(args)
+    if args.dry_run:
+        preview(args, rows, protocol, entries)
+        return 0
+    try:
+        work(args, rows, protocol, entries)
+    finally:
+        rows = board.read(args.results)
+        show(rows, protocol, entries)
+    if args.report is not None:
+        from ..bench.board_report import write
+
+        for path in write(args.report, rows):
+            say(f"wrote    {path}")
+    return 0
+
+
+def check(args: Learn) -> None:
+    """Values that no later step would catch with a good sentence."""
+    from ..core.errors import did_you_mean
+
+    known = trainable()
+    for name in args.methods:
+        if name != "all" and name not in known:
+            raise ll.ConfigError(
+                f"--methods {name}: no method of that name trains.{did_you_mean(name, known)} Choose from: all, "
+                f"{', '.join(known)}."
+            )
+    for flag, value in (("--steps", args.steps or 1), ("--seeds", args.seeds), ("--jobs", args.jobs)):
+        if value < 1:
+            raise ll.ConfigError(f"{flag} must be at least 1, got {value}.")
+    if not args.grid or min(args.grid) <= 0 or len(set(args.grid)) < len(args.grid):
+        raise ll.ConfigError(f"--grid needs different factors above 0, got {args.grid}.")
+
+
+def trainable() -> list[str]:
+    """Methods that train and by default stand on linear layers or the residual stream."""
+    usual = [v for v in ll.variants() if ll.Variant.site in v.config().target_kinds]
+    return [v.name for v in usual if v.trains and v.holds != "modules"]
+
+
+def chosen(args: Learn) -> list[Entry]:
+    """The lines of the board; a method that cannot reach a size is said and left out."""
+    from ..bench.board import Entry
+    from ..bench.sizes import fields_for
+
+    names = trainable() if "all" in args.methods else list(args.methods)
+    if not args.parameters:
+        return [Entry(name) for name in names]
+    the_task = task(args)
+    model, entries = the_task.load(), []
+    for wanted in args.parameters:
+        for name in names:
+            fields = fields_for(model, name, wanted, the_task.fields)
+            if fields is None:
+                say(f"{name} has no size near {wanted:,} trained parameters")
+            else:
+                entries.append(Entry(name, fields))
+    return entries
+
+
+def task(args: Learn) -> Task:
+    """The task that the flags describe.
+
+    Raises:
+        FileError: its model or data cannot be found.
+    """
+    if args.task == "wordmath":
+        from ..demo.learning import WordMath
+
+        return WordMath()
+    if args.task == "glosses":
+        from ..demo.glosses import Glosses
+
+        return Glosses(args.base, args.data)
+    from ..demo.metamath import MetaMath
+
+    return MetaMath(args.base, args.data, args.test_data)
+
+
+def preview(args: Learn, rows: list[Row], protocol: Protocol, entries: list[Entry]) -> None:
+    from ..bench import board
+
+    lines, seconds = [], 0.0
+    for entry in entries:
+        n = board.count_left(rows, protocol, [entry])
+        each = step_seconds(rows, protocol, entry) * protocol.steps
+        seconds += n * each
+        lines.append((entry.label, n, " ".join(f"{lr:g}" for lr in protocol.rates(entry)), clock(n * each)))
+    title = f"{sum(line[1] for line in lines)} runs, about {clock(seconds / args.jobs)} with {args.jobs} processes"
+    table(("method", "runs left", "rates", "about"), lines, title=title)
+
+
+def step_seconds(rows: list[Row], protocol: Protocol, entry: Entry) -> float:
+    """Seconds of a step: as measured for the method, else for any method of the task, else a guess."""
+    found = [r for r in rows if r["task"] == protocol.task]
+    own = [r for r in found if r["method"] == entry.method] or found
+    return sum(r["ms_per_step"] for r in own) / len(own) / 1000 if own else GUESS[protocol.task]
+
+
+def work(args: Learn, rows: list[Row], protocol: Protocol, entries: list[Entry]) -> None:
+    """Run what is left; rows are written by this process alone, as they come in."""
+    from ..bench import board
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that start now
+    start, failed = time.monotonic(), set[str]()
+    running: dict[Future[Any], tuple[Setting, ProcessPoolExecutor]] = {}
+    total = board.count_left(rows, protocol, entries)
+    if not total:
+        say("every run is finished already")
+    try:
+        while True:
+            busy = failed | {setting.key for setting, _ in running.values()}
+            late = args.limit is not None and time.monotonic() - start > 60 * args.limit
+            waiting = [] if late else [s for s in board.left(rows, protocol, entries) if s.key not in busy]
+            for setting in waiting[: args.jobs - len(running)]:
+                pool = ProcessPoolExecutor(1, mp_context=spawn())  # a fresh process: its peak memory is the run's own
+                running[pool.submit(one, args, setting)] = setting, pool
+            if not running:
+                break
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                setting, pool = running.pop(done)
+                pool.shutdown()
+                row = outcome(done, setting)
+                if row is None:
+                    failed.add(setting.key)
+                    continue
+                row["factor"] = protocol.factor(setting)
+                board.add(args.results, row)
+                rows.append(row)
+                tell(row, total - board.count_left(rows, protocol, entries), total)
+    finally:
+        for _, pool in running.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def spawn() -> Any:
+    import multiprocessing
+
+    return multiprocessing.get_context("spawn")
+
+
+def one(args: Learn, setting: Setting) -> dict[str, Any]:
+    """One run, in a process of its own."""
+    import torch
+    import transformers
+
+    from ..bench.learn import run as run_one
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return run_one(task(args), setting, args.checkpoints)
+
+
+def outcome(done: Future[Any], setting: Setting) -> Row | None:
+    """The finished row; a refusal of ours is said, and the other runs go on."""
+    try:
+        return done.result()
+    except ll.LoraLiteError as e:
+        say(f"{setting.method} at {setting.lr:g}: {e}", "yellow")
+        return None
+
+
+def tell(row: Row, done: int, total: int) -> None:
+    what = f"seed {row['seed']}" if row["phase"] == "final" else "choosing the rate"
+    say(
+        f"{done}/{total}  {row['method']:<12} lr {row['lr']:<8g} {what:<18} {row['split']} {row['accuracy']:.1%}, loss "
+        f"{row['loss'] if row['loss'] is not None else 'not finite'}, {row['ms_per_step']:.0f} ms a step"
+    )
+
+
+def show(rows: list[Row], protocol: Protocol, entries: list[Entry]) -> None:
+    from ..bench import board_report
+
+    standings = board_report.ranked(rows, protocol, entries)
+    table(board_report.COLUMNS, [board_report.cells(s, standings) for s in standings])

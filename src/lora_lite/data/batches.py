@@ -1,0 +1,27 @@
+"""Rows of tokens as padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .tokens import IGNORED, Tokens
+
+
+def collate(rows: Sequence[Tokens], pad: int) -> dict[str, Any]:
+    """Right-padded `input_ids`, `attention_mask` and `labels` as tensors."""
+    import torch
+
+    width = max(len(r["input_ids"]) for r in rows)
+
+    def padded(key: str, value: int) -> Any:
+        return torch.tensor([r[key] + [value] * (width - len(r[key])) for r in rows])
+
+    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows])
+    return {"input_ids": padded("input_ids", pad), "attention_mask": mask, "labels": padded("labels", IGNORED)}
+
+
+def batches(rows: Sequence[Tokens], size: int, pad: int) -> Iterator[dict[str, Any]]:
+    """Collated batches in order, for evaluation and calibration."""
+    for start in range(0, len(rows), size):
+        yield collate(rows[start : start + size], pad)

@@ -1,0 +1,142 @@
+"""Rows of the usual columns in the forms that TRL knows: `text`, `prompt` and `completion`, or `messages`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..core.errors import ConfigError, FileError, did_you_mean, listing
+from .read import Located
+
+Row = dict[str, Any]
+Message = dict[str, Any]
+COLUMNS = ("text", "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system")
+SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+"""ShareGPT's names of the roles."""
+INTRO = "Below is an instruction that describes a task"
+ALPACA = {
+    False: INTRO + ". Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}"
+    "\n\n### Response:\n",
+    True: INTRO + ", paired with an input that provides further context. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+}
+"""Alpaca's own prompts without and with an input, for tokenizers that have no chat template."""
+
+
+def column_map(words: Sequence[str]) -> dict[str, str]:
+    """`("prompt=question", "completion=answer")` as {"prompt": "question", ...}.
+
+    Raises:
+        ConfigError: a word has another form, or names what no row has.
+    """
+    found = {}
+    for word in words:
+        target, sign, source = word.partition("=")
+        if not sign or not source or target not in COLUMNS:
+            raise ConfigError(
+                f"--columns takes words such as prompt=question, with one of {', '.join(COLUMNS)} on the left; got "
+                f"{word!r}.{did_you_mean(target, COLUMNS)}"
+            )
+        found[target] = source
+    return found
+
+
+def formed(rows: Sequence[Located], columns: Mapping[str, str], chat: bool) -> list[Row]:
+    """Every row in one of TRL's forms. `chat`: the tokenizer has a chat template, in which Alpaca's rows are written.
+
+    Raises:
+        FileError: a row has none of the known columns, or a wrong value in one; its place is named.
+    """
+    return [_formed(_renamed(row, where, columns), where, chat) for row, where in rows]
+
+
+def _renamed(row: Row, where: str, columns: Mapping[str, str]) -> Row:
+    for source in columns.values():
+        if source not in row:
+            raise FileError(
+                f"{where}: there is no column {source!r}.{did_you_mean(source, row)} It has {listing(row)}."
+            )
+    return {**row, **{target: row[source] for target, source in columns.items()}}
+
+
+def _formed(row: Row, where: str, chat: bool) -> Row:
+    there = {name for name in COLUMNS if row.get(name) is not None}
+    tools = {"tools": row["tools"]} if row.get("tools") else {}
+    if "messages" in there:
+        return {"messages": _messages(row["messages"], where, "messages"), **tools}
+    if "conversations" in there:
+        return {"messages": _messages(row["conversations"], where, "conversations"), **tools}
+    if {"prompt", "completion"} <= there:
+        return {**_pair(row["prompt"], row["completion"], where), **tools}
+    if {"instruction", "output"} <= there:
+        return _alpaca(row, where, chat)
+    if "text" in there:
+        return {"text": _string(row["text"], where, "text")}
+    raise FileError(
+        f"{where}: a row needs the string 'text', 'prompt' and 'completion', 'instruction' and 'output', or the list "
+        f"'messages' or 'conversations'; it has {sorted(row)}. Name other columns by --columns prompt=... "
+        "completion=..."
+    )
+
+
+def _pair(prompt: Any, completion: Any, where: str) -> Row:
+    if isinstance(prompt, list) and isinstance(completion, list):
+        whole = _messages([*prompt, *completion], where, "prompt and completion")
+        return {"prompt": whole[: len(prompt)], "completion": whole[len(prompt) :]}
+    return {"prompt": _string(prompt, where, "prompt"), "completion": _string(completion, where, "completion")}
+
+
+def _alpaca(row: Row, where: str, chat: bool) -> Row:
+    instruction = _string(row["instruction"], where, "instruction")
+    extra = _string(row.get("input") or "", where, "input")
+    output = _string(row["output"], where, "output")
+    if not chat:
+        return {"prompt": ALPACA[bool(extra)].format(instruction=instruction, input=extra), "completion": output}
+    asked = f"{instruction}\n\n{extra}" if extra else instruction
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return {
+        "prompt": [*system, {"role": "user", "content": asked}],
+        "completion": [{"role": "assistant", "content": output}],
+    }
+
+
+def _messages(value: Any, where: str, column: str) -> list[Message]:
+    """Turns with `role` and `content`; ShareGPT's `from` and `value` are renamed."""
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        raise FileError(f"{where}: {column} is a list of objects with the strings 'role' and 'content'.")
+    turns = [_turn(m, where, column) for m in value]
+    if turns[-1]["role"] != "assistant":
+        raise FileError(
+            f"{where}: the last message is by {turns[-1]['role']!r}; it must be the assistant's, since that is what is "
+            "learned."
+        )
+    return turns
+
+
+def _turn(message: Message, where: str, column: str) -> Message:
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    others = {k: v for k, v in message.items() if k in ("name", "tool_calls", "tool_call_id") and v is not None}
+    if content is None and "tool_calls" in others:
+        content = ""
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise FileError(f"{where}: {column} is a list of objects with the strings 'role' and 'content'.")
+    return {"role": SPEAKERS.get(role, role), "content": content, **others}
+
+
+def _string(value: Any, where: str, column: str) -> str:
+    if not isinstance(value, str):
+        raise FileError(f"{where}: the column '{column}' holds {type(value).__name__}, not a string.")
+    return value
+
+
+def question(row: Row) -> str | list[Message]:
+    """What the model is given before it answers: text, or turns for the chat template; "" where all is learned."""
+    if "messages" in row:
+        return row["messages"][:-1]
+    return row.get("prompt", "")
+
+
+def answer(row: Row) -> str:
+    """What the row teaches, as its writer wrote it."""
+    last = row["messages"] if "messages" in row else row.get("completion", row.get("text", ""))
+    return last if isinstance(last, str) else last[-1]["content"]

@@ -1,0 +1,149 @@
+"""The reference model of DPO, KTO, GRPO, RLOO and their kin: the model in training with its adapters as they were, so
+that no second base is in memory."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import lora_lite as ll
+
+from ..core.errors import FileError, StateError
+from ..io import native
+from ..io.load import adapter_file
+from ..runtime.call.batch import evaluating
+from ..runtime.model.state import state_of
+from ..runtime.twin import frozen_copy
+from .homes import homes
+
+SUFFIX = "-reference"
+"""What is appended to an adapter's name for its frozen copy."""
+FOLDER = "reference"
+"""Where a checkpoint keeps the frozen copies."""
+
+
+class Copy(NamedTuple):
+    """A frozen copy, and what it was copied from."""
+
+    home: nn.Module
+    original: str
+    name: str
+
+
+class Reference(nn.Module):
+    """Stands where a trainer expects a reference model. Calling it calls the policy without gradients and in eval mode,
+    each trainable adapter replaced by a frozen copy of what it was, or by nothing where the trainer attached it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # plain attributes: it owns no parameters, so that nobody shards, casts or counts the base again
+        self.__dict__.update(_policy=None, _selections=[], copies=list[Copy]())
+
+    def follow(self, policy: nn.Module, fresh: bool) -> None:
+        """Measure from the policy as it is now, or from its base where its adapter is `fresh`."""
+        selections: list[tuple[nn.Module, dict[str, float]]] = []
+        copies: list[Copy] = []
+        for home in homes(policy):
+            handles, chosen = ll.adapters(home), dict[str, float]()
+            for name, weight in state_of(home).active:
+                if not handles[name].trainable:
+                    chosen[name] = weight
+                elif not fresh:
+                    copies.append(Copy(home, name, _copied(home, name)))
+                    chosen[copies[-1].name] = weight
+            selections.append((home, chosen))
+        self.__dict__.update(_policy=policy, _selections=selections, copies=copies)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        policy = self.__dict__["_policy"]
+        if policy is None:
+            raise StateError("the reference follows no model yet; the trainer binds it while it is constructed.")
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluating(policy))
+            for home, chosen in self.__dict__["_selections"]:
+                stack.enter_context(ll.active(home, chosen))
+            return policy(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As a call; trainers and accelerate put wrappers of their own around it, which the policy has already."""
+        return self(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The policy's, frozen copies included: TRL hashes it to know its cached log-probabilities again."""
+        return self.__dict__["_policy"].state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or self.__dict__.get("_policy") is None:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return getattr(self.__dict__["_policy"], name)
+
+    def save(self, folder: Path) -> None:
+        """Write the frozen copies into a checkpoint."""
+        for home, original, name in self.copies:
+            path = folder / FOLDER / adapter_file(original)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ll.save(home, path, name, compact=False)
+
+    def load(self, folder: Path) -> None:
+        """Take the frozen copies from a checkpoint.
+
+        Raises:
+            FileError: the run that wrote it measured from something else.
+        """
+        paths = {folder / FOLDER / adapter_file(copy.original): copy for copy in self.copies}
+        there = set((folder / FOLDER).glob("*.safetensors"))
+        if there != set(paths):
+            cure = (
+                f"begin with ll.load(model, {str(folder / FOLDER)!r}, trainable=True)"
+                if there
+                else "let the trainer attach a fresh adapter: ll.trainer(TrainerClass, cfg)"
+            )
+            raise FileError(
+                f"the run that wrote {folder} measured from {'another adapter' if there else 'the bare base'}, so it "
+                f"cannot go on here; {cure}, and resume then."
+            )
+        for path, copy in paths.items():
+            ll.load_adapter_state_dict(copy.home, copy.name, native.read(path)[1])
+
+
+def _copied(home: nn.Module, name: str) -> str:
+    """Copy an adapter; a copy that an earlier trainer left goes."""
+    old = ll.adapters(home).get(name + SUFFIX)
+    if old is not None and not old.trainable:
+        ll.detach(home, old.name)
+    return frozen_copy(home, name, name + SUFFIX).name
+
+
+def way(trainer: type, args: Any) -> str:
+    """How a trainer class takes its reference: "argument", "beta" where it makes one itself unless the KL factor of
+    that name is 0, or "" where it has none."""
+    inits = [inspect.unwrap(vars(c)["__init__"]) for c in trainer.__mro__ if "__init__" in vars(c) and c is not object]
+    if "ref_model" in inspect.signature(inits[0]).parameters:
+        return "argument"
+    makes_one = any("ref_model" in init.__code__.co_names for init in inits if hasattr(init, "__code__"))
+    return "beta" if makes_one and (args is None or getattr(args, "beta", 0)) else ""
+
+
+def check_arguments(args: Any, model: nn.Module) -> None:
+    """Raise where the trainer's arguments contradict a reference that shares the base.
+
+    Raises:
+        StateError: the reference should follow the policy, or dropout is said to be off and an adapter has its own.
+    """
+    if getattr(args, "sync_ref_model", False):
+        raise StateError(
+            "sync_ref_model=True moves a second model after the first; here the reference is a frozen copy of the "
+            "adapter on the same base. Leave it out, or give a model of its own: ref_model=..."
+        )
+    dropping = [h.name for home in homes(model) for h in ll.adapters(home).values() if h.trainable and h.cfg.dropout]
+    if getattr(args, "disable_dropout", False) and dropping:
+        raise StateError(
+            f"adapter {dropping[0]!r} has a dropout, which disable_dropout=True of the arguments cannot reach. Attach "
+            "it with dropout=0, or set disable_dropout=False."
+        )

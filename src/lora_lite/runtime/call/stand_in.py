@@ -1,0 +1,91 @@
+"""Pages that say what becomes of the weight (`weight`), on plain linear layers: one product with W' in place of two.
+
+From the pre-hook to the post-hook, W' stands before the stored parameter as a plain attribute of the layer; the
+parameter itself is not touched. Everywhere else the page's `forward`, which follows from `weight`, gives the same
+function: in 16-bit layers and under autocast, where W + ΔW would round ΔW away, in compiled code, in mixed rows, behind
+a page that has changed y, and on layers whose weight is packed.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor, nn
+
+from ..model.call import Call, Chosen
+from ..model.site import Site, Slot
+from ..view.composed import blend
+from ..view.layer import LayerView
+
+PARAMETER = "weight"
+EXACT = (torch.float32, torch.float64)
+"""Weights to which a small change can be added without losing it."""
+_turn = threading.RLock()
+"""Held while a weight stands in: a second thread that runs the same layer would meet it, or miss it."""
+_mine = threading.local()
+"""`layers`: the layers on which this thread has put a weight."""
+
+
+def stand_before(layer: nn.Module, site: Site, chosen: Chosen, call: Call | None) -> None:
+    """Put W' before the stored weight, if adapters that act first on y say what it is."""
+    if torch.compiler.is_compiling():
+        return
+    slots = leading(site, chosen)
+    stored = layer._parameters.get(PARAMETER)
+    if not slots or stored is None or not _takes(layer, site, stored):
+        return
+    W = new = LayerView(layer, slots[0][0], stored.dtype).weight
+    for slot, strength in slots:
+        view = LayerView(layer, slot, W.dtype, call)
+        view.strength = strength
+        assert slot.weight is not None
+        other = blend(W, slot.weight(view, W), 1.0 if slot.own_weight else strength)
+        new = other if new is W else new + (other - W)
+    _turn.acquire()
+    layer.__dict__[PARAMETER] = site.kind.as_stored(layer, new)
+    _put().append(layer)
+
+
+def leading(site: Site, chosen: Chosen) -> list[tuple[Slot, float]]:
+    """The adapters that act on this layer by its weight, up to the first that acts on y."""
+    found: list[tuple[Slot, float]] = []
+    for name, strength in chosen:
+        slot = site.slots.get(name)
+        if slot is None or slot.forward is None:
+            continue
+        if slot.weight is None:
+            break
+        found.append((slot, strength))
+    return found
+
+
+def rest(site: Site, chosen: Chosen) -> Chosen:
+    """The adapters whose part is still to be done where a weight stood in."""
+    done = {slot.name for slot, _ in leading(site, chosen)}
+    return tuple((name, strength) for name, strength in chosen if name not in done)
+
+
+def step_aside(layer: nn.Module) -> bool:
+    """The stored weight again; whether this thread had put another one before it."""
+    if torch.compiler.is_compiling():
+        return False
+    put = _put()
+    if not any(one is layer for one in put):
+        return False
+    put.remove(layer)
+    layer.__dict__.pop(PARAMETER, None)
+    _turn.release()
+    return True
+
+
+def _put() -> list[nn.Module]:
+    return _mine.__dict__.setdefault("layers", [])
+
+
+def _takes(layer: nn.Module, site: Site, stored: Tensor) -> bool:
+    if not site.kind.takes_weight or stored.dtype not in EXACT:
+        return False
+    if not stored.is_meta and torch.is_autocast_enabled(stored.device.type):
+        return False
+    return "forward" not in layer.__dict__ and site.kind.is_plain(layer)

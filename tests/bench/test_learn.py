@@ -1,0 +1,190 @@
+"""The leaderboard: what a run writes, that it goes on after a stop, which rate is chosen, and what the page says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from lora_lite.bench import board, board_report, learn, sizes
+from lora_lite.bench.board import Entry, Protocol
+from lora_lite.bench.learn import Setting
+from lora_lite.testing.toy import toy
+
+
+class Output:
+    def __init__(self, loss):
+        self.loss = loss
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = toy()
+
+    def forward(self, x, labels):
+        return Output(nn.functional.mse_loss(self.body(x), labels))
+
+
+class Lines:
+    """Regression on a random map: right is a row whose error is below the median of the base's."""
+
+    name, fields = "lines", {}
+
+    def load(self):
+        return Net()
+
+    def batch(self, step):
+        g = torch.Generator().manual_seed(1000 + step)
+        x = torch.randn(4, 5, 12, generator=g)
+        return {"x": x, "labels": x.cumsum(-1)}
+
+    def examine(self, model, split):
+        batch = self.batch({"validation": -50, "test": -60}[split])
+        with torch.no_grad():
+            error = (model.body(batch["x"]) - batch["labels"]).square().mean(-1)
+        return float((error < 6).float().mean()), float(error.mean()), error.numel()
+
+    def remembered(self, model):
+        with torch.no_grad():
+            return float(model.body(torch.ones(1, 5, 12)).square().mean())
+
+
+def setting(method="lora", phase="final", seed=1, lr=0.02, steps=12, **fields):
+    return Setting("lines", method, phase, seed, lr, steps, fields)
+
+
+def row(s, accuracy=0.5, loss=1.0, **more):
+    fields = {name: getattr(s, name) for name in Setting.__dataclass_fields__}
+    figures = {"ms_per_step": 2.0, "trained": 100, "losses": [3.0, 2.0], "peak_mb": 10, "factor": 1.0}
+    return {**fields, "split": "test", "accuracy": accuracy, "loss": loss, "problems": 9, **figures, **more}
+
+
+def test_a_row_says_what_ran(tmp_path):
+    found = learn.run(Lines(), setting(r=3, alpha=7), tmp_path)
+    assert json.loads(json.dumps(found)) == found
+    assert Setting.of(found) == setting(r=3, alpha=7)
+    assert {"method", "task", "seed", "lr", "steps", "accuracy"} <= set(found)
+    assert found["trained"] == sum(3 * (a + b) for a, b in ((12, 20), (20, 12)) * 2)
+    assert len(found["losses"]) == 12 and found["losses"][-1] < found["losses"][0]
+    assert found["file_bytes"] > 4 * found["trained"] and found["problems"] == 20
+    assert found["remembered"]["before"] != found["remembered"]["after"]
+    assert not list(tmp_path.iterdir()), "a finished run leaves no checkpoint"
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "pissa"])
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, method):
+    """adalora has a schedule and a penalty, and dropout's masks come back too."""
+    monkeypatch.setattr(learn, "CHECKPOINT", 0.0)
+    fields = {"r": 3, "alpha": 7, "dropout": 0.1} if method == "lora" else {"r": 4, "alpha": 7}
+    fields |= {"target_r": 2} if method == "adalora" else {}
+    s = setting(method, **fields)
+    whole = learn.run(Lines(), s, tmp_path / "a")
+
+    class Stop(Exception):
+        pass
+
+    def tick(done, steps):
+        if done == 8:
+            raise Stop
+
+    with pytest.raises(Stop):
+        learn.run(Lines(), s, tmp_path / "b", tick)
+    seen = []
+    again = learn.run(Lines(), s, tmp_path / "b", lambda done, steps: seen.append(done))
+    assert seen == [8, 9, 10, 11, 12], "it began anew"
+    for key in ("losses", "accuracy", "loss", "remembered", "file_bytes"):
+        assert again[key] == whole[key], key
+
+
+def test_seeds_see_other_rows_and_methods_the_same(tmp_path):
+    """PiSSA's start does not depend on the seed."""
+    pissa = [learn.run(Lines(), setting("pissa", seed=n, lr=1e-9, r=3, alpha=7), tmp_path)["losses"] for n in (1, 2)]
+    assert pissa[0] != pissa[1]
+    lora = learn.run(Lines(), setting("lora", seed=1, lr=1e-9, r=3, alpha=7), tmp_path)["losses"]
+    assert lora == pytest.approx(pissa[0], abs=1e-3)
+
+
+def test_a_rate_too_high_is_a_row(tmp_path):
+    found = learn.run(Lines(), setting(lr=1e18, phase="select"), tmp_path)
+    assert None in found["losses"] or found["loss"] is None or found["loss"] > 100
+    assert found["split"] == "validation" and "file_bytes" not in found
+
+
+PROTOCOL = Protocol("lines", 12, seeds=2, grid=(0.5, 1.0, 2.0))
+
+
+def test_the_rate_is_chosen_on_validation_and_then_the_seeds_run():
+    entry, rate = Entry("lora"), ll.get_variant("lora").lr
+    first = board.left([], PROTOCOL, [entry])
+    assert [(s.phase, s.seed, s.lr) for s in first] == [("select", 0, f * rate) for f in PROTOCOL.grid]
+    assert board.count_left([], PROTOCOL, [entry]) == 5
+    rows = [row(s, accuracy) for s, accuracy in zip(first, (0.2, 0.8, 0.8), strict=True)]
+    rows[2]["loss"] = 0.5  # as often right, and more surely
+    assert board.left(rows[:2], PROTOCOL, [entry]) == first[2:]
+    finals = board.left(rows, PROTOCOL, [entry])
+    assert [(s.phase, s.seed, s.lr) for s in finals] == [("final", n, 2 * rate) for n in (1, 2)]
+    rows += [row(s, accuracy) for s, accuracy in zip(finals, (0.5, 0.7), strict=True)]
+    assert board.left(rows, PROTOCOL, [entry]) == [] and board.count_left(rows, PROTOCOL, [entry]) == 0
+    s = board.standing(rows, PROTOCOL, entry)
+    assert s.mean == pytest.approx(0.6) and s.half == pytest.approx(12.706 * 0.1414214 / 2**0.5, rel=1e-3)
+    other = Protocol("lines", 13, seeds=2, grid=(0.5, 1.0, 2.0))
+    assert len(board.left(rows, other, [entry])) == 3, "runs of other steps do not count"
+
+
+def test_a_file_that_was_cut_is_read_and_mended(tmp_path):
+    path = tmp_path / "learn.jsonl"
+    board.add(path, row(setting()))
+    with path.open("a") as f:
+        f.write('{"method": "lo')
+    assert len(board.read(path)) == 1
+    board.add(path, row(setting(seed=2)))
+    assert [r["seed"] for r in board.read(path)] == [1, 2]
+    path.write_text("[1]\n" + path.read_text())
+    with pytest.raises(ll.FileError, match="learn.jsonl:1 is no row"):
+        board.read(path)
+
+
+def test_sizes_at_equal_parameters():
+    model = toy()
+    for method, wanted in (("lora", 640), ("hra", 512), ("dora", 700)):
+        fields = sizes.fields_for(model, method, wanted, {})
+        assert fields is not None
+        n = ll.plan(model, ll.get_variant(method).config(variant=method, **fields)).trainable
+        assert abs(n - wanted) < 0.15 * wanted
+    assert sizes.fields_for(model, "ia3", 50_000, {}) is None
+
+
+def finished():
+    rows = []
+    for method, right in (("lora", 0.8), ("ia3", 0.6)):
+        for s in board.left([], PROTOCOL, [Entry(method)]):
+            factor = PROTOCOL.factor(s)
+            rows.append(
+                row(s, right - abs(factor - 1) / 10, factor=factor, ms_per_step=2.0 if method == "lora" else 1.0)
+            )
+        for s in board.left(rows, PROTOCOL, [Entry(method)]):
+            rows.append(row(s, right + s.seed / 100, remembered={"before": 1.0, "after": 1.5}, file_bytes=2048))
+    return rows
+
+
+def test_the_page_and_the_report(tmp_path):
+    rows = finished()
+    paths = board_report.write(tmp_path, rows)
+    page = (tmp_path / "learn.md").read_text()
+    assert "## lines, 12 steps, default sizes" in page
+    line = next(line for line in page.splitlines() if line.startswith("| lora |"))
+    assert "81.5%" in line and "| 2 |" in line and "+0.500" in line and "| 1.00 |" in line
+    assert page.index("| lora |") < page.index("| ia3 |") and "Not begun:" in page and "edge" not in line
+    assert "Not finished: " not in page
+    report = (tmp_path / "learn.html").read_text()
+    assert report.count("data:image/png;base64,") == 5 and "http" not in report.replace("data:image", "")
+    assert all(p.stat().st_size > 5000 for p in paths if p.suffix == ".png")
+    assert "Not finished: ia3." in board_report.markdown(rows[:-1])
+
+
+def test_no_runs_no_tables():
+    assert "##" not in board_report.markdown([])

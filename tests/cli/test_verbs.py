@@ -1,0 +1,132 @@
+"""The small verbs on a tiny model: info, diff, check, cite, generate, chat, variants NAME, plan --gpu."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_lite as ll
+import tiny_llm
+from lora_lite import cli
+from lora_lite.cli.chat import names_of
+
+pytest.importorskip("transformers")
+pytest.importorskip("tyro")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("verbs")
+    tiny_llm.save(folder / "tiny")
+    model = tiny_llm.model()
+    ll.attach(model, ll.LoRAConfig(r=3, alpha=5))
+    ll.save(model, folder / "fresh.safetensors")
+    for p in ll.adapters(model)["default"].parameters():
+        with torch.no_grad():
+            p.add_(torch.randn_like(p))
+    ll.save(model, folder / "a.safetensors")
+    ll.export(model, folder / "peft")
+    ll.detach(model)
+    ll.attach(model, ll.LoRAConfig(r=4, layers=(0,)))
+    ll.save(model, folder / "b.safetensors")
+    return folder
+
+
+@pytest.fixture
+def told(capsys):
+    """Runs a command; returns (exit code, what it printed)."""
+
+    def run(*words: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = cli.main([str(w) for w in words])
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    return run
+
+
+def test_info(files, told):
+    code, text = told("info", files / "a.safetensors", "--json")
+    facts = json.loads(text)
+    assert code == 0 and (facts["method"], facts["ranks"], facts["config"]["alpha"]) == ("lora", [3], 5.0)
+    assert len(facts["targets"]) == 14 and facts["dead"] == [] and len(facts["norms"]) == 28
+    fresh = json.loads(told("info", files / "fresh.safetensors", "--json")[1])
+    assert len(fresh["dead"]) == 14 and all("lora_B" in key for key in fresh["dead"])
+    peft = json.loads(told("info", files / "peft", "--json")[1])
+    assert (peft["layout"], peft["ranks"], len(peft["targets"])) == ("peft", [3], 14)
+    assert "largest tensors" in told("info", files / "a.safetensors")[1]
+    assert told("info", files / "tiny")[0] == 2
+
+
+def test_diff(files, told):
+    assert told("diff", files / "a.safetensors", files / "a.safetensors")[0] == 0
+    code, text = told("diff", files / "a.safetensors", files / "b.safetensors", "--json")
+    found = json.loads(text)
+    assert code == 1 and found["config"]["r"] == [3, 4] and found["tensors"] and len(found["only_a"]) == 14
+    code, text = told("diff", files / "a.safetensors", files / "fresh.safetensors")
+    assert code == 1 and "28 tensors differ of 28" in text
+
+
+def test_check(files, told):
+    code, text = told("check", files / "a.safetensors", "--model", files / "tiny", "--json")
+    found = json.loads(text)
+    assert code == 0 and found["acts"] and found["effect"] > 0 and len(found["targets"]) == 14
+    code, text = told("check", files / "fresh.safetensors", "--model", files / "tiny")
+    assert code == 1 and "it does nothing" in text
+
+
+def test_cite_and_the_page_of_a_method(told):
+    assert "eprint = {2402.09353}" in told("cite", "dora")[1]
+    text = told("variants", "dora")[1]
+    assert text.startswith("dora: ") and "2402.09353" in text
+    assert "ignores" in json.loads(told("variants", "ia3", "--json")[1])
+    code, text = told("variants", "dorra")
+    assert code == 2 and "Did you mean 'dora'" in text
+
+
+def test_plan_says_whether_it_fits(files, told):
+    text = told("plan", "--model", files / "tiny", "--length", "16", "--gpu", "24GB")[1]
+    assert text.count(" fits (1 x 16 tokens") == 2
+    assert "does not fit" in told("plan", "--model", files / "tiny", "--length", "16", "--gpu", "0.0001")[1]
+    code, text = told("plan", "--gpu", "big")
+    assert code == 2 and "24GB" in text
+
+
+def test_generate(files, told, tmp_path):
+    rows = [
+        {"prompt": "1+1="},
+        {"messages": [{"role": "user", "content": "2+2"}]},
+        {"instruction": "Add", "input": "1"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("generate", "--model", files / "tiny", "--data", tmp_path / "p.jsonl", "--max-new-tokens", "3")
+    code, text = told(*words)
+    bare = [json.loads(line) for line in text.splitlines()]
+    assert code == 0 and [set(row) for row in bare] == [{"prompt", "answer"}] * 3
+    assert told(*words, "--adapter", files / "a.safetensors", "--out", tmp_path / "o.jsonl")[0] == 0
+    adapted = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [r["prompt"] for r in adapted] == [r["prompt"] for r in bare] and adapted != bare
+    (tmp_path / "q.jsonl").write_text('{"text": "a"}\n')
+    code, text = told("generate", "--model", files / "tiny", "--data", tmp_path / "q.jsonl")
+    assert code == 2 and "q.jsonl:1: a row needs a prompt" in text
+
+
+def test_chat_switches_adapters_and_takes_turns_back(files, told, monkeypatch):
+    seen = []
+    talk = __import__("lora_lite.cli.chat", fromlist=["Talk"]).Talk
+    answer = talk.answer
+    monkeypatch.setattr(
+        talk, "answer", lambda self, line: (seen.append((len(self.turns), line)), answer(self, line))[1]
+    )
+    lines = "hi\n/adapter none\nhi\n/undo\nhi\n/reset\nhi\n/adapter nobody\n/help\n/quit\nnever\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    words = ("chat", files / "a.safetensors", files / "b.safetensors", "--model", files / "tiny")
+    code, text = told(*words, "--max-new-tokens", "3")
+    assert code == 0 and "adapters: a, b" in text and "nobody" in text
+    assert seen == [(0, "hi"), (2, "hi"), (2, "hi"), (0, "hi")]
+    assert list(names_of((Path("x/adapter.safetensors"), Path("y/x")))) == ["x", "x_"]
