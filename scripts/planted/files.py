@@ -323,4 +323,25 @@ BUGS = [
         "return id(t)",
         "tests/runtime/test_cost.py -k base_itself",
     ),
+    Bug(
+        "merging files leaves the bias of the old weights",
+        "io/fold_files.py",
+        "            self.biases[key] = b\n",
+        "            pass\n",
+        "tests/cli/test_merge_files.py -k every_kind",
+    ),
+    Bug(
+        "merging files forgets whose weights they are",
+        "io/fold_files.py",
+        'if slot.name in self.heads and self.base_check != "ignore":',
+        "if False:",
+        "tests/cli/test_merge_files.py -k another_base",
+    ),
+    Bug(
+        "merged blocks of columns start at the left",
+        "io/fold_files.py",
+        "* stride + offset) * self.width",
+        "* stride) * self.width",
+        "tests/cli/test_merge_files.py -k every_kind",
+    ),
 ]

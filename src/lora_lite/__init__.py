@@ -45,6 +45,7 @@ from .runtime.schedule import penalty as penalty
 from .runtime.schedule import schedule as schedule
 from .runtime.select import activate as activate
 from .runtime.select import active as active
+from .runtime.select import context as context
 from .runtime.select import prompt as prompt
 from .runtime.select import rows as rows
 from .variants import *  # noqa: F403  (the config classes, one per method)

@@ -13,7 +13,7 @@ import torch
 import lora_lite as ll
 import tiny_llm
 from lora_lite import cli
-from lora_lite.cli.chat import names_of
+from lora_lite.cli._adapters import names_of
 
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")

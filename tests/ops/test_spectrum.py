@@ -54,11 +54,42 @@ def test_the_side_of_the_rows(dtype):
 
 def test_every_way_is_taken(monkeypatch):
     ways = []
-    lanczos, gram = spectrum._lanczos, spectrum._gram
-    monkeypatch.setattr(spectrum, "_lanczos", lambda *a: ways.append(["lanczos"]) or lanczos(*a))
+    krylov, gram = spectrum.krylov_svd, spectrum._gram
+    monkeypatch.setattr(spectrum, "krylov_svd", lambda *a: ways.append(["krylov"]) or krylov(*a))
     monkeypatch.setattr(spectrum, "_gram", lambda *a: ways[-1].append("gram") or gram(*a))
     spectrum.top_svd(matrix(901, 830, "steep", torch.float32), 8)
     spectrum.top_svd(matrix(901, 830, "flat", torch.float32), 8)
-    assert ways == [["lanczos"], ["lanczos", "gram"]]
+    assert ways == [["krylov"], ["krylov", "gram"]]
     assert gram(matrix(41, 30, "steep", torch.float32), 20) is None
     assert gram(matrix(41, 30, "outlier", torch.float32), 5) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_a_product_is_decomposed_by_its_factors(dtype):
+    L, R = matrix(43, 9, "decaying", dtype), matrix(57, 9, "decaying", dtype)
+    U, S, V = spectrum.product_svd(L, R, 4)
+    want = torch.linalg.svd(L.double() @ R.double().mT, full_matrices=False)
+    eps = torch.finfo(dtype).eps
+    assert (S.double() - want[1][:4]).abs().max() <= 30 * eps * want[1][0]
+    best = (want[0][:, :4] * want[1][:4]) @ want[2][:4]
+    assert ((U * S) @ V.mT - best).norm() <= 300 * eps * best.norm()
+    assert (V.gather(0, V.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("m, n", [(830, 901), (901, 830), (12, 9)])
+def test_the_left_side_of_what_is_only_multiplied_with(m, n):
+    M = matrix(m, n, "decaying", torch.float32)
+    U, S = spectrum.top_left(lambda v: M @ v, lambda u: M.mT @ u, m, n, 5, M)
+    exact = torch.linalg.svd(M.double(), full_matrices=False)
+    assert (S.double() - exact[1][:5]).abs().max() <= 1e-5 * exact[1][0]
+    kept = U.double() @ (U.double().mT @ exact[0][:, :5])
+    assert (kept - exact[0][:, :5]).norm() <= 1e-3
+    assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["flat", "decaying", "outlier"])
+def test_near_triplets_keep_the_best_part_to_a_thousandth(kind):
+    M = matrix(1301, 1100, kind, torch.float32)
+    near, exact = spectrum.top_svd(M, 8, near=0.01)[1], torch.linalg.svdvals(M.double())[:8]
+    missing = 1 - float(near.double().square().sum() / exact.square().sum())
+    assert -1e-5 < missing < 1e-3

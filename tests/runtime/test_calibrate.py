@@ -91,6 +91,27 @@ def test_gradients_are_those_of_autograd():
         torch.testing.assert_close(g, model.get_submodule(path).weight.grad, atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+def test_triplets_of_a_gradient_from_few_tokens_and_from_many(few, monkeypatch):
+    monkeypatch.setattr("lora_lite.runtime.start.gradients.FEW", 0 if few else 100)
+    model, data = llama(), batches()
+    dense = targets_of(model).gradients(data)
+    for view, U, S, V in targets_of(model).each_gradient_svd(data, lambda view: 2 * view.cfg.r):
+        u, s, vh = torch.linalg.svd(dense[view.path], full_matrices=False)
+        torch.testing.assert_close(S, s[:4])
+        torch.testing.assert_close((U * S) @ V.mT, (u[:, :4] * s[:4]) @ vh[:4], atol=1e-9 * float(s[0]), rtol=0)
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+def test_c_can_be_multiplied_without_c(few, monkeypatch):
+    monkeypatch.setattr("lora_lite.runtime.start.calibrate.FEW", 0 if few else 100)
+    model, data = llama(), batches()
+    dense = targets_of(model).gram(data)
+    for gram in targets_of(model).each_gram(data):
+        v = torch.randn(len(gram.sum), 3, dtype=torch.float64)
+        torch.testing.assert_close(gram.times(v), dense[gram.views[0].path] @ v)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_matter(side):
     model = llama()

@@ -12,6 +12,7 @@ import transformers
 
 import lora_lite as ll
 from lora_lite.runtime.layers.bank import banks
+from lora_lite.runtime.view.unformed import Unformed
 from lora_lite.testing.case import randomise
 from neighbours import fused_experts
 
@@ -226,6 +227,29 @@ def test_several_adapters_weights_and_merge():
     ll.detach(model, "c")
     ll.activate(model, "a")
     torch.testing.assert_close(logits(model), seen[1])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_no_expert_is_formed(name, implementation, monkeypatch):
+    model = adapted(name)
+    model.set_experts_implementation(implementation)
+    want = logits(model)
+    monkeypatch.setattr(Unformed, "formed", None)
+    assert torch.equal(logits(model), want)
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in ll.adapters(model)["default"].parameters())
+
+
+def test_a_small_update_acts_on_a_bf16_weight():
+    """W + ΔW in bf16 would be W."""
+    model = build().to(torch.bfloat16)
+    base = logits(model)
+    handle = ll.attach(model, ll.LoRAConfig(r=3, alpha=7, target_kinds=KIND))
+    with torch.no_grad():
+        for p in handle.parameters():
+            p.normal_(std=0.01)
+    assert not torch.equal(logits(model), base)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

@@ -122,10 +122,24 @@ def facts_of(adapter: Path | None) -> dict[str, Any]:
 
 
 def model_of(given: str | None, *adapters: Path | None) -> str:
-    """The base that a flag names, or the one of the adapters' runs, or the bundled one."""
+    """The base that a flag names, or the one of the adapters' runs or PEFT folders, or the bundled one."""
     if given is not None:
         return given
-    return next((f["model"] for f in map(facts_of, adapters) if isinstance(f.get("model"), str)), "demo")
+    named = [facts_of(a).get("model") or peft_base(a) for a in adapters]
+    return next((name for name in named if isinstance(name, str)), "demo")
+
+
+def peft_base(adapter: Path | None) -> str | None:
+    """The base that a folder in PEFT's layout names."""
+    path = (adapter or Path()) / "adapter_config.json"
+    if adapter is None or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whoever loads the adapter says what is wrong with it
+        return None
+    name = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    return name if isinstance(name, str) and name else None
 
 
 # ---- going on

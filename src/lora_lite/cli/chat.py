@@ -13,6 +13,7 @@ import lora_lite as ll
 
 from ..data.tokens import PLAIN, closing_ids, prompt_ids
 from . import _folder as folder
+from ._adapters import check_paths, names_of
 from ._base import BaseFlags, check_base, load_base, quiet
 from ._console import say
 from ._rows import read_template
@@ -38,9 +39,7 @@ class Chat(BaseFlags):
 
 def run(args: Chat) -> int:
     check_base(args)
-    for path in args.adapters:
-        if not path.exists():
-            raise ll.FileError(f"{path}: there is no such file or folder.")
+    check_paths(args.adapters)
     quiet(args.debug)
     model, tokenizer = load_base(args, folder.model_of(args.model, *args.adapters))
     kept = next((f["template"] for f in map(folder.facts_of, args.adapters) if f.get("template")), None)
@@ -54,17 +53,6 @@ def run(args: Chat) -> int:
     say(f"adapters: {', '.join(names) or 'none'}. {HELP}")
     Talk(model, tokenizer, args.system, args.max_new_tokens).loop()
     return 0
-
-
-def names_of(paths: tuple[Path, ...]) -> dict[str, Path]:
-    """A short name for every adapter: its folder's or file's, made unique."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        name = (path.parent.name if path.name == folder.ADAPTER else path.stem).replace(".", "_") or "adapter"
-        while name in found:
-            name += "_"
-        found[name] = path
-    return found
 
 
 class Talk:

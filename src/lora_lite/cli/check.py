@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 import lora_lite as ll
 
 from . import _folder as folder
+from ._adapters import BaseCheck, check_paths
 from ._base import BaseFlags, check_base, load_base, quiet
 from ._console import say
 
@@ -26,7 +27,7 @@ class Check(BaseFlags):
     """demo, a local model directory, or a hub id; None: the one that the adapter's run was trained on, or demo."""
     text: str = "The quick brown fox jumps over the lazy dog."
     """What the model reads."""
-    base_check: Literal["error", "warn", "ignore"] = "error"
+    base_check: BaseCheck = "error"
     """What to do if the adapter was trained on other base weights."""
     json: bool = False
     """Print one JSON object."""
@@ -34,8 +35,7 @@ class Check(BaseFlags):
 
 def run(args: Check) -> int:
     check_base(args)
-    if not args.adapter.exists():
-        raise ll.FileError(f"{args.adapter}: there is no such file or folder.")
+    check_paths([args.adapter])
     quiet(args.debug)
     name = folder.model_of(args.model, args.adapter)
     model, tokenizer = load_base(args, name)

@@ -80,7 +80,7 @@ def facts(variant: type[ll.Variant]) -> dict[str, Any]:
         "name": variant.name,
         "title": variant.title,
         "site": variant.site,
-        "merges": variant.affine and not kind_named(variant.site).stream,
+        "merges": variant.affine and not kind_named(variant.site).apart,
         "needs_weight": variant.needs_weight,
         "needs_data": variant.needs_data,
         "schedule": variant.on_step is not None,

@@ -13,6 +13,7 @@ from .layer import Span as Span
 from .layer import StagedLayer as StagedLayer
 from .registry import register as register
 from .spec import ParamSpec as ParamSpec
+from .targets import Gram as Gram
 from .targets import StepTargets as StepTargets
 from .targets import Targets as Targets
 from .variant import Variant as Variant

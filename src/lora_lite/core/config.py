@@ -166,6 +166,10 @@ class AdapterConfig:
                 changes["alpha"] = alpha
         return dataclasses.replace(self, **changes) if changes else self
 
+    def start_note(self, shapes: Sequence[tuple[int, int]]) -> str | None:
+        """What a plan says of a start that takes long, for targets of these (d_in, d_out)."""
+        return None
+
     def for_layer(self, has_bias: bool) -> AdapterConfig:
         """The config as a layer with or without a bias sees it; applied after `for_target`."""
         return self

@@ -122,6 +122,24 @@ class Layer(Protocol[Config]):
         """
         ...
 
+    def context(self, name: str) -> Tensor:
+        """What `with ll.context(model, task_ids=...)` says for each row of x: `layer.context("task_ids")`.
+
+        Raises:
+            SelectionError: nobody has said it.
+        """
+        ...
+
+    def keys_and_values(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """At the attention: what it makes of hidden states v (n, d_in) without a position: keys and values (n,
+        d_out)."""
+        ...
+
+    def attend(self, q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+        """At the attention: softmax(q Kᵀ) V with its heads, over keys and values (n, d_out) of their own; q as
+        `forward` gets it."""
+        ...
+
     def dropout(self, x: Tensor) -> Tensor:
         """Dropout with the config's probability while the layer trains; x itself otherwise."""
         ...

@@ -10,13 +10,16 @@ from .variant import Derived, Variant, forward_of
 
 _TABLE: dict[str, type[Variant]] = {}
 T = TypeVar("T", bound=type)
+ACTS = ("forward", "forward_input", "weight", "prefix", "tokens")
+"""The members by which a method acts; it has one of them at least."""
 
 
 def register(cls: T) -> T:
     """Class decorator: enter an adapter method into the registry.
 
     The class needs `name`, a static `param_specs(d_in, d_out, cfg)` and a static `forward(layer, x, y)`,
-    `forward_input(layer, x)` or `weight(layer, W)`; every other member of `Variant` that it lacks takes the default.
+    `forward_input(layer, x)` or `weight(layer, W)`, at the attention also `prefix(layer)` or `tokens(layer)`; every
+    other member of `Variant` that it lacks takes the default.
     Registering a name again replaces the class only if it is the same class defined anew (a notebook cell run twice).
 
     Raises:
@@ -30,7 +33,7 @@ def register(cls: T) -> T:
         )
     if not callable(getattr(cls, "param_specs", None)):
         raise ConfigError(f"{name}: write a static param_specs(d_in, d_out, cfg) -> dict[str, ParamSpec].")
-    if not any(callable(getattr(cls, member, None)) for member in ("forward", "forward_input", "weight")):
+    if not any(callable(getattr(cls, member, None)) for member in ACTS):
         raise ConfigError(f"{name}: write a static forward(layer, x, y), forward_input(layer, x) or weight(layer, W).")
     old = _TABLE.get(name)
     if old is not None and not _same(old, cls):

@@ -57,6 +57,10 @@ class Gram(Protocol[Config]):
         """Σ x (d_in,), in fp32 or better."""
         ...
 
+    def times(self, v: Tensor) -> Tensor:
+        """C v for v (d_in, b), without C while the tokens are few."""
+        ...
+
     @property
     def trace(self) -> Tensor:
         """Σ ‖x‖²."""
@@ -105,6 +109,16 @@ class Targets(Protocol[Config]):
         """The same, one layer after the other, in as many passes as the memory needs."""
         ...
 
+    def each_gradient_svd(
+        self,
+        data: Any,
+        rank: Callable[[StagedLayer[Config]], int],
+        loss: Callable[[Any], Tensor] | None = None,
+    ) -> Iterator[tuple[StagedLayer[Config], Tensor, Tensor, Tensor]]:
+        """(layer, U, S, V): its gradient's rank(layer) largest singular triplets, U (d_out, k), S (k,), V (d_in, k),
+        signs fixed. Few tokens are decomposed themselves, without a matrix of the weight's size."""
+        ...
+
     def stream(
         self, data: Any, visit: Callable[[StagedLayer[Config], Tensor, Tensor], None], labelled: bool = False
     ) -> None:
@@ -119,6 +133,10 @@ class Targets(Protocol[Config]):
     ) -> None:
         """Call `visit(view, x, y, mask)` with x and y as the layer has them and the mask (batch, tokens) of the tokens
         that count, or None."""
+        ...
+
+    def remembered(self, data: Any, n: int) -> Iterator[tuple[StagedLayer[Config], Tensor, Tensor]]:
+        """(layer, keys (n, d_out), values (n, d_out)) of the data's first n tokens, at the attention."""
         ...
 
 

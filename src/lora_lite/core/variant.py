@@ -70,7 +70,8 @@ class Variant:
     """arXiv id or another citable source."""
     site: ClassVar[str] = "linear"
     """Where it hooks: "linear", "block" (the residual stream after a decoder block), "embedding" (the input embedding
-    unless named)."""
+    unless named), "attention" (x: queries, y: what they attend to, (B, T, heads · head width) both, before the output
+    projection; d_in is the width of the stream, d_out that of keys and values)."""
     needs_weight: ClassVar[bool] = False
     """Reads `layer.weight`, at the start or in `forward`: `attach` then refuses a quantised target unless the config
     says `dequantize=True`, before it spends time on data."""
@@ -119,6 +120,13 @@ class Variant:
     weight: Callable[[Any, Tensor], Tensor] | None = None
     """`(layer, W (d_out, d_in)) -> W'`, W in fp32 or better, for a method that needs the dense weight anyway: a plain
     layer then multiplies with W' once. `forward` follows from it, y + x (W' − W)ᵀ, and with it everything else."""
+    prefix: Callable[[Any], tuple[Tensor, Tensor]] | None = None
+    """At the attention: `(layer) -> (K, V)`, keys and values (r, d_out), r = `cfg.r`, that every query sees before
+    those of the text, whose positions begin after them."""
+    tokens: Callable[[Any], Tensor] | None = None
+    """At the attention of a causal model: `(layer) -> (n, d_in)`, embeddings of virtual tokens before the text; (B, n,
+    d_in) where rows differ. They run through the model by themselves and end as keys and values of every layer, so that
+    logits, labels, masks and the cache are those of the text alone."""
     factors: Callable[[Any], tuple[Tensor, Tensor]] | None = None
     """`(layer) -> (A (k, d_in), B (d_out, k))` with y_new = y + x Aᵀ Bᵀ, scale folded in: exact export, sums of
     adapters, grouped rows."""

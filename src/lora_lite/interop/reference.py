@@ -4,6 +4,7 @@ that no second base is in memory."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from ..core.errors import FileError, StateError
 from ..io import native
 from ..io.load import adapter_file
 from ..runtime.call.batch import evaluating
-from ..runtime.model.state import state_of
+from ..runtime.model.site import owned_tensors
+from ..runtime.model.state import record_of, state_of
 from ..runtime.twin import frozen_copy
 from .homes import homes
 
@@ -83,6 +85,14 @@ class Reference(nn.Module):
             raise AttributeError(f"{type(self).__name__} has no {name!r}")
         return getattr(self.__dict__["_policy"], name)
 
+    @torch.no_grad()
+    def move(self, rate: float) -> None:
+        """Move every frozen copy towards its original: (1 - rate) copy + rate original, tensor by tensor."""
+        for home, original, name in self.copies:
+            now = dict(_tensors(home, original))
+            for key, tensor in _tensors(home, name):
+                tensor.lerp_(now[key], rate) if tensor.is_floating_point() else tensor.copy_(now[key])
+
     def save(self, folder: Path) -> None:
         """Write the frozen copies into a checkpoint."""
         for home, original, name in self.copies:
@@ -112,6 +122,12 @@ class Reference(nn.Module):
             ll.load_adapter_state_dict(copy.home, copy.name, native.read(path)[1])
 
 
+def _tensors(home: nn.Module, name: str) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
+    """((path, tensor's name in the page), tensor) of an adapter."""
+    for target, short, _, tensor in owned_tensors(home, record_of(home, name)):
+        yield (target.path, short), tensor
+
+
 def _copied(home: nn.Module, name: str) -> str:
     """Copy an adapter; a copy that an earlier trainer left goes."""
     old = ll.adapters(home).get(name + SUFFIX)
@@ -120,14 +136,48 @@ def _copied(home: nn.Module, name: str) -> str:
     return frozen_copy(home, name, name + SUFFIX).name
 
 
+def parameters(trainer: type) -> Mapping[str, inspect.Parameter]:
+    """What a trainer class is constructed with; where its own `__init__` takes `*args`, what the next one names."""
+    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found = [inspect.signature(init).parameters for init in _inits(trainer)]
+    return next((named for named in found if any(p.kind not in unnamed for p in list(named.values())[1:])), found[0])
+
+
+def said(trainer: type, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Argument's name -> value, of a call that constructs a trainer."""
+    signature = inspect.Signature(list(parameters(trainer).values()))
+    return signature.bind_partial(None, model, *args, **kwargs).arguments
+
+
 def way(trainer: type, args: Any) -> str:
-    """How a trainer class takes its reference: "argument", "beta" where it makes one itself unless the KL factor of
-    that name is 0, or "" where it has none."""
-    inits = [inspect.unwrap(vars(c)["__init__"]) for c in trainer.__mro__ if "__init__" in vars(c) and c is not object]
-    if "ref_model" in inspect.signature(inits[0]).parameters:
+    """How a trainer class takes its reference: "argument"; "beta" where it makes one itself unless the KL factor of
+    that name is 0; "teacher" where it makes one as a teacher; "attribute" where it makes one whatever is said; or ""
+    where it has none."""
+    if "ref_model" in parameters(trainer):
         return "argument"
-    makes_one = any("ref_model" in init.__code__.co_names for init in inits if hasattr(init, "__code__"))
-    return "beta" if makes_one and (args is None or getattr(args, "beta", 0)) else ""
+    if hasattr(trainer, "_setup_teacher_model"):
+        return "teacher"
+    if not any("ref_model" in init.__code__.co_names for init in _inits(trainer) if hasattr(init, "__code__")):
+        return ""
+    if args is not None and not hasattr(args, "beta"):
+        return "attribute"
+    return "beta" if args is None or args.beta else ""
+
+
+def _inits(trainer: type) -> list[Any]:
+    return [inspect.unwrap(vars(c)["__init__"]) for c in trainer.__mro__ if "__init__" in vars(c) and c is not object]
+
+
+def averaging(reference: Reference, rate: float, every: int) -> Any:
+    """A callback that moves the frozen copies towards the adapters by this rate, after every so many steps."""
+    from transformers import TrainerCallback
+
+    class Averaging(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % every == 0:
+                reference.move(rate)
+
+    return Averaging()
 
 
 def check_arguments(args: Any, model: nn.Module) -> None:

@@ -14,6 +14,17 @@ import lora_lite as ll
 from ..runtime.model.site import base_parameters
 from .homes import homes
 
+SENDERS = ("sync_weights", "_move_model_to_vllm")
+"""How TRL calls what sends the weights, a method of the trainer or of what it generates with."""
+
+
+def merged_for_servers(trainer: Any, model: nn.Module) -> None:
+    """Make whatever of a trainer sends weights to a server send merged ones."""
+    for owner in (trainer, *vars(trainer).values()):
+        for name in SENDERS:
+            if not isinstance(owner, nn.Module) and callable(getattr(owner, name, None)):
+                setattr(owner, name, base_names_only(getattr(owner, name), model))
+
 
 def base_names_only(sync: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
     """`sync`, which sends a model's `named_parameters`, made to send merged weights and no adapter tensors."""

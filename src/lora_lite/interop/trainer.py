@@ -4,7 +4,6 @@ attached inside, checkpoints that hold the adapter and never the base, a referen
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from .folder import CARD, copy_adapters, load_checkpoint, write_folder
 from .homes import homes, new_home, trainable
 from .peft_config import our_config
 from .reference import Reference
-from .served import base_names_only
+from .served import merged_for_servers
 
 __all__ = ["AdapterMixin", "adapter_trainer", "load_checkpoint", "trainer"]
 
@@ -92,6 +91,7 @@ class AdapterMixin(_Base):
     attach_options: dict[str, Any] = {}
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        _check_trainer(self.trainer_class)
         self._to_attach = self.adapter_cfg
         if kwargs.get("peft_config") is not None:
             self._to_attach = kwargs.pop("peft_config")
@@ -99,21 +99,20 @@ class AdapterMixin(_Base):
         self._scheduled_optimizer: Any = None
         if model is not None:
             self._check_has_adapter(model)
-        said = inspect.signature(self.trainer_class.__init__).bind_partial(self, model, *args, **kwargs).arguments
+        said = reference.said(self.trainer_class, model, args, kwargs)
         self._said_args = said.get("args")
-        way = "" if said.get("ref_model") is not None else reference.way(self.trainer_class, self._said_args)
-        if way:
+        self._way = "" if said.get("ref_model") is not None else reference.way(self.trainer_class, self._said_args)
+        if self._way:
             self._reference = Reference()
-        if way == "argument":
+        if self._way == "argument":
             kwargs["ref_model"] = self._reference
-        with _tensors_kept(model), _without_beta(self._said_args, way == "beta") as beta:
+        with _tensors_kept(model), _without_beta(self._said_args, self._way == "beta") as beta:
             super().__init__(model, *args, **kwargs)
-        if way == "beta":
+        if self._way == "beta":
             self.beta = self.beta if beta is None else beta
-            self.ref_model = self._reference if self.beta else None
-        served = next((v for v in vars(self).values() if callable(getattr(v, "sync_weights", None))), None)
-        if served is not None:
-            served.sync_weights = base_names_only(served.sync_weights, self.model)
+        if self._way == "attribute" or (self._way == "beta" and self.beta):
+            self.ref_model = self._reference
+        merged_for_servers(self, self.model)
 
     def _check_has_adapter(self, model: Any) -> None:
         if self._to_attach is None and not (isinstance(model, nn.Module) and trainable(model)):
@@ -130,9 +129,23 @@ class AdapterMixin(_Base):
         if fresh:
             home = new_home(model)
             ll.attach(home, our_config(self._to_attach, home), **self.attach_options)
+        self._fresh = fresh
         if self._reference is not None:
             reference.check_arguments(self._said_args, model)
+        if self._reference is not None and self._way != "teacher":
             self._reference.follow(model, fresh)
+
+    def _setup_teacher_model(self) -> None:
+        """The teacher of SDFT and SDPO: the model itself, as it was, or a running average of what it becomes."""
+        kind = self.args.teacher_model_kind
+        if kind == "live" or self._reference is None:
+            self.teacher_model = self.model
+            return
+        self._reference.follow(self.model, self._fresh and kind != "ema")
+        self.teacher_model = self._reference
+        if kind == "ema":
+            rate, every = self.args.teacher_update_rate, self.args.teacher_sync_steps
+            self.add_callback(reference.averaging(self._reference, rate, every))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """The model of a run or of a trial of a sweep, with its adapter."""
@@ -234,6 +247,20 @@ class AdapterMixin(_Base):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         copy_adapters(checkpoint_folder, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _check_trainer(trainer: type) -> None:
+    """Raise for a trainer that sends weights to a server on a way of its own.
+
+    Raises:
+        StateError: it picks the trainable parameters by their names, of which a server knows none.
+    """
+    if "weight_transfer" in reference.parameters(trainer):
+        raise StateError(
+            f"{trainer.__name__} sends its server the trainable parameters under their names, and an adapter's are "
+            "none of the base's. GRPOTrainer and RLOOTrainer with use_vllm=True are sent merged weights: "
+            "ll.trainer(GRPOTrainer, cfg)."
+        )
 
 
 def _without(groups: list[dict[str, Any]], mine: set[int], lr: float) -> list[dict[str, Any]]:

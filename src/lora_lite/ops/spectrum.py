@@ -1,15 +1,15 @@
-"""Leading eigenvectors and singular triplets: block Lanczos with a proof of convergence, dense decompositions
+"""Leading eigenvectors and singular triplets: a Krylov space with a proof of convergence, dense decompositions
 otherwise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-BLOCKS = 8
-OVERSAMPLE = 8
+from .krylov import Product, dense, krylov_svd
+
+SHARE = 4
+"""A Krylov space of more than a fourth of the shorter side takes as long as a dense decomposition."""
 BURIED = 1e-9
 """Share of the largest eigenvalue below which an eigenvector in fp64 is rounding."""
 
@@ -23,11 +23,12 @@ def fix_signs(V: Tensor) -> Tensor:
 def top_eigh(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest eigenvalues (k,), descending, and eigenvectors (d, k) of a positive semi-definite C (d, d), signs
     fixed."""
-    found = _lanczos(lambda v: C @ v, C, C.shape[0], k)
+    found = krylov_svd(lambda v: C @ v, lambda v: C @ v, C.shape[0], k, C, C.shape[0] // SHARE)
     if found is None:
         e, V = torch.linalg.eigh(C)
-        found = e[-k:].flip(0), V[:, -k:].flip(1)
-    e, V = found
+        e, V = e[-k:].flip(0), V[:, -k:].flip(1)
+    else:
+        e, V = found[1:]
     return e.clamp_min(0), V * fix_signs(V)
 
 
@@ -45,23 +46,48 @@ def top_eigh_of_rows(X: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     return e.to(X.dtype), (V * fix_signs(V)).to(X.dtype)
 
 
-def top_svd(M: Tensor, k: int, decays: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def top_svd(M: Tensor, k: int, decays: bool = False, near: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest singular triplets of M (m, n): U (m, k), S (k,) descending, V (n, k), signs fixed by V.
 
-    `decays`: the spectrum is known to fall off, as a gradient's does, so Lanczos is worth trying on smaller matrices.
+    `decays`: the spectrum is known to fall off, as a gradient's does, so a Krylov space is worth a longer try. `near`:
+    triplets with a residual of at most `near` σᵢ are good enough where a Krylov space is tried at all.
     """
-    tall = M.shape[0] > M.shape[1]
-    N = M if tall else M.mT  # iterate on the shorter side
-    found = _lanczos(lambda v: N.mT @ (N @ v), M, N.shape[1], k, 3 if decays else 6)
-    Q = found[1] if found is not None else _gram(N, k)
-    if Q is None:
-        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-        U, S, V = U[:, :k], S[:k], Vh[:k].mT
-    else:  # N Q has the singular values of N itself, not their squares
-        U, S, Wh = torch.linalg.svd(N @ Q, full_matrices=False)
-        U, V = (U, Q @ Wh.mT) if tall else (Q @ Wh.mT, U)
+    most = min(M.shape) // (2 if decays else SHARE)
+    found = krylov_svd(lambda v: M @ v, lambda u: M.mT @ u, M.shape[1], k, M, most, near)
+    U, S, V = _dense(M, k) if found is None else found
     sign = fix_signs(V)
     return U * sign, S, V * sign
+
+
+def top_left(product: Product, transposed: Product, m: int, n: int, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """U (m, k) and S (k,) of the k largest singular triplets of an M (m, n) that is only multiplied with; signs by U.
+
+    `product` gives M v for v (n, b), `transposed` Mᵀ u for u (m, b), in the dtype and on the device of `like`.
+    """
+    found = krylov_svd(product, transposed, n, k, like, min(m, n) // 2)
+    U, S, _ = _dense(dense(product, transposed, m, n, like), k) if found is None else found
+    return U * fix_signs(U), S
+
+
+def product_svd(L: Tensor, R: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`top_svd` of L Rᵀ for tall L (m, n) and R (d, n), k ≤ n, from the product of their triangles, (n, n)."""
+    (QL, TL), (QR, TR) = torch.linalg.qr(L), torch.linalg.qr(R)
+    U, S, Vh = torch.linalg.svd(TL @ TR.mT)
+    V = QR @ Vh[:k].mT
+    sign = fix_signs(V)
+    return QL @ U[:, :k] * sign, S[:k], V * sign
+
+
+def _dense(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    tall = M.shape[0] > M.shape[1]
+    N = M if tall else M.mT
+    Q = _gram(N, k)
+    if Q is None:
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        return U[:, :k], S[:k], Vh[:k].mT
+    # N Q has the singular values of N itself, not their squares
+    U, S, Wh = torch.linalg.svd(N @ Q, full_matrices=False)
+    return (U, S, Q @ Wh.mT) if tall else (Q @ Wh.mT, S, U)
 
 
 def _gram(N: Tensor, k: int) -> Tensor | None:
@@ -75,31 +101,3 @@ def _gram(N: Tensor, k: int) -> Tensor | None:
         if bool(e[-k:][0] > floor * e[-1]):
             return V[:, -k:].flip(1).to(N.dtype)
     return None
-
-
-def _lanczos(
-    apply: Callable[[Tensor], Tensor], like: Tensor, d: int, k: int, worth: int = 6
-) -> tuple[Tensor, Tensor] | None:
-    """Ritz pairs of a symmetric operator on R^d in a block Krylov space, or None where that is no gain or has not
-    converged."""
-    width = k + OVERSAMPLE
-    if worth * BLOCKS * width > d:  # flat spectra do not converge, and then the time is lost
-        return None
-    start = torch.randn(d, width, generator=Generator().manual_seed(0)).to(like.device, like.dtype)
-    Q = torch.linalg.qr(start).Q
-    V = Q
-    for _ in range(BLOCKS - 1):
-        Z = apply(Q)
-        for _ in range(2):  # twice is enough: Kahan and Parlett
-            Z = Z - V @ (V.mT @ Z)
-        Q = torch.linalg.qr(Z).Q
-        V = torch.cat((V, Q), 1)
-    V = torch.linalg.qr(V).Q  # a rank-deficient operator fills blocks with arbitrary columns
-    T = V.mT @ apply(V)
-    e, W = torch.linalg.eigh((T + T.mT) / 2)
-    e, X = e[-k:].flip(0), V @ W[:, -k:].flip(1)
-    residual = torch.linalg.vector_norm(apply(X) - X * e, dim=0)
-    tolerance = 3e-6 if like.dtype == torch.float32 else 1e-9
-    # as the backward error of singular triplets: measured by the first eigenvalue alone, a large first would hide
-    # errors in all others
-    return (e, X) if bool((residual <= tolerance * (e[0] * e.clamp_min(0)).sqrt()).all()) else None

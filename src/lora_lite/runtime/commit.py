@@ -10,6 +10,7 @@ from torch import nn
 
 from .._torch import forget_compiled, hook_tables, remove_hooks
 from ..core.errors import StateError
+from .call.attention import attend, nothing
 from .call.experts import experts_post_hook, experts_pre_hook
 from .call.hooks import post_hook, pre_hook
 from .call.root import root_post_hook, root_pre_hook
@@ -30,6 +31,7 @@ from .targets.choose import check_owners
 
 HOOKS = Hooks(pre_hook, post_hook)
 SWAPPING_HOOKS = Hooks(experts_pre_hook, experts_post_hook)
+ATTENTION_HOOKS = Hooks(nothing, attend)
 ROOT_HOOKS = {
     "_forward_pre_hooks": root_pre_hook,
     "_forward_hooks": root_post_hook,
@@ -221,6 +223,8 @@ def _take_off(layer: nn.Module, path: str, kind: Kind) -> None:
 
 
 def _hooks(kind: Kind) -> Hooks:
+    if kind.attends:
+        return ATTENTION_HOOKS
     return SWAPPING_HOOKS if kind.swaps_weight else HOOKS
 
 

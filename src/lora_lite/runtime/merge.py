@@ -95,7 +95,7 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
     outside_scope(state, "ll.merge")
     if not chosen:
         raise StateError("no adapter is active; activate one, or name it: ll.merge(model, name=...).")
-    targets = _mergeable(model, state, chosen, dequantize)
+    targets = mergeable(model, state, chosen, dequantize)
     before = None if check is None else (_outputs(model, check, dict(chosen)), _outputs(model, check, None))
     for adapter, _ in chosen:
         check_acts(state, state.records[adapter], "ll.merge would change the output otherwise than it does")
@@ -276,7 +276,7 @@ def _restore(model: nn.Module, merged: Merged) -> None:
 Mergeable = list[tuple[str, nn.Module, Site]]
 
 
-def _mergeable(model: nn.Module, state: ModelState, chosen: Chosen, dequantize: bool) -> Mergeable:
+def mergeable(model: nn.Module, state: ModelState, chosen: Chosen, dequantize: bool) -> Mergeable:
     """(path, layer, site) of every layer to write, or the reason why not all of them can be written."""
     records = [state.records[n] for n, _ in chosen]
     for record in records:
@@ -298,10 +298,10 @@ def _mergeable(model: nn.Module, state: ModelState, chosen: Chosen, dequantize: 
 
 
 def _check_affine(record: Record) -> None:
-    stream = kind_named(record.variant.site).stream
+    kind = kind_named(record.variant.site)
     some = getattr(record.cfg, "positions", "all") != "all"
-    if stream or some or not record.variant.affine:
-        where = " (it edits chosen positions of the residual stream)" if stream else ""
+    if kind.apart or some or not record.variant.affine:
+        where = " (it edits chosen positions of the residual stream)" if kind.stream else ""
         where = where or (" (it acts at chosen positions)" if some else "")
         raise StateError(
             f"adapter {record.name!r}: variant {record.variant.name!r} is not an affine function of its layer's "

@@ -146,8 +146,13 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     unadapted += _not_offered(structure, variant, cfg, beside)
     base = {id(p): p for _, p in base_parameters(model)}  # a tied parameter counts once
     rows = [_row(place, variant) for place in chosen]
-    notes = tied_notes(model, chosen) + _kind_notes(chosen) + _weight_notes(variant, targets) + _ignored(variant, cfg)
-    notes += _held_notes(model)
+    notes = (
+        tied_notes(model, chosen)
+        + _kind_notes(variant, chosen)
+        + _weight_notes(variant, targets)
+        + _start_note(targets, cfg)
+    )
+    notes += _ignored(variant, cfg) + _held_notes(model)
     made = Plan(cfg, targets, hits, unadapted, sum(map(_numel, base.values())), rows, notes)
     if made.trainable > made.base_params:
         notes.append(f"more is trained than the base has: a rank of {cfg.r} is above the width of its layers")
@@ -180,7 +185,7 @@ def _not_offered(
     """(path, reason) of the layers of other kinds and of bare parameters."""
     others = [s for s in structure.places if s.kind not in cfg.target_kinds and kind_named(s.kind).offered]
     left = []
-    if not kind_named(variant.site).stream:
+    if not kind_named(variant.site).apart:
         left = [(s.path, f"{s.kind}; add it with target_kinds") for s in others if s.path not in beside]
     return left + [
         (path, f"bare parameter of shape {'x'.join(map(str, shape))}, not a linear layer")
@@ -190,16 +195,16 @@ def _not_offered(
 
 def _row(place: Place, variant: type[Variant]) -> tuple[str, str, int | None, str, bool]:
     """What the table says of a target beyond its shape."""
-    quantised = not kind_named(variant.site).stream and is_quantised(place.module)
+    quantised = not kind_named(variant.site).apart and is_quantised(place.module)
     return type(place.module).__name__, place.role, place.layer, _dtype_name(place.module), quantised
 
 
-def _kind_notes(chosen: list[Place]) -> list[str]:
+def _kind_notes(variant: type[Variant], chosen: list[Place]) -> list[str]:
     """What the kinds of the chosen layers have to say."""
     by_kind: dict[str, list[nn.Module]] = {}
     for place in chosen:
         by_kind.setdefault(place.kind, []).append(place.module)
-    return [note for name, modules in by_kind.items() for note in kind_named(name).notes(modules)]
+    return [note for name, modules in by_kind.items() for note in kind_named(name).notes(modules, variant)]
 
 
 def _held_notes(model: nn.Module) -> list[str]:
@@ -223,6 +228,12 @@ def _weight_notes(variant: type[Variant], targets: list[Target]) -> list[str]:
         f"them ({size_text(sum(sizes))} over all layers) for the backward pass, with gradient checkpointing those of "
         "one block at a time"
     ]
+
+
+def _start_note(targets: list[Target], cfg: AdapterConfig) -> list[str]:
+    """What a start that takes long says of itself."""
+    note = cfg.start_note([(t.d_in, t.d_out) for t in targets if t.variant.name == cfg.variant])
+    return [] if note is None else [note]
 
 
 def _numel(p: torch.Tensor) -> int:

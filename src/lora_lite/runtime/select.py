@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,29 @@ def _known(state: ModelState, name: str) -> None:
         raise StateError(
             f"no adapter is called {name!r}.{did_you_mean(name, state.records)} Attached: {list(state.records)}."
         )
+
+
+@contextmanager
+def context(model: nn.Module, **values: Sequence[Any] | Tensor) -> Iterator[None]:
+    """`with ll.context(model, task_ids=[0, 2]):` what a method reads of each row, one entry per batch row.
+
+    Pages read it as `layer.context("task_ids")`, for the rows that they see. A batch k times as long repeats each row k
+    times (beam search). A block inside another adds to it.
+
+    Raises:
+        SelectionError: a value without one entry per row; in a call, a batch that it does not fit.
+    """
+    state = state_of(model)
+    found = {name: torch.as_tensor(value) for name, value in values.items()}
+    bad = next((name for name, t in found.items() if t.dim() == 0 or not len(t)), None)
+    if bad is not None:
+        raise SelectionError(f"ll.context takes one entry per batch row, as in {bad}=[0, 2]; got {values[bad]!r}.")
+    saved = state.context
+    state.context = {**saved, **found}
+    try:
+        yield
+    finally:
+        state.context = saved
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ..runtime.model.site import owned_tensors
 from ..runtime.model.state import record_of
 from ..runtime.plan import plan
 from ..runtime.schedule import schedule
-from .toy import WIDTH, Toy, batches, pairs, toy
+from .toy import WIDTH, AttentiveToy, Toy, batches, pairs, toy
 
 SIZES = ((3, 7.0), (4, 6.0), (2, 5.0), (12, 5.0), (1, 3.0))
 """(r, alpha) to try: alpha differs from r, so that a forgotten scale shows."""
@@ -71,7 +71,7 @@ class Case:
     @property
     def linear(self) -> bool:
         """Whether it hooks linear layers."""
-        return not kind_named(self.variant.site).stream
+        return not kind_named(self.variant.site).apart
 
     @property
     def affine(self) -> bool:
@@ -105,7 +105,12 @@ class Case:
 
     def model(self, **changes: Any) -> Toy:
         """The untouched toy model, the same at every call."""
-        return toy(**{"bias": self.bias, "dtype": self.dtype, **changes})
+        return toy(**{"bias": self.bias, "dtype": self.dtype, "cls": self.toy, **changes})
+
+    @property
+    def toy(self) -> type[Toy]:
+        """The toy model on which the method can stand."""
+        return AttentiveToy if kind_named(self.variant.site).attends else Toy
 
     def x(self, *shape: int, seed: int = 5) -> Tensor:
         """Random input (*shape, 12)."""

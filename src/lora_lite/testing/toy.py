@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 WIDTH, HIDDEN, VOCABULARY = 12, 20, 17
 
@@ -76,6 +77,9 @@ class Toy(nn.Module):
     (batch, tokens), logits and loss.
     """
 
+    gradient_checkpointing = False
+    """Whether blocks run again in backward."""
+
     def __init__(self, bias: bool = True, kind: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
@@ -89,9 +93,16 @@ class Toy(nn.Module):
         labels: Tensor | None = None,
         input_ids: Tensor | None = None,
     ) -> Any:
-        h = self.embed(input_ids) if x is None else x
+        return self.answer(self.through(self.embed(input_ids) if x is None else x), labels)
+
+    def through(self, h: Tensor, *more: Any) -> Tensor:
+        """The stream after the blocks."""
         for layer in self.layers:
-            h = layer(h)
+            h = checkpoint(layer, h, *more, use_reentrant=False) if self.gradient_checkpointing else layer(h, *more)  # type: ignore[assignment]
+        return h
+
+    def answer(self, h: Tensor, labels: Tensor | None) -> Any:
+        """What a call returns."""
         if labels is None:
             return h
         logits = self.head(h)
@@ -99,11 +110,99 @@ class Toy(nn.Module):
         return Output(loss=loss, logits=logits)
 
 
-def toy(bias: bool = True, dtype: torch.dtype = torch.float32, kind: type[nn.Module] = nn.Linear) -> Toy:
+class AttentionConfig:
+    """What transformers' attention functions and our kind of layer read."""
+
+    _attn_implementation = "sdpa"
+
+    def __init__(self, width: int) -> None:
+        self.hidden_size, self.num_attention_heads, self.num_key_value_heads = width, 2, 1
+
+
+class ToyAttention(nn.Module):
+    """Causal self-attention as transformers writes it: two heads of queries, one of keys and values."""
+
+    def __init__(self, width: int, bias: bool, kind: type[nn.Module], layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = AttentionConfig(width), layer_idx, True
+        self.num_key_value_groups, self.head_dim = 2, width // 2
+        self.q_proj, self.o_proj = kind(width, width, bias), kind(width, width, bias)
+        self.k_proj, self.v_proj = kind(width, width // 2, bias), kind(width, width // 2, bias)
+
+    def forward(self, h: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attend: Any = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        y, _ = attend(self, q, k, v, mask, dropout=0.0, scaling=self.head_dim**-0.5)
+        return self.o_proj(y.flatten(2))
+
+
+class AttentiveBlock(nn.Module):
+    """h + attention(h), and then as `Block`."""
+
+    def __init__(self, width: int, bias: bool, kind: type[nn.Module], layer_idx: int) -> None:
+        super().__init__()
+        self.attn = ToyAttention(width, bias, kind, layer_idx)
+        self.up, self.down = kind(width, width * 5 // 3, bias), kind(width * 5 // 3, width, bias)
+
+    def forward(self, h: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        h = h + self.attn(h, mask, cache)
+        return h + self.down(self.up(h).tanh())
+
+
+class AttentiveToy(Toy):
+    """The toy with attention and positions, for methods that stand there; needs transformers. Vectors without a token
+    dimension are rows of one token."""
+
+    def __init__(self, bias: bool = True, kind: type[nn.Module] = nn.Linear, width: int = WIDTH) -> None:
+        nn.Module.__init__(self)
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList([AttentiveBlock(width, bias, kind, i) for i in range(2)])
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """As transformers' models say it."""
+        return self.embed
+
+    def forward(
+        self,
+        x: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+    ) -> Any:
+        given = inputs_embeds if x is None else x
+        h = self.embed(input_ids) if given is None else given
+        shape, T = h.shape, h.shape[-2] if h.dim() > 2 else 1
+        h = h.reshape(-1, T, h.shape[-1])
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        at = torch.arange(past, past + T, device=h.device)[None] if position_ids is None else position_ids
+        waves = torch.sin(at[..., None] / torch.arange(1, h.shape[-1] + 1, device=h.device))
+        mask = None
+        if attention_mask is not None:
+            mask = torch.ones(T, T, dtype=torch.bool, device=h.device).tril() & attention_mask[:, None, None].bool()
+        return self.answer(self.through(h + waves.to(h.dtype), mask, past_key_values).view(shape), labels)
+
+
+def toy(
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    kind: type[nn.Module] = nn.Linear,
+    cls: type[Toy] = Toy,
+    **more: Any,
+) -> Toy:
     """The same model at every call, in eval mode; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
-        return Toy(bias, kind).to(dtype).eval()
+        return cls(bias, kind, **more).to(dtype).eval()
 
 
 def batches(dtype: torch.dtype = torch.float32, n: int = 4) -> list[dict[str, Tensor]]:

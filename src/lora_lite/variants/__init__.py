@@ -3,6 +3,7 @@
 from .abba import ABBAConfig as ABBAConfig
 from .ablation import AblationConfig as AblationConfig
 from .adalora import AdaLoRAConfig as AdaLoRAConfig
+from .adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from .alora import ALoRAConfig as ALoRAConfig
 from .antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from .bd_lora import BDLoRAConfig as BDLoRAConfig
@@ -10,7 +11,9 @@ from .bitfit import BitFitConfig as BitFitConfig
 from .boft import BOFTConfig as BOFTConfig
 from .c3a import C3AConfig as C3AConfig
 from .caa import CAAConfig as CAAConfig
+from .cartridge import CartridgeConfig as CartridgeConfig
 from .corda import CorDAConfig as CorDAConfig
+from .cpt import CPTConfig as CPTConfig
 from .deft import DEFTConfig as DEFTConfig
 from .delora import DeLoRAConfig as DeLoRAConfig
 from .direft import DiReFTConfig as DiReFTConfig
@@ -41,13 +44,17 @@ from .milora import MiLoRAConfig as MiLoRAConfig
 from .miss import MiSSConfig as MiSSConfig
 from .mora import MoRAConfig as MoRAConfig
 from .moslora import MoSLoRAConfig as MoSLoRAConfig
+from .multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
 from .noreft import NoReFTConfig as NoReFTConfig
 from .oft import OFTConfig as OFTConfig
 from .olora import OLoRAConfig as OLoRAConfig
+from .p_tuning import PTuningConfig as PTuningConfig
 from .pca_steering import PCASteeringConfig as PCASteeringConfig
 from .peanut import PEANuTConfig as PEANuTConfig
 from .pissa import PiSSAConfig as PiSSAConfig
 from .polar import PoLARConfig as PoLARConfig
+from .prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+from .prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .psoft import PSOFTConfig as PSOFTConfig
 from .pvera import PVeRAConfig as PVeRAConfig
 from .qa_lora import QALoRAConfig as QALoRAConfig

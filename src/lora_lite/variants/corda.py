@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..core import AdapterConfig, ConfigError, StagedLayer, Targets, register
+from ..core import AdapterConfig, ConfigError, Gram, StagedLayer, Targets, register
+from ..ops.krylov import Product, dense
 from ..ops.linalg import cholesky, norm, precise, thin_svd
-from ..ops.spectrum import fix_signs, top_svd
+from ..ops.spectrum import fix_signs, top_left
 from ._deviation import Deviation
 
 
@@ -61,36 +61,80 @@ class CorDA(Deviation):
     def group_init(model: nn.Module, targets: Targets[CorDAConfig], cfg: CorDAConfig, calibration_data: Any) -> None:
         if cfg.whiten == "none":
             for view in targets:
-                start(view, lambda W: W)
+                start(view, same, same)
         elif cfg.whiten == "asvd":
             moments = targets.moments(calibration_data)
             for view in targets:
                 d = (moments[view.path].abs / moments[view.path].n) ** cfg.exponent
-                start(view, lambda W, d=d: W * d.clamp_min(1e-6 * d.max()).to(W.dtype))
+                scaled = diagonal(d.clamp_min(1e-6 * d.max()))
+                start(view, scaled, scaled)
         else:
             for gram in targets.each_gram(calibration_data):
-                C = gram.C / gram.n
-                C.diagonal().add_(cfg.damping * C.diagonal().mean().clamp_min(1e-30))
-                P = cholesky(C) if cfg.whiten == "cov_half" else C
+                pair = half(gram, cfg.damping) if cfg.whiten == "cov_half" else whole(gram, cfg.damping)
                 for view in gram.views:
-                    start(view, lambda W, P=P: W @ P.to(W.dtype))
+                    start(view, *pair)
 
 
-def start(view: StagedLayer[CorDAConfig], whiten: Callable[[Tensor], Tensor]) -> None:
-    """A0, B0 of one target: U_k S_k V_kᵀ P⁻¹ = U_k U_kᵀ W, so nothing is ever inverted."""
+def same(v: Tensor) -> Tensor:
+    """v."""
+    return v
+
+
+def diagonal(d: Tensor) -> Product:
+    """diag(d) v."""
+
+    def times(v: Tensor) -> Tensor:
+        return d[:, None].to(v) * v
+
+    return times
+
+
+def whole(gram: Gram[CorDAConfig], damping: float) -> tuple[Product, Product]:
+    """C v and Cᵀ v of the damped C, without C where the tokens are few."""
+    shift = damping * (gram.trace / gram.n / len(gram.sum)).clamp_min(1e-30)
+
+    def times(v: Tensor) -> Tensor:
+        return gram.times(v) / gram.n + shift * v
+
+    return times, times
+
+
+def half(gram: Gram[CorDAConfig], damping: float) -> tuple[Product, Product]:
+    """L v and Lᵀ v for L Lᵀ = C."""
+    C = gram.C / gram.n
+    C.diagonal().add_(damping * C.diagonal().mean().clamp_min(1e-30))
+    L = cholesky(C)
+
+    def times(v: Tensor) -> Tensor:
+        return L.to(v) @ v
+
+    def transposed(v: Tensor) -> Tensor:
+        return L.mT.to(v) @ v
+
+    return times, transposed
+
+
+def start(view: StagedLayer[CorDAConfig], times: Product, transposed: Product) -> None:
+    """A0, B0 of one target from P v and Pᵀ v: U_k S_k V_kᵀ P⁻¹ = U_k U_kᵀ W, so nothing is ever inverted."""
     cfg, W = view.cfg, precise(view.weight)
-    U, S = largest(whiten(W), cfg.r) if cfg.mode == "ipm" else smallest(whiten(W), cfg.r)
+
+    def product(v: Tensor) -> Tensor:
+        return W @ times(v)
+
+    def back(u: Tensor) -> Tensor:
+        return transposed(W.mT @ u)
+
+    d_out, d_in = W.shape
+    U, S = (
+        top_left(product, back, d_out, d_in, cfg.r, W)
+        if cfg.mode == "ipm"
+        else smallest(dense(product, back, d_out, d_in, W), cfg.r)
+    )
     root = S.clamp_min(1e-12 * S.max().clamp_min(1e-30)).sqrt()
     A, B = (U / root).mT @ W, U * root
     balance = (norm(B) / norm(A).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
     root_s = math.sqrt(abs(cfg.scale))
     view.lora_A0, view.lora_B0 = A * (balance / root_s), B / (balance * math.copysign(root_s, cfg.scale))
-
-
-def largest(M: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """U (m, k) and S (k,) of the k largest singular triplets."""
-    U, S, _ = top_svd(M, k)
-    return U, S
 
 
 def smallest(M: Tensor, k: int) -> tuple[Tensor, Tensor]:

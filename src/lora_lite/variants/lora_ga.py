@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from ..core import AdapterConfig, ConfigError, ParamSpec, Targets, register
-from ..ops.spectrum import top_svd
 from ._deviation import Deviation
 
 
@@ -57,7 +56,6 @@ class LoRAGA(Deviation):
 
     @staticmethod
     def group_init(model: nn.Module, targets: Targets[LoRAGAConfig], cfg: LoRAGAConfig, calibration_data: Any) -> None:
-        for view, G in targets.each_gradient(calibration_data):
+        for view, U, _, V in targets.each_gradient_svd(calibration_data, lambda view: 2 * view.cfg.r):
             r, c = view.cfg.r, view.out_features**0.25 / view.cfg.gamma**0.5
-            U, _, V = top_svd(G, 2 * r, decays=True)
             view.lora_A0, view.lora_B0 = c * V[:, :r].mT, c * U[:, r:]

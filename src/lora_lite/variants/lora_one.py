@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from ..core import AdapterConfig, ConfigError, ParamSpec, Targets, register
-from ..ops.spectrum import top_svd
 from ._lowrank import LowRank, ScaledConfig
 
 
@@ -65,8 +64,7 @@ class LoRAOne(LowRank):
     def group_init(
         model: nn.Module, targets: Targets[LoRAOneConfig], cfg: LoRAOneConfig, calibration_data: Any
     ) -> None:
-        for view, G in targets.each_gradient(calibration_data):
-            U, S, V = top_svd(G, view.cfg.r, decays=True)
+        for view, U, S, V in targets.each_gradient_svd(calibration_data, lambda view: view.cfg.r):
             if not S[0] > 0:
                 raise ConfigError(
                     f"{view.path}: the calibration loss has no gradient there, so A and B would stay 0; add it to "

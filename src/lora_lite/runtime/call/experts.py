@@ -1,10 +1,11 @@
 """Adapters on fused experts (`bank`): while the experts run, their module finds adapted weights in place of the stored
 ones.
 
-W'_e is read off the method's page, as merging does. The stored parameter is not touched: the adapted tensor stands
-before it as a plain attribute of the module, from the pre-hook to the post-hook, which runs after an exception too. One
-dense weight per expert is built in every call and has the base's dtype: an update that is smaller than half a step of a
-bf16 weight is rounded away, as merging would.
+The stored parameter is not touched: the adapted tensor stands before it as a plain attribute of the module, from the
+pre-hook to the post-hook, which runs after an exception too. Methods with `factors` cost two thin products beside each
+of the base's (`view/unformed.py`). The weights W'_e of the others are read off the method's page, as merging does: one
+dense weight per expert is built in every call and has the base's dtype, so an update that is smaller than half a step
+of a bf16 weight is rounded away, as merging would.
 """
 
 from __future__ import annotations

@@ -15,15 +15,19 @@ from ..model.state import STATE, ModelState
 from ..view import kept as memo
 from . import acting
 from .batch import batch_first
+from .context import with_context
 from .invoked import note_cache
 from .positions import locate
 from .recompute import check_fed
+from .virtual import lead
 from .vocabulary import await_head, check_head, watch_vocabulary
 
 
-def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def root_pre_hook(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Note the batch size, the gradient mode and, where an adapter asks, the token positions of a call of the whole
-    model."""
+    model; run virtual tokens before it."""
     state: ModelState = model.__dict__[STATE]
     if not torch.compiler.is_compiling():
         state.in_call, state.call_grad = True, torch.is_grad_enabled()
@@ -38,12 +42,14 @@ def root_pre_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             if state.vocabulary:
                 await_head(model, state)
     call = locate(state, model, args, kwargs)
+    if state.context:
+        call = with_context(state, model, args, kwargs, call)
     if call is not state.call:  # an exporter follows no needless change
         state.call = call
-    if state.rows is None:  # reading the size would make a compiled model depend on it
-        return
-    first = batch_first(model, args, kwargs)
-    state.batch = None if first is None else int(first.shape[0])
+    if state.rows is not None:  # reading the size would make a compiled model depend on it
+        first = batch_first(model, args, kwargs)
+        state.batch = None if first is None else int(first.shape[0])
+    return lead(state, model, args, kwargs)
 
 
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

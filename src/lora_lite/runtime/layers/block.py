@@ -11,7 +11,7 @@ class Block(Kind):
     """A decoder block; d_in = d_out = the width of the stream. `structure.describe` finds them."""
 
     name = "block"
-    stream = True
+    apart = stream = True
 
     def size(self, module: nn.Module) -> tuple[int, int] | None:
         return None  # a block is known by the stack that it lies in

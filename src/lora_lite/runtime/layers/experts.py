@@ -72,7 +72,9 @@ class Experts(Kind):
             return "the experts' weight is adapted, not their input, so dropout has nothing to act on; set dropout=0."
         return ""
 
-    def notes(self, modules: Sequence[nn.Module]) -> list[str]:
+    def notes(self, modules: Sequence[nn.Module], variant: Any) -> list[str]:
+        if variant.factors is not None and variant.forward_input is None:
+            return []
         weights = [cast(Bank, m).weight for m in modules]
         size = size_text(sum(w.numel() * w.element_size() for w in weights))
         return [

@@ -6,6 +6,7 @@ from torch import nn
 
 from ...core.errors import ConfigError, did_you_mean
 from ..model.kind import Kind
+from .attention import Attention
 from .block import Block
 from .conv import Conv
 from .embedding import Embedding
@@ -13,7 +14,9 @@ from .experts import Experts
 from .linear import LINEAR
 from .norm import NormKind
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, Experts(), Embedding(), Conv(), NormKind(), Block())}
+KINDS: dict[str, Kind] = {
+    kind.name: kind for kind in (LINEAR, Experts(), Embedding(), Conv(), NormKind(), Block(), Attention())
+}
 """Name -> kind, in the order in which a module is asked for its kind."""
 DEFAULT_KIND = LINEAR.name
 """What a file means that names none."""

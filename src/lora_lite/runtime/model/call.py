@@ -14,6 +14,8 @@ Rows = tuple[str | None, ...]
 """One adapter per batch row; None is the bare base."""
 Columns = tuple[()] | tuple[Tensor | None, Tensor | None, int]
 """Where some wording's tokens lie in a call, see `Call`."""
+Led = dict[str, tuple[Tensor, Tensor]]
+"""Path of an attention module -> the keys and values (B or 1, heads, n, head_dim) that virtual tokens leave there."""
 Memo = dict[tuple[object, ...], tuple[tuple[object, ...], object]]
 """What -> (versions of the tensors that it was computed from, value)."""
 
@@ -43,7 +45,8 @@ class Begun:
 
 
 class Call:
-    """The positions in one call of the model, for every wording that an acting adapter uses.
+    """What one call of the model has of its own: the positions for every wording that an acting adapter uses, the
+    context, and what virtual tokens leave.
 
     `found[text]` is (index, keep, p): index (B, p + s) columns of prompt tokens and keep which of them are there; or
     index None and keep (B, T) the chosen columns; or both None: every column. An empty tuple: none.
@@ -51,11 +54,19 @@ class Call:
 
     def __init__(self, shape: tuple[int, int], found: dict[str, Columns]) -> None:
         self.shape, self.found = shape, found
+        self.context: dict[str, Tensor] = {}
+        """What `ll.context` says, one entry per row of the batch."""
+        self.led: dict[str, Led] | None = None
+        """Adapter -> what its virtual tokens leave on every attention module; empty while they run themselves."""
 
     def __eq__(self, other: object) -> bool:
         """By value, so that gradient checkpointing can tell two calls apart."""
         if not isinstance(other, Call) or self.shape != other.shape or self.found.keys() != other.found.keys():
             return self is other
+        if self.led is not other.led or self.context.keys() != other.context.keys():
+            return False
+        if not all(_same((value,), (other.context[name],)) for name, value in self.context.items()):
+            return False
         return all(_same(self.found[text], other.found[text]) for text in self.found)
 
     __hash__ = None  # type: ignore[assignment]

@@ -101,8 +101,12 @@ class Kind:
 
     name: str
     # ---- facts
+    apart = False
+    """It is no layer with a weight, but a place where a method stands by its `site`, whatever its config chooses."""
     stream = False
-    """It is no layer with a weight, but the residual stream after a block."""
+    """It is the residual stream after a block."""
+    attends = False
+    """Adapters act where queries, keys and values become scores, not on the module's input and output."""
     swaps_weight = False
     """Its adapted weights stand in for the stored ones while it runs: no page sees its input."""
     plain_vectors = False
@@ -119,6 +123,9 @@ class Kind:
     """A dense layer can take the place of one whose weight is packed."""
     offered = True
     """A plan names those that stay unadapted, with how to add them."""
+
+    absent = "the model has none."
+    """What to say of a model in which a method that needs this kind finds none."""
 
     # ---- where it stands
     def size(self, module: nn.Module) -> tuple[int, int] | None:
@@ -150,7 +157,7 @@ class Kind:
         """Whether `strange` could not try it, because it has no values yet."""
         return False
 
-    def notes(self, modules: Sequence[nn.Module]) -> list[str]:
+    def notes(self, modules: Sequence[nn.Module], variant: Any) -> list[str]:
         """What one should know before such layers are adapted."""
         names = sorted({type(m).__name__ for m in modules if self.untried(m)})
         if not names:
@@ -193,6 +200,14 @@ class Kind:
     def leave(self, module: nn.Module, new: Tensor, y: Tensor) -> Tensor:
         """What the layer returns, from a page's new y; `y` is what the layer returned by itself."""
         return new
+
+    def keys_and_values(self, module: nn.Module, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of hidden states v, at the attention."""
+        raise NotImplementedError
+
+    def attend(self, module: nn.Module, q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+        """Attention of its queries to other keys and values, at the attention."""
+        raise NotImplementedError
 
     # ---- the matrices inside
     def is_plain(self, module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from .kind import Kind
 from .record import Record, Target
 from .state import DEFAULT, SITE, STATE, ModelState, unwrap
 
-PAGES = ("forward", "forward_input", "weight", "factors", "by_feature", "act")
+PAGES = ("forward", "forward_input", "weight", "prefix", "tokens", "factors", "by_feature", "act")
 
 
 class Slot:
@@ -38,6 +38,8 @@ class Slot:
         "own_weight",
         "owners",
         "path",
+        "prefix",
+        "tokens",
         "weight",
     )
 

@@ -53,8 +53,10 @@ class ModelState:
         """Whether the model's own `no_grad` was warned about."""
         self.prompt: Prompt | None = None
         """What `ll.prompt` says, see `call.positions`."""
+        self.context: dict[str, Tensor] = {}
+        """What `ll.context` says."""
         self.call: Call | None = None
-        """Token positions in the running root call, for the adapters that ask for some."""
+        """What the running root call has of its own, where an adapter asks for it."""
         self.previous: Tensor | None = None
         """Tokens of the last call, where the next one may show that they were a prompt growing without a cache."""
         self.begun: dict[str, Begun] = {}

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ..layers.linear import dims
 from ..layers.read import is_quantised
 from ..model.state import STATE
 from ..progress import track
+from .gradients import Gradient
 from .staging import StagedTarget
 
 Visit = Callable[[StagedTarget, Tensor, Tensor], None]
@@ -82,6 +83,15 @@ class Gram:
     def C(self) -> Tensor:
         self._fold()
         return self._sum
+
+    def times(self, v: Tensor) -> Tensor:
+        """C v for v (d_in, b), without C while the tokens are few."""
+        if len(self._sum):
+            return (self._sum @ v.to(self._sum)).to(v)
+        result = self.sum.new_zeros(v.shape)
+        for tokens in self._tokens:
+            result.addmm_(tokens.mT, tokens @ v.to(tokens))
+        return result.to(v)
 
     @property
     def trace(self) -> Tensor:
@@ -178,6 +188,20 @@ class Targets(list[StagedTarget]):
         `loss` maps the model's output to a scalar; by default its `.loss`, so put labels into the batches (labels of
         padding are ignored). At most `budget` bytes of gradients are held at once, as in `each_gram`.
         """
+        for view, gradient in self._each_gradient(data, loss, budget):
+            yield view, gradient.dense()
+
+    def each_gradient_svd(
+        self, data: Any, rank: Callable[[StagedTarget], int], loss: Callable[[Any], Tensor] | None = None
+    ) -> Iterator[tuple[StagedTarget, Tensor, Tensor, Tensor]]:
+        """(target, U, S, V): the k = rank(target) largest singular triplets of ∂loss/∂W, U (d_out, k), S (k,), V (d_in,
+        k), signs fixed. Few tokens are decomposed themselves, without a gradient of the weight's size."""
+        for view, gradient in self._each_gradient(data, loss, None):
+            yield view, *gradient.leading(rank(view))
+
+    def _each_gradient(
+        self, data: Any, loss: Callable[[Any], Tensor] | None, budget: int | None
+    ) -> Iterator[tuple[StagedTarget, Gradient]]:
         budget = _free_bytes(self) if budget is None else budget
         pending = list(self)
         while pending:
@@ -187,9 +211,10 @@ class Targets(list[StagedTarget]):
                 group.append(pending.pop(0))
             sums = self._gradients(data, loss, group)
             for view in group:
-                g = sums.pop(view.path)
-                _check_finite(g, view.path)
-                yield view, g
+                gradient = sums.pop(view.path)
+                if not gradient.finite:
+                    _not_finite(view.path)
+                yield view, gradient
 
     def gradients(self, data: Any, loss: Callable[[Any], Tensor] | None = None) -> dict[str, Tensor]:
         """Path -> ∂loss/∂W, all at once; see `each_gradient`."""
@@ -197,8 +222,8 @@ class Targets(list[StagedTarget]):
 
     def _gradients(
         self, data: Any, loss: Callable[[Any], Tensor] | None, views: list[StagedTarget]
-    ) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
+    ) -> dict[str, Gradient]:
+        sums: dict[str, Gradient] = {}
         count = 0
 
         def visit(view: StagedTarget, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
@@ -208,9 +233,7 @@ class Targets(list[StagedTarget]):
 
             def on_grad(g: Tensor) -> None:
                 g, tokens = _precise(_tokens(g, mask)), _precise(_tokens(x, mask))
-                if view.path not in sums:
-                    sums[view.path] = g.new_zeros(g.shape[-1], tokens.shape[-1])
-                sums[view.path].addmm_(g.mT, tokens)
+                sums.setdefault(view.path, Gradient(g.shape[-1], tokens.shape[-1])).add(g, tokens)
 
             y.register_hook(on_grad)
             return y
@@ -228,7 +251,33 @@ class Targets(list[StagedTarget]):
                     torch.autograd.backward(value)
                 count += 1
         self._check_seen(sums, views)
-        return {path: g / count for path, g in sums.items()}
+        for gradient in sums.values():
+            gradient.share = 1 / count
+        return sums
+
+    def remembered(self, data: Any, n: int) -> Iterator[tuple[StagedTarget, Tensor, Tensor]]:
+        """(target, keys (n, d_out), values (n, d_out)) of the first n tokens of the longest row of the data, at the
+        attention of a model with a key-value cache.
+
+        Raises:
+            ConfigError: that row is shorter, or a batch is no dict.
+        """
+        from transformers import DynamicCache
+
+        cache, length, row = DynamicCache(), 0, {}
+        for batch, mask in _batches(self.model, data):
+            row, length = max((row, length), _longest(batch, mask), key=lambda found: found[1])
+        if length < n:
+            raise ConfigError(
+                f"the longest row of calibration_data has {length} tokens, and {n} keys and values are to start from "
+                f"them; give a longer text, or set r={length}."
+            )
+        with torch.no_grad(), _untouched(self.model):
+            call_batch(self.model, {**row, "past_key_values": cache, "use_cache": True})
+        for view in self:
+            layer: Any = cache.layers[view.module.layer_idx]  # type: ignore[index]
+            K, V = (t[0].transpose(0, 1).flatten(1)[:n] for t in (layer.keys, layer.values))
+            yield view, K, V
 
     def _run(self, batch: Any, visit: Callable[..., Any], views: list[StagedTarget]) -> Any:
         handles = []
@@ -347,6 +396,18 @@ def _batches(model: nn.Module, data: Any, labelled: bool = False) -> Iterator[tu
         raise ConfigError("calibration_data is empty, or an iterator that was used up; pass a list or a DataLoader.")
 
 
+def _longest(batch: Any, mask: Tensor | None) -> tuple[dict[str, Any], int]:
+    """The row of a batch with the most tokens, as a batch without padding, and their number."""
+    named = {k: v for k, v in batch.items() if isinstance(v, Tensor)} if isinstance(batch, Mapping) else {}
+    tokens = next((v for v in named.values() if v.dim() > 1), None)
+    if tokens is None:
+        raise ConfigError("keys and values are remembered from batches that are dicts, model(**batch).")
+    keep = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+    i = int(keep.sum(1).argmax())
+    alike = {k: v for k, v in named.items() if v.shape[:2] == tokens.shape[:2] and k != "attention_mask"}
+    return {k: v[i, keep[i]][None] for k, v in alike.items()}, int(keep[i].sum())
+
+
 def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A dict's tensors on the device; there must be one."""
     if not any(isinstance(v, Tensor) for v in batch.values()):
@@ -393,9 +454,13 @@ def _precise(x: Tensor) -> Tensor:
 
 def _check_finite(t: Tensor, path: str) -> None:
     if not bool(torch.isfinite(t).all()):
-        raise StateError(
-            f"{path}: the calibration data gave values that are not finite; look at the batches and the model's dtype."
-        )
+        _not_finite(path)
+
+
+def _not_finite(path: str) -> NoReturn:
+    raise StateError(
+        f"{path}: the calibration data gave values that are not finite; look at the batches and the model's dtype."
+    )
 
 
 def _bytes(view: StagedTarget) -> int:

@@ -14,7 +14,7 @@ from ...core.spec import ParamSpec
 from ...core.variant import Variant
 from ..layers.kinds import DEFAULT_KIND, kind_named
 from ..layers.tensors import bias_of
-from ..model.kind import not_what_it_seems
+from ..model.kind import Kind, not_what_it_seems
 from ..model.record import Target
 from .structure import Place, Structure
 
@@ -37,19 +37,23 @@ def count_hits(cfg: AdapterConfig, fields: tuple[str, ...] | None, places: list[
 
 def places_of(structure: Structure, variant: type[Variant], cfg: AdapterConfig) -> list[Place]:
     """Where a method may stand: the layers of the kinds that the config names, or the blocks."""
-    if not kind_named(variant.site).stream:
-        kinds = [name for name in cfg.target_kinds if not kind_named(name).stream]
+    kind = kind_named(variant.site)
+    if not kind.apart:
+        kinds = [name for name in cfg.target_kinds if not kind_named(name).apart]
         if len(kinds) < len(cfg.target_kinds):
             raise TargetError(
-                f"target_kinds={cfg.target_kinds!r}: methods that stand on the stream after blocks choose it "
-                f"themselves, and variant {variant.name!r} stands on layers; name kinds of layers."
+                f"target_kinds={cfg.target_kinds!r}: methods that stand on the stream after blocks, or at the "
+                f"attention, choose it themselves, and variant {variant.name!r} stands on layers; name kinds of layers."
             )
         return [s for s in structure.places if s.kind in kinds]
     if cfg.target_kinds != type(cfg)(variant=cfg.variant).target_kinds:
+        where = "the residual stream after blocks" if kind.stream else f"places of the kind {kind.name!r}"
         raise TargetError(
-            f"variant {variant.name!r} hooks the residual stream after blocks, so target_kinds={cfg.target_kinds!r} "
-            "says nothing to it; leave it out."
+            f"variant {variant.name!r} hooks {where}, so target_kinds={cfg.target_kinds!r} says nothing to it; leave "
+            "it out."
         )
+    if not kind.stream:
+        return _places_apart(structure, kind, variant)
     blocks = [b for b in structure.stacked if b.width is not None]
     if not blocks:
         raise TargetError(
@@ -60,6 +64,13 @@ def places_of(structure: Structure, variant: type[Variant], cfg: AdapterConfig) 
         Place(b.path, b.module, b.width, b.width, b.index, variant.site, kind=variant.site, n_layers=b.n_layers)  # type: ignore[arg-type]
         for b in blocks
     ]
+
+
+def _places_apart(structure: Structure, kind: Kind, variant: type[Variant]) -> list[Place]:
+    found = [s for s in structure.places if s.kind == kind.name]
+    if not found:
+        raise TargetError(f"variant {variant.name!r} stands on {kind.name}, and {kind.absent}")
+    return found
 
 
 def select(places: list[Place], cfg: AdapterConfig) -> tuple[list[Place], list[tuple[str, str]]]:

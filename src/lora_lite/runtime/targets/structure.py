@@ -102,8 +102,9 @@ def describe(model: nn.Module) -> Structure:
     d_model = _width(model, linear, stacks)
     blocks = [block for path, stack in stacks for block in _blocks_of(path, stack, linear, d_model)]
     places = _places(model, blocks, d_model)
-    owned = {id(p) for s in places for p in s.module.parameters()}
-    owned |= {id(t) for s in places for t in (getattr(s.module, "weight", None), bias_of(s.module))}
+    layers = [s.module for s in places if not kind_named(s.kind).apart]
+    owned = {id(p) for m in layers for p in m.parameters()}
+    owned |= {id(t) for m in layers for t in (getattr(m, "weight", None), bias_of(m))}
     raw = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in owned]
     return Structure(places, d_model, blocks, raw, _aliases(model))
 

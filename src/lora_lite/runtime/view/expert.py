@@ -18,6 +18,7 @@ from ..model.state import SITE, unwrap
 from .composed import Composed
 from .folded import adapted_matrix
 from .layer import DenseView, LayerView
+from .unformed import Unformed
 
 
 def layer_views(model: nn.Module, record: Record) -> list[LayerView]:
@@ -98,13 +99,11 @@ def still_with_adapters(
 
 def adapted(bank: Bank, site: Site, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
     """(W' (E, d_out, d_in), b' (E, d_out) or None) of these adapters with their weights, in the base's dtype, with
-    gradients to their tensors."""
+    gradients to their tensors. Methods with `factors` leave their product unformed."""
     w, b = bank.dense(), bank.bias
     slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
     if all(slot.factors is not None and slot.forward_input is None and not slot.own_weight for slot, _ in slots):
-        for slot, weight in slots:
-            w = _plus_factors(bank, slot, weight, w)
-        return w, b
+        return _plus_factors(bank, slots, w), b
     wide = torch.promote_types(w.dtype, torch.float32)
     new, shifts = [], []
     for cell in site.kind.cells(bank, site.path):
@@ -117,9 +116,19 @@ def adapted(bank: Bank, site: Site, chosen: Chosen) -> tuple[Tensor, Tensor | No
     return torch.stack(new), None if b is None else torch.stack(shifts)
 
 
-def _plus_factors(bank: Bank, slot: Slot, weight: float, w: Tensor) -> Tensor:
-    """w + weight B A, for all experts at once."""
+def _plus_factors(bank: Bank, slots: list[tuple[Slot, float]], w: Tensor) -> Tensor:
+    """w + Σ weight B A of all experts, as thin products beside the base's own; compiled code gets the sum."""
+    left, right = [], []
+    for slot, weight in slots:
+        A, B = _factors(bank, slot, w)
+        left.append((weight * B).to(w.dtype))
+        right.append(A.to(w.dtype))
+    L, R = torch.cat(left, -1), torch.cat(right, -2)
+    return torch.baddbmm(w, L, R) if torch.compiler.is_compiling() else Unformed.of(w, L, R)
+
+
+def _factors(bank: Bank, slot: Slot, w: Tensor) -> tuple[Tensor, Tensor]:
+    """A (E, k, d_in) and B (E, d_out, k) of one adapter."""
     factors = slot.factors
     assert factors is not None
-    A, B = torch.vmap(lambda W, t: factors(DenseView(bank, slot, W, None, t)))(w, stored_tensors(bank, slot))
-    return torch.baddbmm(w, (weight * B).to(w.dtype), A.to(w.dtype))
+    return torch.vmap(lambda W, t: factors(DenseView(bank, slot, W, None, t)))(w, stored_tensors(bank, slot))

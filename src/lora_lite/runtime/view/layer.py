@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ...core.config import AdapterConfig
-from ...core.errors import StateError, WeightError
+from ...core.errors import SelectionError, StateError, WeightError
 from ...core.layer import Layer
 from ...ops.dropout import dropout
 from ..layers.linear import run_bare
@@ -68,8 +68,8 @@ class LayerView:
         if not name.startswith("lora_"):
             raise AttributeError(
                 f"a layer view has no {name!r}; it offers lora_*, weight, row_norms(), column_norms(), bias, cfg, "
-                "in_features, out_features, base(v), project(v), spans(h), dropout(x), master(name), tiny(name), "
-                "once(what, compute)"
+                "in_features, out_features, base(v), project(v), spans(h), context(name), dropout(x), master(name), "
+                "tiny(name), once(what, compute)"
             )
         tensor = self.master(name)
         if self._dtype is None or tensor.dtype == self._dtype or not tensor.is_floating_point():
@@ -215,6 +215,25 @@ class LayerView:
         """
         text = getattr(self.cfg, "positions", "all")
         return spans(self._call, text, h.shape, self._rows, split, self.path)
+
+    def context(self, name: str) -> Tensor:
+        """What `with ll.context(model, name=...)` says, for the rows of x."""
+        if self._call is None or name not in self._call.context:
+            raise SelectionError(
+                f"{self.path}: variant {self.cfg.variant!r} reads {name!r} of each row; say it around the call of the "
+                f"whole model: with ll.context(model, {name}=...)."
+            )
+        value = self._call.context[name]
+        return value if self._rows is None else value.index_select(0, self._rows)
+
+    def keys_and_values(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """At the attention: what it makes of hidden states v (n, d_in) without a position, keys and values (n,
+        d_out)."""
+        return self._kind.keys_and_values(self._module, v)
+
+    def attend(self, q: Tensor, K: Tensor, V: Tensor) -> Tensor:
+        """At the attention: softmax(q Kᵀ) V with its heads, over keys and values (n, d_out) of their own."""
+        return self._kind.attend(self._module, q, K, V)
 
     def row_norms(self) -> Tensor:
         """Norms of the weight's rows (d_out,), in fp32 or better. Never builds a dense weight, so a quantised layer

@@ -11,6 +11,7 @@ from ...runtime.handle import adapters
 from ...runtime.plan import plan
 from ...runtime.select import active
 from ..case import SIZES, Case, run
+from ..toy import Toy
 from .suite import check, full_precision
 
 FIELDS = {
@@ -69,7 +70,8 @@ def _growth(case: Case) -> tuple[float, float]:
         model = exact.random(alpha=factor * alpha, dtype="float64", layers=(0,), scale=1e-3)
         tensors = tensors or adapter_state_dict(model)
         load_adapter_state_dict(model, None, tensors)
-        layer, x = model.get_submodule(adapters(model)["default"].targets[0]), exact.x(3, 5)
+        layer = model.get_submodule(adapters(model)["default"].targets[0]) if exact.toy is Toy else model
+        x = exact.x(3, 5)
         y = run(layer, x)
         with active(model, None):
             updates.append(y - run(layer, x))

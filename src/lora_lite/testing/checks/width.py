@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...runtime.attach import attach
 from ...runtime.schedule import schedule
 from ..case import Case
-from ..toy import Output
+from ..toy import Output, Toy, toy
 from .suite import check, full_precision, trains
 
 NARROW, WIDE = 64, 1024
@@ -55,9 +55,10 @@ def first_step(case: Case, d: int) -> float:
     """‖change of the outputs‖ / ‖outputs‖ on the tokens of a first step at the recommended rate."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        model = Square(d)
+        model = Square(d) if case.toy is Toy else toy(cls=case.toy, width=d)
+        length = LENGTH if case.toy is Toy else 2 * LENGTH
         batches = [
-            {"x": torch.randn(BATCH, LENGTH, d), "labels": torch.randint(0, CLASSES, (BATCH, LENGTH))} for _ in "ab"
+            {"x": torch.randn(BATCH, length, d), "labels": torch.randint(0, CLASSES, (BATCH, length))} for _ in "ab"
         ]
     adapter = attach(model, case.cfg(), batches if case.variant.needs_data else None)
     optimizer = torch.optim.AdamW(adapter.param_groups(lr=case.variant.lr, weight_decay=0.0), eps=1e-20)
