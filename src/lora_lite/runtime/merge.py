@@ -99,13 +99,15 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
     before = None if check is None else (_outputs(model, check, dict(chosen)), _outputs(model, check, None))
     for adapter, _ in chosen:
         check_acts(state, state.records[adapter], "ll.merge would change the output otherwise than it does")
-    merged = Merged(chosen)
+    merged, modes = Merged(chosen), {layer: layer.training for _, layer, _ in targets}
     report = MergeReport([n for n, _ in chosen], len(targets), {}, {}, [])
     try:
         for path, layer, site in track(targets, "merge"):
             _merge_layer(model, path, layer, site, merged, report)
     except BaseException:
         _restore(model, merged)
+        for layer, mode in modes.items():  # an interruption may strike where a layer's own mode comes back
+            layer.training = mode
         raise
     state.merged, state.active = merged, ()
     forget_compiled()

@@ -85,11 +85,10 @@ def check_fed(state: ModelState, output: Any) -> None:
         SelectionError: a reentrant checkpoint cut them off.
     """
     names = dict.fromkeys((*(n for n, _ in state.active), *(n for n in state.rows or () if n is not None)))
-    trained = [r for n in names if (r := state.records[n]).trainable and r.variant.trains]
-    new, state.newly_gradless = state.newly_gradless, []
-    cut = [p for p in new if p not in state.fed and any(p in r.targets for r in trained)]
-    bare = [path for path in cut if state.gradless[path] is None]
-    _check_cut(state, [path for path in cut if state.gradless[path]], bool(trained), output)
+    trained = {p for n in names if (r := state.records[n]).trainable and r.variant.trains for p in r.targets}
+    cut = {p: state.gradless.get(p) for p in state.newly_gradless if p in trained and p not in state.fed}
+    _check_cut(state, [path for path, by_checkpoint in cut.items() if by_checkpoint], len(trained), output)
+    bare = [path for path, by_checkpoint in cut.items() if by_checkpoint is None]
     if bare and not state.cut_noted:
         state.cut_noted = True
         warnings.warn(
@@ -100,19 +99,22 @@ def check_fed(state: ModelState, output: Any) -> None:
         )
 
 
-def _check_cut(state: ModelState, lost: list[str], trains: bool, output: Any) -> None:
+def _check_cut(state: ModelState, lost: list[str], n_trained: int, output: Any) -> None:
     """Raise where a reentrant checkpoint cut these targets off, or the whole output."""
-    checkpointed = any(how is not None for how in state.gradless.values())
-    whole = trains and checkpointed and not any(isinstance(v, Tensor) and v.requires_grad for v in values_of(output))
+    whole = n_trained and any(how is not None for how in state.gradless.values()) and not _has_gradient(output)
+    state.gradless = {path: how for path, how in state.gradless.items() if not how}  # what was cut is asked again
     if not (lost or whole):
         return
-    state.gradless = {}  # the next call is asked again
-    what = "no adapter would train" if whole else f"{len(lost)} targets would not train: {listing(lost)}"
+    what = f"{len(lost)} of {n_trained} targets would not train: {listing(lost)}" if lost else "no adapter would train"
     raise SelectionError(
         "gradient checkpointing with use_reentrant=True runs blocks without gradient because no input of theirs "
         f"requires one, so {what}. Call model.enable_input_require_grads(), or enable checkpointing with "
         "use_reentrant=False."
     )
+
+
+def _has_gradient(output: Any) -> bool:
+    return any(isinstance(v, Tensor) and v.requires_grad for v in values_of(output))
 
 
 def _show(selection: Any) -> str:

@@ -126,19 +126,20 @@ def _zero(module: nn.Module) -> Tensor:
     return torch.zeros(1, (dims(module) or (0, 0))[0], dtype=probe_dtype(module), device=device_of(module))
 
 
-@torch.no_grad()
 def _returns_more(module: nn.Module) -> bool:
-    return _is_tried(module) and not isinstance(module.forward(_zero(module)), Tensor)
+    if not _is_tried(module):
+        return False
+    with trying(module) as twin:
+        return not isinstance(twin.forward(_zero(module)), Tensor)
 
 
-@torch.no_grad()
 def _share_of_bias(module: nn.Module) -> float:
     """c where the layer maps 0 to c times its stored bias."""
     b = bias_of(module)
     if b is None or not _is_tried(module):
         return 1.0
-    with trying(module):
-        y, b = run_bare(module, _zero(module))[0].double(), b.double()
+    with trying(module) as twin:
+        y, b = run_bare(twin, _zero(module))[0].double(), b.double()
     share = float((y @ b) / (b @ b).clamp_min(1e-30)) if bool(b.any()) else 1.0
     return next((c for c in (0.0, 1.0) if abs(share - c) < 0.01), share)
 
