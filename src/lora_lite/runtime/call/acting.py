@@ -118,9 +118,15 @@ def check_acts(state: ModelState, record: Record, consequence: str) -> None:
     Raises:
         StateError: with the targets' names.
     """
-    paths = [p for p in dict.fromkeys(sum(state.unhooked.values(), [])) if p in record.targets]
-    if paths:
-        raise StateError(f"adapter {record.name!r}: {_unhooked_text(paths, consequence)}")
+    if why := why_unhooked(state, list(record.targets), consequence):
+        raise StateError(f"adapter {record.name!r}: {why}")
+
+
+def why_unhooked(state: ModelState, paths: list[str], consequence: str) -> str:
+    """The sentence about those of these layers whose weight was read past their hooks; empty where none was."""
+    read = {path for of_mode in state.unhooked.values() for path in of_mode}
+    found = [path for path in paths if path in read]
+    return _unhooked_text(found, consequence) if found else ""
 
 
 def warn_idle(model: nn.Module, record: Record) -> None:
