@@ -138,6 +138,11 @@ def is_fake(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.FakeTensor)
 
 
+def makes_fakes() -> bool:
+    """Whether a mode is on in which what is made has no values."""
+    return is_fake(torch.empty(0))
+
+
 def storage_key(t: Tensor) -> int:
     """The same for tensors that share memory, of tensors without values too, which have no address. Valid while `t`
     lives. Relies on `_cdata`, the address of the storage object."""

@@ -99,13 +99,11 @@ def test_named_at_the_first_call_and_refused_at_the_second(reader, tmp_path):
         train(model)
     with pytest.raises(ll.StateError, match=r"'default': 'q' was never called"):
         train(model)
-    with pytest.raises(
-        ll.StateError, match="1 of 2 targets got no gradient: 'q'. 'q' was never called.*learns nothing"
-    ):
+    with pytest.raises(ll.StateError, match="1 of 2 targets got no gradient: 'q'. 'q' was.*learns nothing"):
         ll.check(model)
     with pytest.raises(ll.StateError, match="'q' was never called.*ll.merge"):
         ll.merge(model)
-    with pytest.warns(ll.LoraLiteWarning, match="'default': 'q' never ran"):
+    with pytest.warns(ll.LoraLiteWarning, match="'default': 'q' was never called.*what is saved"):
         ll.save(model, tmp_path / "a")
     ll.detach(model)
     adapted(model, exclude_names=("q",))

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..._torch import end_mode, runs_compiled, within_compiled
+from ..._torch import end_mode, makes_fakes, runs_compiled, within_compiled
 from ...core.errors import LoraLiteWarning, StateError, listing
 from ..layers.kinds import kind_of
-from ..layers.tensors import is_sharded
+from ..layers.tensors import device_of, is_sharded
 from ..model.call import Links
 from ..model.held import Seen, look
 from ..model.record import Record
@@ -47,7 +47,7 @@ def begin(model: nn.Module, state: ModelState) -> None:
         state.train_calls += 1
         for name in names if state.unhooked.get(True) and any(m.ran for m in _sites(model, state)) else ():
             check_acts(state, state.records[name], "it would not be trained there")
-    if training not in state.unhooked and _may_listen(state) and not _is_compiled(model):
+    if training not in state.unhooked and _may_listen(state) and not _is_compiled(model) and not makes_fakes():
         _listen(model, state)
 
 
@@ -130,8 +130,12 @@ def why_unhooked(state: ModelState, paths: list[str], consequence: str) -> str:
 
 
 def warn_idle(model: nn.Module, record: Record) -> None:
-    """Say which targets never ran in training while others did: their tensors are what they were at the start."""
+    """Before a file is written: name the targets whose weight was read past their hooks, and those that never ran in
+    training while others did. Their tensors are what they were at the start."""
     state: ModelState = model.__dict__[STATE]
+    if why := why_unhooked(state, list(record.targets), "what is saved of the adapter there does nothing"):
+        warnings.warn(f"adapter {record.name!r}: {why}", LoraLiteWarning, stacklevel=3)
+        return
     sites = {site.path: site for site in _sites(model, state)}
     idle = [path for path in record.targets if path in sites and not sites[path].ran]
     if not idle or not state.train_calls or len(idle) == len(record.targets) or _is_compiled(model):
@@ -199,7 +203,9 @@ def _inspect(model: nn.Module, state: ModelState) -> None:
     """Try the layers that had no values when they were adapted."""
     for module in model.modules():
         site: Site | None = module.__dict__.get(SITE)
-        if site is not None and site.state is state and not site.inspected:
+        if site is None or site.state is not state or site.inspected:
+            continue
+        if device_of(module).type != "meta":
             site.found, site.inspected = site.kind.inspect(module, site.path), True
 
 
@@ -216,16 +222,18 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if torch.compiler.is_compiling():
-            return out
-        for i, t in enumerate((*args, *(kwargs or {}).values())):
+        if not torch.compiler.is_compiling():
+            self.note(func, args, kwargs or {}, out)
+        return out
+
+    def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        for i, t in enumerate((*args, *kwargs.values())):
             site = self.weights.get(id(t))
             if site is None or site.path in self.ran or not _takes_values(func, i, out):
                 continue
             looked_up = func in LOOKUPS  # a tied weight is multiplied by the head, and looked up by the embedding
             if looked_up == site.kind.by_number and not within_compiled():
                 self.read[site.path] = None
-        return out
 
 
 def _weights(model: nn.Module, state: ModelState) -> Iterator[tuple[Site, Tensor]]:

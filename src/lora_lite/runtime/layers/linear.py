@@ -133,6 +133,7 @@ def _returns_more(module: nn.Module) -> bool:
         return not isinstance(twin.forward(_zero(module)), Tensor)
 
 
+@torch.no_grad()
 def _share_of_bias(module: nn.Module) -> float:
     """c where the layer maps 0 to c times its stored bias."""
     b = bias_of(module)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from ..._torch import is_fake
+from ..._torch import is_fake, makes_fakes
 from .tensors import is_ordinary, is_sharded
 
 LOUD = (3.0, 100.0)
@@ -31,7 +31,7 @@ def can_be_tried(module: nn.Module) -> bool:
     mode is on in which tensors have none."""
     w = getattr(module, "weight", None)
     has_values = isinstance(w, Tensor) and not (w.is_meta or is_sharded(w) or is_fake(w))
-    return has_values and is_ordinary(w) and not is_fake(torch.empty(0))
+    return has_values and is_ordinary(w) and not makes_fakes()
 
 
 @contextmanager
