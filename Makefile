@@ -18,7 +18,7 @@ PIP = $(PY) -m pip --disable-pip-version-check --no-input install --quiet --quie
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 STAMP = $(VENV)/.ready
 
-.PHONY: help setup demo test slow gpu planted oldest lint format tables freeze clean
+.PHONY: help setup demo test slow gpu planted oldest newest lint format tables site freeze clean
 
 help: ## this list
 	@echo "lora-lite: make COMMAND"
@@ -44,6 +44,9 @@ planted: $(STAMP) ## plant known bugs and see that the tests notice: minutes; AR
 oldest: ## the quick tests on the oldest torch that is promised, in .venv-oldest; several gigabytes
 	@TORCH_INDEX="$(TORCH_INDEX)" scripts/oldest.sh -n $(JOBS) $(ARGS)
 
+newest: ## the quick tests on the newest versions of everything, in .venv-newest; several gigabytes
+	@TORCH_INDEX="$(TORCH_INDEX)" scripts/newest.sh -n $(JOBS) $(ARGS)
+
 lint: $(STAMP) ## style and types, changes nothing
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -53,9 +56,13 @@ format: $(STAMP) ## rewrite the source in the project's style
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-tables: $(STAMP) ## write generated documents again: README, docs/api.md, what works where, costs, CONTRIBUTING
-	@for script in readme_tables rooms_table api_reference what_works_where cost_tables; do \
+tables: $(STAMP) ## write generated documents again: methods, API, what works where, costs, architectures, promises, CONTRIBUTING
+	@for script in readme_tables rooms_table api_reference what_works_where cost_tables architectures_page promises_page; do \
 		echo "scripts/$$script.py"; OMP_NUM_THREADS=1 $(PY) scripts/$$script.py || exit 1; done
+
+site: $(STAMP) ## the documentation site, into build/site
+	@$(PIP) 'mkdocs-material>=9.5'
+	@$(PY) -m mkdocs build --strict --quiet
 
 freeze: $(STAMP) ## the installed versions, in the form of constraints.txt
 	@$(PY) -m pip list --format=freeze --exclude-editable | sed 's/+.*//'
@@ -73,6 +80,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/3] torch, the large download: a minute or more"
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$$(grep '^torch==' constraints.txt)"
 	@echo "[3/3] lora-lite, with everything its demo and tests use"
-	@$(PIP) --editable '.[cli,quant,dev]'
+	@$(PIP) --editable '.[serve,quant,dev]'
 	@touch $@
 	@echo "ready"

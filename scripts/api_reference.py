@@ -62,7 +62,9 @@ def groups() -> list[Group]:
             named("plan Plan attach Adapter adapters detach rename"),
         ),
         Group(
-            "Choose which adapters act", "From now on, in a block, or per row.", named("activate active rows prompt")
+            "Choose which adapters act",
+            "From now on, in a block, or per row.",
+            named("activate active rows prompt context"),
         ),
         Group(
             "Train",

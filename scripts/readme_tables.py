@@ -1,4 +1,4 @@
-"""Write the generated tables of README.md: methods from the registry, the demo's figures from its runs.
+"""Write the generated tables of docs/methods.md: methods from the registry, the demo's figures from its runs.
 
 python scripts/readme_tables.py                      # rewrite what stands between the markers
 python scripts/readme_tables.py --check              # exit 1 if that would change anything
@@ -17,7 +17,7 @@ from lora_lite.cli._console import markdown
 from lora_lite.cli.variants import COLUMNS, cells, facts
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "README.md"
+PAGE = ROOT / "docs" / "methods.md"
 RUNS = ROOT / "docs" / "demo.json"
 KEEP = ("method", "seed", "steps", "lr", "trained", "problems", "accuracy_before", "accuracy_after", "cpu_seconds")
 
@@ -79,7 +79,7 @@ def main() -> int:
     new = filled(filled(old, "methods", methods()), "demo", demo())
     if args.check:
         if new != old:
-            print("README.md is stale: make tables")
+            print("docs/methods.md is stale: make tables")
         return int(new != old)
     PAGE.write_text(new)
     return 0

@@ -8,10 +8,20 @@ C = "tests/contract/"
 IO = "tests/io/"
 NATIVE = IO + "test_native.py"
 PEFT = IO + "test_peft_layout.py"
+TYPES = IO + "test_peft_types.py"
+OTHER = IO + "test_other_layouts.py"
+WRITING = IO + "test_peft_writing.py"
 TRAINER = "tests/interop/test_trainer.py"
 COST = "tests/runtime/test_cost.py"
 
 BUGS = [
+    Bug(
+        "packed rows are let through",
+        "interop/refused.py",
+        'if positions != "all":',
+        'if positions == "":',
+        "tests/interop/test_every_trainer.py -k packed",
+    ),
     Bug(
         "a shard is taken for the whole",
         "io/gather.py",
@@ -71,8 +81,8 @@ BUGS = [
     Bug(
         "loaded adapters always train",
         "io/load.py",
-        "load_native(unwrap(model), path, name, trainable, base_check)",
-        "load_native(unwrap(model), path, name, True, base_check)",
+        "load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)",
+        "load_native(_home(model, Path(path), Path(path), name), path, name, True, base_check)",
         C + "test_saving.py -k lora-round_trip",
     ),
     Bug(
@@ -167,25 +177,158 @@ BUGS = [
         PEFT + " -k peft_reads",
     ),
     Bug(
-        "rsLoRA of a folder is not read",
+        "PEFT's names hit other layers",
+        "io/peft_names.py",
+        "for name in names if name not in taken",
+        "for name in names",
+        WRITING + " -k shortest",
+    ),
+    Bug(
+        "the nearest factors are half of the change",
+        "io/adapted.py",
+        "(U * root).float()",
+        "(U * root).float() / 2",
+        WRITING + " -k nearest",
+    ),
+    Bug(
+        "speech is a causal language model",
         "io/peft.py",
-        'use_rslora=bool(config.get("use_rslora", False))',
-        "use_rslora=False",
+        'getattr(model, "main_input_name", "") != "input_ids"',
+        "False",
+        WRITING + " -k base_and_task",
+    ),
+    Bug(
+        "an export of any format is PEFT's own",
+        "io/export.py",
+        'plain=format in ("lora", "llama.cpp")',
+        "plain=False",
+        WRITING + " -k one_form",
+    ),
+    Bug(
+        "DoRA's lengths are written as gains",
+        "io/peft_tables/written.py",
+        'layer["lora_norm"] * (1 + layer["lora_m"])',
+        '1 + layer["lora_m"]',
+        WRITING + " -k dora",
+    ),
+    Bug(
+        "ROAD's variant is not translated",
+        "interop/peft_config.py",
+        'int(str(said.get("variant", "road_1"))[-1])',
+        "4",
+        "tests/interop/test_peft_configs.py -k ROAD",
+    ),
+    Bug(
+        "kohya's alpha is not read",
+        "io/other_layouts.py",
+        'f"^{path}": a for path, a in alphas.items()',
+        'f"^{path}": 1 for path, a in alphas.items()',
+        OTHER + " -k kohya",
+    ),
+    Bug(
+        "the factors for MLX-LM are not turned",
+        "io/other_writers.py",
+        "B.shape[1])), 1).mT",
+        "B.shape[1])), 1)",
+        OTHER + " -k mlx",
+    ),
+    Bug(
+        "pickles of a repository are fetched",
+        "interop/sources.py",
+        '["*.safetensors", "*.json"]',
+        '["*.safetensors", "*.json", "*.bin"]',
+        OTHER + " -k hub",
+    ),
+    Bug(
+        "the original's scale is taken for 1",
+        "interop/upstream.py",
+        "SCALE = 2.0",
+        "SCALE = 1.0",
+        OTHER + " -k original",
+    ),
+    Bug(
+        "rsLoRA of a folder is not read",
+        "io/peft_tables/lora.py",
+        '"use_rslora": site.flag("use_rslora"),',
+        '"use_rslora": False,',
         PEFT + " -k reads",
     ),
     Bug(
         "a folder's pattern of alpha is not read",
-        "io/peft.py",
-        "ranks(path), float(alphas(path)), folder)",
-        "ranks(path), float(alphas.default), folder)",
+        "io/peft_tables/lora.py",
+        'site.number("lora_alpha", "alpha_pattern"),',
+        'site.number("lora_alpha"),',
         PEFT + " -k reads",
     ),
     Bug(
-        "what PEFT means by bias is ignored",
-        "io/peft.py",
-        'if config.get("bias", "none") != "none":',
+        "trained biases of a folder are left out",
+        "io/peft_read.py",
+        "self.biases[path] = value",
+        "pass",
+        TYPES + " -k bias",
+    ),
+    Bug(
+        "a tensor that no row took is ignored",
+        "io/peft_read.py",
+        "if site.tensors:",
         "if False:",
-        PEFT + " -k refuses",
+        WRITING + " -k does_not_have",
+    ),
+    Bug(
+        "a bias beside the method is lost",
+        "io/peft_site.py",
+        "(0.0 if reading.bias is None else reading.bias.double())",
+        "0.0",
+        TYPES + " -k bias",
+    ),
+    Bug(
+        "names match in the middle of a path",
+        "io/peft_names.py",
+        'path.endswith(f".{n}") for n in names',
+        "n in path for n in names",
+        "tests/io/test_peft_names.py",
+    ),
+    Bug(
+        "a regular expression runs as long as it likes",
+        "io/peft_names.py",
+        "time.monotonic() - start > SECONDS:",
+        "time.monotonic() - start > SECONDS + 90:",
+        IO + "test_peft_names.py",
+    ),
+    Bug(
+        "a repetition looks for one more only",
+        "io/patterns.py",
+        "found |= new",
+        "found, new = found | new, set()",
+        IO + "test_peft_names.py",
+    ),
+    Bug(
+        "UniLoRA looks for its layers among the tensors",
+        "io/peft_types.py",
+        "shared.unilora, named=True",
+        "shared.unilora",
+        TYPES + " -k UNILORA",
+    ),
+    Bug(
+        "exact rotations turn the wrong way",
+        "io/peft_tables/rotations.py",
+        "(theta if terms else -theta)",
+        "theta",
+        TYPES + " -k 'OFT and exact'",
+    ),
+    Bug(
+        "half of DeLoRA",
+        "io/peft_tables/products.py",
+        '"lora_lambda": strength / 2',
+        '"lora_lambda": strength',
+        TYPES + " -k DELORA",
+    ),
+    Bug(
+        "RandLoRA without its scale",
+        "io/peft_tables/shared.py",
+        '"alpha": site.number("randlora_alpha")',
+        '"alpha": 1.0',
+        TYPES + " -k RANDLORA",
     ),
     Bug(
         "experts run slowest in B",
@@ -204,7 +347,7 @@ BUGS = [
     Bug(
         "a head is exported as its difference",
         "io/peft_whole.py",
-        'kind.as_stored(module, w + change["lora_W"])',
+        'kind.as_stored(module, w + change["lora_W"] / own_scale(module))',
         'kind.as_stored(module, change["lora_W"])',
         "tests/parity/test_whole.py",
     ),

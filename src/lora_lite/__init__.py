@@ -22,13 +22,14 @@ from .core.spec import ParamSpec as ParamSpec
 from .core.variant import Variant as Variant
 from .cost.paper import Cost as Cost
 from .cost.paper import cost as cost
+from .interop.peft_config import attach as attach
+from .interop.peft_config import plan as plan
+from .interop.sources import load as load
 from .interop.trainer import trainer as trainer
-from .io.load import load as load
+from .io.export import export as export
 from .io.native import adapter_state_dict as adapter_state_dict
 from .io.native import load_adapter_state_dict as load_adapter_state_dict
 from .io.native import save as save
-from .io.peft import export as export
-from .runtime.attach import attach as attach
 from .runtime.check import check as check
 from .runtime.combine import combine as combine
 from .runtime.commit import detach as detach
@@ -39,7 +40,6 @@ from .runtime.handle import adapters as adapters
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
 from .runtime.plan import Plan as Plan
-from .runtime.plan import plan as plan
 from .runtime.precondition import precondition as precondition
 from .runtime.schedule import penalty as penalty
 from .runtime.schedule import schedule as schedule
@@ -48,6 +48,7 @@ from .runtime.select import active as active
 from .runtime.select import context as context
 from .runtime.select import prompt as prompt
 from .runtime.select import rows as rows
+from .runtime.unload import merge_and_unload as merge_and_unload
 from .variants import *  # noqa: F403  (the config classes, one per method)
 
 variants = _registered

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn, overrides
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
 
 def backward_is_running() -> bool:
@@ -172,6 +174,17 @@ def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     """(name, buffer) of a module's own buffers that are part of its state dict. Relies on
     `_non_persistent_buffers_set`."""
     return [(k, t) for k, t in module._buffers.items() if t is not None and k not in module._non_persistent_buffers_set]
+
+
+def without_overrides() -> AbstractContextManager[None]:
+    """Functions of torch on tensor subclasses run as on tensors inside. Relies on `DisableTorchFunctionSubclass`."""
+    private: Any = torch._C
+    return private.DisableTorchFunctionSubclass()
+
+
+def with_tensors(change: Callable[[Any], Any], arguments: Any) -> Any:
+    """Nested arguments of a function with `change` at every leaf. Relies on `torch.utils._pytree`."""
+    return _pytree.tree_map(change, arguments)
 
 
 def remove_hooks(module: nn.Module, hooks: dict[str, Callable[..., Any]]) -> None:

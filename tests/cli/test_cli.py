@@ -151,6 +151,7 @@ ELSEWHERE = {
     **dict.fromkeys(
         "config preset init_from patience samples report_to device columns template turns".split(), "in test_runs.py"
     ),
+    **dict.fromkeys("packing beta score json".split(), "in test_train_more.py"),
 }  # fmt: skip
 
 
@@ -423,7 +424,7 @@ def test_eval_batch_size_and_threads(evaluated, monkeypatch, threads):
 def test_every_eval_flag_has_its_test():
     tested = set(
         "model data adapter base_check split rows batch_size max_new_tokens max_length samples seed base_dtype threads "
-        "json debug columns template turns truncation load_in_4bit load_in_8bit device".split()
+        "json debug columns template turns truncation load_in_4bit load_in_8bit device tasks".split()
     )
     assert {f.name for f in dataclasses.fields(eval.Eval)} == tested
 

@@ -30,7 +30,9 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["readme_tables", "rooms_table", "api_reference"])
+@pytest.mark.parametrize(
+    "name", ["readme_tables", "rooms_table", "api_reference", "architectures_page", "promises_page"]
+)
 def test_generated_text_is_current(name, monkeypatch, capsys):
     module = script(name, monkeypatch)
     monkeypatch.setattr(sys, "argv", [name, "--check"])
@@ -52,8 +54,35 @@ def test_one_command_writes_all_of_them():
     recipe = re.search(r"^tables:.*?\n\n", (ROOT / "Makefile").read_text(), re.M | re.S)
     assert recipe is not None
     writers = {p.stem for p in (ROOT / "scripts").glob("*.py") if re.match(r'"""Write ', p.read_text())}
-    assert writers == {"readme_tables", "rooms_table", "api_reference", "what_works_where", "cost_tables"}
+    assert writers == {
+        "readme_tables",
+        "rooms_table",
+        "api_reference",
+        "what_works_where",
+        "cost_tables",
+        "architectures_page",
+        "promises_page",
+    }
     assert all(name in recipe[0] for name in writers)
+
+
+def test_a_page_of_other_rows_faults_or_versions_is_noticed(monkeypatch):
+    """Both pages are compared by their names, without the runs behind them."""
+    pytest.importorskip("transformers")
+    models, promises = script("architectures_page", monkeypatch), script("promises_page", monkeypatch)
+    for module, old, new, words in (
+        (models, "| llama |", "| lama |", "llama is missing"),
+        (models, "| unet | `UNet` |", "| unet | `Net` |", "unet has other faults"),
+        (models, f"With {models.pinned()}:", "With torch 1.0:", "it was not made with"),
+        (promises, "B7: the file", "B7: a file", "B7: the file"),
+        (promises, "trust/test_b07", "trust/test_b70", "B7: the file"),
+    ):
+        text = module.PAGE.read_text()
+        assert module.stale(text) == [] and text.count(old) >= 1
+        assert any(words in line for line in module.stale(text.replace(old, new)))
+    monkeypatch.setattr(promises, "SEVEN", ())
+    monkeypatch.setitem(promises.PARTS, "more", (promises.Promise("x", ("tests/trust/test_gone.py::test_x",), ""),))
+    assert promises.missing() == ["tests/trust/test_gone.py::test_x"]
 
 
 def test_every_room_and_wing_has_a_line():

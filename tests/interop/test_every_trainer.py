@@ -173,3 +173,14 @@ def test_a_trainer_that_sends_weights_on_its_own_way_is_refused():
 
     with pytest.raises(ll.StateError, match="GRPOTrainer"):
         ll.trainer(Streaming, LORA)(model="anything")
+
+
+@pytest.mark.parametrize("field", ["packing", "padding_free"])
+def test_packed_rows_and_an_adapter_on_some_positions(tmp_path, field):
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    setattr(args, field, True)
+    for positions in ("prompt", "f2+l3"):
+        with pytest.raises(ll.StateError, match=f"{field}=False"):
+            ll.trainer(transformers.Trainer, ll.LoReFTConfig(r=2, positions=positions))(tiny_llm.model(), args)
+    everywhere = ll.LoReFTConfig(r=2, positions="all")
+    assert ll.trainer(transformers.Trainer, everywhere)(tiny_llm.model(), args)

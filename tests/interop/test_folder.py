@@ -181,6 +181,15 @@ def test_a_peft_config_that_says_more_is_refused(tmp_path, said, word):
         ll.trainer(transformers.Trainer)(model=tiny_llm.model(), args=arguments(tmp_path), peft_config=said)
 
 
+def test_the_head_of_a_task_is_trained_as_peft_does(tmp_path):
+    config = transformers.LlamaConfig(**{**tiny_llm.model().config.to_dict(), "num_labels": 3})
+    model = transformers.LlamaForSequenceClassification(config)
+    said = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["q_proj"], modules_to_save=["score"])
+    ll.trainer(transformers.Trainer)(model=model, args=arguments(tmp_path), peft_config=said)
+    handle = ll.adapters(model)["default"]
+    assert handle.cfg.train_modules == ("score",) and "score" in handle.targets
+
+
 def test_model_init_gives_every_trial_its_adapter(tmp_path):
     trainer = ll.trainer(transformers.Trainer, LORA)(
         model_init=lambda: tiny_llm.model(), args=arguments(tmp_path), train_dataset=Rows()
@@ -227,6 +236,25 @@ def test_adapters_of_a_module_inside(tmp_path, attached):
     bare = tiny_llm.model()
     ll.load(bare, tmp_path / "checkpoint-1")
     assert torch.equal(logits(bare), logits(model.inner))
+    for folder in (tmp_path / "checkpoint-1", tmp_path / "checkpoint-1" / "adapter.safetensors"):
+        outer = Wrapped()
+        assert set(ll.load(outer, folder).targets) == set(ll.adapters(model.inner)["default"].targets)
+        assert torch.equal(logits(outer.inner), logits(model.inner))
+        with pytest.raises(ll.StateError, match=r"get_submodule\('inner'\)"):
+            ll.merge(outer)
+
+
+def test_an_export_of_a_container_names_the_layers_of_the_transformer_inside(tmp_path):
+    outer = Wrapped()
+    ll.attach(outer, ll.LoRAConfig(r=3, alpha=7, train_modules=("norm",)))
+    randomise(outer, seed=1)
+    ll.export(outer, tmp_path)
+    bare = peft.PeftModel.from_pretrained(tiny_llm.model(), tmp_path)
+    torch.testing.assert_close(logits(bare), logits(outer.inner), atol=1e-6, rtol=0)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    again = Wrapped()
+    ll.load(again, tmp_path)
+    torch.testing.assert_close(logits(again.inner), logits(outer.inner), atol=1e-6, rtol=0)
 
 
 def test_a_plain_trainer_with_the_callback(tmp_path):

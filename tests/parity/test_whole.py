@@ -116,11 +116,11 @@ def test_folders_that_do_not_fit(tmp_path):
     before = Snapshot(model)
     key = "base_model.model.lm_head.weight"
     for names, held, words in (
-        (["lm_head", "score"], good, "'score', of which the file holds no tensor"),
+        (["lm_head", "scorer"], good, "'scorer', of which the file holds no tensor"),
         ("lm_head", good, "must be a list of names"),
         (["lm_head"], {**good, key: torch.zeros(63, 32)}, "lm_head holds"),
         (["lm_head"], {**good, "base_model.model.lm_head.bias": torch.zeros(64)}, "lm_head holds"),
-        (None, good, "not a lora_A or lora_B weight"),
+        (None, {**good, "base_model.model.lm_head.bias": torch.zeros(64)}, "holds a bias"),
     ):
         config.write_text(json.dumps({**fields, "modules_to_save": names}))
         save_file(held, tensors)

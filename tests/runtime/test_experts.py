@@ -186,7 +186,9 @@ def test_beside_linear_layers_and_by_name():
     assert plan.trainable == 2 * (3 * (24 + 24)) + 2 * 4 * 3 * (24 + 16)
     ll.attach(model, cfg)
     assert sum(p.numel() for p in ll.adapters(model)["default"].parameters()) == plan.trainable
-    assert f"adapted weights ({2 * 4 * 24 * 16 * 4 / 1024:.1f} KiB" in str(plan)
+    assert "adapted weights" not in str(plan)  # thin products need none
+    dense = ll.plan(model, ll.HRAConfig(r=2, target_kinds=KIND, target_names=("experts.down_proj",)))
+    assert f"adapted weights ({2 * 4 * 24 * 16 * 4 / 1024:.1f} KiB" in str(dense)
     left = dict(ll.plan(build(), ll.LoRAConfig()).unadapted)
     assert left["model.layers.0.mlp.experts.lora_down_proj"] == "experts; add it with target_kinds"
 

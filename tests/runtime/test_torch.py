@@ -252,6 +252,63 @@ def test_hooks_come_off_and_their_tables_are_found():
     assert [dict(table) for table in _torch.hook_tables(module)] == empty
 
 
+def test_a_function_whose_forward_runs_knows_whether_a_gradient_is_needed():
+    seen = []
+
+    class Outer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(_torch.function_cuts())
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    assert _torch.function_cuts() is None
+    Outer.apply(torch.zeros(1))
+    Outer.apply(torch.zeros(1, requires_grad=True))
+    assert seen == [True, False]
+
+
+def test_compiled_code_is_seen_from_inside_and_from_outside():
+    module = nn.Linear(2, 2)
+    assert not _torch.compiled_in_place(module) and not _torch.within_compiled()
+    module.compile(backend="eager")
+    assert _torch.compiled_in_place(module)
+    seen = []
+
+    @torch.compiler.disable
+    def left_alone(x):
+        seen.append(_torch.within_compiled())
+        return x
+
+    torch.compile(lambda x: left_alone(x) + 1, backend="eager")(torch.zeros(2))
+    assert seen == [True]
+
+
+def test_buffers_of_the_state_dict():
+    module = nn.BatchNorm1d(3)
+    module.register_buffer("scratch", torch.zeros(1), persistent=False)
+    assert [name for name, _ in _torch.persistent_buffers(module)] == [
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    ]
+
+
+def test_overrides_stay_out_and_arguments_are_changed():
+    class Loud(torch.Tensor):
+        pass
+
+    t = torch.zeros(2).as_subclass(Loud)
+    with _torch.without_overrides():
+        assert type(t + 1) is torch.Tensor
+    assert type(t + 1) is Loud
+    changed = _torch.with_tensors(lambda v: v + 1 if isinstance(v, int) else v, ((1, [2]), {"a": 3, "b": "c"}))
+    assert changed == ((2, [3]), {"a": 4, "b": "c"})
+
+
 def test_every_function_has_a_test():
     tested = {n.attr for n in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(n, ast.Attribute)}
     own = {name for name, f in inspect.getmembers(_torch, inspect.isfunction) if f.__module__ == _torch.__name__}

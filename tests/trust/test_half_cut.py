@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 
-TRAINED = [v for v in ll.variants() if v.trains and not v.needs_data and v.on_step is None]
+SITES = ("linear", "block")
+TRAINED = [v for v in ll.variants() if v.trains and not v.needs_data and v.on_step is None and v.site in SITES]
 
 
 class Block(nn.Module):
@@ -88,6 +89,10 @@ def adapted(variant: type[ll.Variant] | None = None, *how, **fields) -> nn.Modul
     model = Towers(*how)
     if variant.site == "block":
         fields = {"positions": "all", **fields}
+    if isinstance(
+        getattr(variant.config(variant=variant.name), "share", None), float
+    ):  # a hundredth of 8 x 8 is nothing
+        fields = {"share": 0.2, **fields}
     ll.attach(model, variant.config(variant=variant.name, r=2, **fields))
     return model.train()
 

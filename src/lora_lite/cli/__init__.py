@@ -16,6 +16,7 @@ VERBS = {
     "plan": "Plan",
     "generate": "Generate",
     "chat": "Chat",
+    "serve": "Serve",
     "info": "Info",
     "diff": "Diff",
     "check": "Check",
@@ -36,12 +37,18 @@ EXTRAS = {
     "datasets": "cli",
     "accelerate": "cli",
     "bitsandbytes": "quant",
+    "lm_eval": "eval",
+    "fastapi": "serve",
+    "uvicorn": "serve",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for a mistake that is named in one sentence, 130 after Ctrl-C."""
+    from ._console import divert
+
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    divert(False)
     debug = "--debug" in words
     try:
         return _run(words)

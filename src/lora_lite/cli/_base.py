@@ -99,6 +99,11 @@ def device_of(name: str | None) -> str:
     return str(device)
 
 
+def processes() -> int:
+    """How many processes `torchrun` or `accelerate launch` started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def load_base(args: BaseFlags, name: str, seed: int = 0) -> tuple[Any, Any]:
     """(model, tokenizer) on their device, with threads and the global seed set."""
     import torch
@@ -109,6 +114,8 @@ def load_base(args: BaseFlags, name: str, seed: int = 0) -> tuple[Any, Any]:
         torch.set_num_threads(args.threads)
     torch.manual_seed(seed)
     device, options = device_of(args.device), {}
+    if processes() > 1 and device == "cuda":  # every process has a device of its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if args.load_in_4bit or args.load_in_8bit:
         import bitsandbytes  # noqa: F401 -- missing, it is named before anything is loaded
         from transformers import BitsAndBytesConfig

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 QUIET = 2.0
 """Seconds for which long work stays silent."""
@@ -20,25 +20,41 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class Diverted:
+    """Whether lines for people go to stderr, since stdout is for one JSON object."""
+
+    on = False
+
+
+def divert(on: bool) -> None:
+    """Send lines for people to stderr, or to stdout again."""
+    Diverted.on = on
+
+
+def stream() -> TextIO:
+    """Where lines for people go."""
+    return sys.stderr if Diverted.on else sys.stdout
+
+
 def say(text: str = "", style: str = "") -> None:
-    """One paragraph on stdout; `style` acts on a terminal only."""
+    """One paragraph; `style` acts on a terminal only."""
     if not is_first():
         return
-    if sys.stdout.isatty():
+    if stream().isatty():
         from rich.console import Console
 
-        Console().print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+        Console(file=stream()).print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
     else:
-        print(text, flush=True)
+        print(text, file=stream(), flush=True)
 
 
 def styled(pieces: Sequence[tuple[str, str]]) -> None:
     """Text of several styles, as one paragraph."""
-    if sys.stdout.isatty() and is_first():
+    if stream().isatty() and is_first():
         from rich.console import Console
         from rich.text import Text
 
-        Console().print(Text.assemble(*pieces), soft_wrap=True)
+        Console(file=stream()).print(Text.assemble(*pieces), soft_wrap=True)
     else:
         say("".join(text for text, _ in pieces))
 
@@ -55,19 +71,21 @@ def complain(text: str) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
     """A table; columns whose cells are all numbers are set to the right."""
+    if not is_first():
+        return
     cells = [[str(c) for c in row] for row in rows]
     right = [bool(cells) and all(_numeric(row[i]) for row in cells) for i in range(len(columns))]
-    if sys.stdout.isatty():
+    if stream().isatty():
         _rich_table(columns, cells, right, title)
         return
     lines = [list(columns), *cells]
     widths = [max(len(row[i]) for row in lines) for i in range(len(columns))]
     if title:
-        print(title)
+        print(title, file=stream())
     for row in lines:
         line = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
-        print("  ".join(line).rstrip())
-    sys.stdout.flush()
+        print("  ".join(line).rstrip(), file=stream())
+    stream().flush()
 
 
 def _rich_table(columns: Sequence[str], cells: list[list[str]], right: list[bool], title: str) -> None:
@@ -80,7 +98,7 @@ def _rich_table(columns: Sequence[str], cells: list[list[str]], right: list[bool
         grid.add_column(name, justify="right" if r else "left", overflow="fold", no_wrap=i == 0)
     for row in cells:
         grid.add_row(*(_escape(c) for c in row))
-    Console().print(grid)
+    Console(file=stream()).print(grid)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -23,7 +23,9 @@ from ._folder import checkpoints
 from ._log import RunLog
 from ._session import pad_of
 
-Rows = Sequence[dict[str, list[int]]]
+Rows = Sequence[dict[str, Any]]
+LOOKS = 100
+"""How often in a run the updates are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class Options:
     report_to: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
     trainer: str = "hf"
+    beta: float = 0.1
+    max_length: int | None = None
 
 
 def fit(
@@ -69,20 +73,22 @@ def fit(
     """
     base, arguments_class = _classes(options.trainer)
     fields = {f.name for f in dataclasses.fields(arguments_class)}
+    pairs = options.trainer == "dpo"
     recompute = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     arguments = arguments_class(
         **_arguments(options, out, bool(evals), resume is None),
         use_cpu=next(model.parameters()).device.type == "cpu",
         **{recompute: options.gradient_checkpointing},
         **({f"{recompute}_kwargs": {"use_reentrant": False}} if options.gradient_checkpointing else {}),
+        **({"beta": options.beta, "max_length": options.max_length} if pairs else {}),
     )
     trainer = adapter_trainer(base)(
         model=model,
         args=arguments,
         train_dataset=_dataset(train, options.trainer),
         eval_dataset=_dataset(evals, options.trainer) if evals else None,
-        data_collator=functools.partial(collate, pad=pad_of(tokenizer)),
-        **({"processing_class": tokenizer} if options.trainer == "sft" else {}),
+        **({} if pairs else {"data_collator": functools.partial(collate, pad=pad_of(tokenizer))}),
+        **({} if options.trainer == "hf" else {"processing_class": tokenizer}),
     )
     from transformers import PrinterCallback, ProgressCallback
 
@@ -90,7 +96,7 @@ def fit(
         trainer.remove_callback(noisy)
     trainer.create_model_card = lambda *_, **__: None  # TRL's would describe a whole model
     with Bar("training", options.steps) as bar:
-        trainer.add_callback(_follower(log, bar, options, out))
+        trainer.add_callback(_follower(log, bar, options, out, Moved(model)))
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except Exception as e:
@@ -115,6 +121,11 @@ def _kept(out: Path) -> str:
 
 
 def _classes(trainer: str) -> tuple[type, Any]:
+    if trainer == "dpo":
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
+
+        return DPOTrainer, DPOConfig
     if trainer == "sft":
         from trl.trainer.sft_config import SFTConfig
         from trl.trainer.sft_trainer import SFTTrainer
@@ -153,7 +164,7 @@ def _arguments(o: Options, out: Path, has_eval: bool, fresh: bool) -> dict[str, 
         "bf16": o.bf16,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "include_num_input_tokens_seen": "non_padding",
+        "include_num_input_tokens_seen": "no" if o.trainer == "dpo" else "non_padding",
         "report_to": list(o.report_to),
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -162,14 +173,36 @@ def _arguments(o: Options, out: Path, has_eval: bool, fresh: bool) -> dict[str, 
 
 
 def _dataset(rows: Rows, trainer: str) -> Any:
-    if trainer != "sft":
+    if trainer == "hf":
         return list(rows)
     from datasets import Dataset
 
     return Dataset.from_list(list(rows))
 
 
-def _follower(log: RunLog, bar: Bar, options: Options, out: Path) -> Any:
+class Moved:
+    """How far the trained tensors have gone from where they began, block by block."""
+
+    def __init__(self, model: Any) -> None:
+        self.start = [(block_of(n), p, p.detach().clone()) for n, p in model.named_parameters() if p.requires_grad]
+
+    def norms(self) -> dict[str, float]:
+        """Block -> norm of the update of all its trained tensors together."""
+        sums: dict[str, float] = {}
+        for block, p, start in self.start:
+            if p.shape == start.shape:
+                sums[block] = sums.get(block, 0.0) + float((p.detach().float() - start.float()).square().sum())
+        return {block: round(total**0.5, 6) for block, total in sums.items()}
+
+
+def block_of(name: str) -> str:
+    """The block in which a parameter stands: its path up to the first number, or that of its layer."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[:-1] if number is None else parts[: number + 1])
+
+
+def _follower(log: RunLog, bar: Bar, options: Options, out: Path, moved: Moved) -> Any:
     """A callback: every step into the log and onto the bar; a run that diverges or no longer improves is stopped."""
     from transformers import TrainerCallback
 
@@ -177,6 +210,7 @@ def _follower(log: RunLog, bar: Bar, options: Options, out: Path) -> Any:
         best, since, begun, mark, tokens = math.inf, 0, False, 0.0, 0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            log.speaks = state.is_world_process_zero
             log.keep(state.global_step)
             for row in log.rows:
                 self.judge(row.get("eval_loss"))
@@ -206,12 +240,18 @@ def _follower(log: RunLog, bar: Bar, options: Options, out: Path) -> Any:
 
         def step(self, state: Any, logs: Any, loss: float) -> None:
             grad = float(logs.get("grad_norm", 0.0))
+            often = max(1, options.steps // LOOKS)
+            looked = state.global_step % often == 0 or state.global_step == options.steps
+            extra: dict[str, Any] = {"updates": moved.norms()} if looked else {}
+            if "rewards/margins" in logs:
+                extra |= {"margin": float(logs["rewards/margins"]), "preferred": float(logs["rewards/accuracies"])}
             log.add(
                 state.global_step,
                 loss=round(loss, 6),
                 lr=float(logs["learning_rate"]),
                 grad_norm=round(grad, 6),
                 tokens=int(state.num_input_tokens_seen),
+                **extra,
             )
             bar.update(state.global_step, figures(log, loss, float(logs["learning_rate"]), grad, self.rate(state)))
 
@@ -233,7 +273,7 @@ def figures(log: RunLog, loss: float, lr: float, grad: float, rate: float) -> st
     """The state of a run on one line."""
     evals = [row["eval_loss"] for row in log.rows if "eval_loss" in row]
     parts = [f"loss {loss:.3f}"] + ([f"eval {evals[-1]:.3f}"] if evals else [])
-    parts += [f"lr {lr:.1e}", f"grad {grad:.2f}", f"{rate:,.0f} tokens/s"]
+    parts += [f"lr {lr:.1e}", f"grad {grad:.2f}"] + ([f"{rate:,.0f} tokens/s"] if rate else [])
     return ", ".join([*parts, *memory()])
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+NAMED = 6
+"""Blocks that the picture names one by one; of more, the first and the last."""
 REDRAW = 30.0
 """Seconds between two pictures while training."""
 
@@ -20,6 +22,8 @@ class RunLog:
         self.path, self.picture, self.title = folder / "log.jsonl", folder / "loss.png", title
         self.rows: list[dict[str, Any]] = []
         self.drawn = time.monotonic()
+        self.speaks = True
+        """Only the first process writes."""
         self.before = 0.0
         """Seconds that earlier parts of the run took."""
         self.start = time.monotonic()
@@ -29,24 +33,24 @@ class RunLog:
         if self.path.is_file() and step:
             self.rows = [r for r in _whole_lines(self.path.read_text()) if r["step"] <= step]
         self.before = self.rows[-1]["time"] if self.rows else 0.0
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+        if self.speaks:
+            self.path.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
 
-    def add(self, step: int, **values: float) -> None:
+    def add(self, step: int, **values: Any) -> None:
         """One line: the step, seconds since the start, and what was measured."""
         row = {"step": step, "time": round(self.before + time.monotonic() - self.start, 3), **values}
         self.rows.append(row)
-        with self.path.open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        if self.speaks:
+            with self.path.open("a") as f:
+                f.write(json.dumps(row) + "\n")
         if "eval_loss" in values or time.monotonic() - self.drawn > REDRAW:
             self.draw()
 
     def draw(self) -> None:
         """Write the picture beside its place, then rename it: a viewer never finds half of one."""
-        train = [(r["step"], r["loss"]) for r in self.rows if "loss" in r]
-        evals = [(r["step"], r["eval_loss"]) for r in self.rows if "eval_loss" in r]
-        if train or evals:
+        if self.speaks and any("loss" in r or "eval_loss" in r for r in self.rows):
             beside = self.picture.with_name("loss.tmp.png")
-            draw_loss(beside, train, evals, self.title)
+            draw_run(beside, self.rows, self.title)
             beside.replace(self.picture)
         self.drawn = time.monotonic()
 
@@ -64,14 +68,30 @@ def _whole_lines(text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_loss(path: Path, train: Sequence[tuple[int, float]], evals: Sequence[tuple[int, float]], title: str) -> None:
-    """Train loss per step (faint) and its running mean, eval loss as points."""
+def draw_run(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Train and eval loss; the norm of the gradient; how far each block has moved from its start."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), dpi=130, layout="constrained")
+    shown = [_losses]
+    for key, panel in (("grad_norm", _gradients), ("updates", _updates)):
+        shown += [panel] * any(key in row for row in rows)
+    figure = Figure(figsize=(6.4, 1.4 + 2.6 * len(shown)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    grid = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=[3, 2, 2][: len(shown)])
+    for axes, panel in zip(grid[:, 0], shown, strict=True):
+        panel(axes, rows)
+        axes.grid(alpha=0.25)
+        axes.set_ylim(bottom=0 if axes.get_yscale() == "linear" and axes.get_ylim()[0] < 0 else None)
+    grid[0, 0].set_title(title, fontsize=10)
+    grid[-1, 0].set_xlabel("step")
+    figure.savefig(path)
+
+
+def _losses(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Train loss per step (faint) and its running mean, eval loss as points."""
+    train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    evals = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
@@ -82,12 +102,31 @@ def draw_loss(path: Path, train: Sequence[tuple[int, float]], evals: Sequence[tu
     if min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(path)
+
+
+def _gradients(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Norm of the gradient before clipping."""
+    steps, norms = zip(*[(r["step"], r["grad_norm"]) for r in rows if "grad_norm" in r], strict=True)
+    axes.plot(steps, norms, color="tab:green", alpha=0.3, linewidth=0.8)
+    axes.plot(steps, smooth(norms), color="tab:green", linewidth=1.8)
+    axes.set_ylabel("gradient norm")
+
+
+def _updates(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """A line per block, from the first (dark) to the last (light)."""
+    from matplotlib import colormaps
+
+    looked = [r for r in rows if "updates" in r]
+    blocks = list(dict.fromkeys(block for r in looked for block in r["updates"]))
+    for i, block in enumerate(blocks):
+        points = [(r["step"], r["updates"][block]) for r in looked if block in r["updates"]]
+        name = block if len(blocks) <= NAMED or i in (0, len(blocks) - 1) else None
+        colour = colormaps["viridis"](0.9 * i / max(1, len(blocks) - 1))
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=name)
+    axes.set_ylabel("norm of the update")
+    axes.legend(frameon=False, fontsize=7)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import lora_lite as ll
 
 from ..data.forms import Row, column_map, formed
 from ..data.read import check_source, read_rows
-from ..data.tokens import PLAIN, Prepared, Tokens, Turns, tokenised
+from ..data.tokens import PLAIN, Prepared, Turns, tokenised
 from ..demo.data import wordmath_rows
 from ..demo.wordmath import Split
 from ._base import length_of, positions_of
@@ -96,7 +97,8 @@ def read_template(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as e:
         raise ll.FileError(f"--template {path} cannot be read: {getattr(e, 'strerror', None) or e}.") from None
     try:
-        Environment().lex(text)
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)  # transformers' own tag
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except TemplateSyntaxError as e:
         raise ll.FileError(f"--template {path}:{e.lineno}: not Jinja ({e.message}).") from None
     return text
@@ -111,9 +113,11 @@ def held_out(rows: list[Row], wanted: float, seed: int) -> tuple[list[Row], list
     return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
-def fingerprint(rows: Sequence[Tokens]) -> str:
-    """A short hash of all tokens and labels: other data, another template or another mask give another one."""
+def fingerprint(rows: Sequence[dict[str, Any]]) -> str:
+    """A short hash of all tokens and labels, or of whole preference pairs: other data, another template or another mask
+    give another one."""
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
-        digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
+        decides = [row["input_ids"], row["labels"]] if "labels" in row else sorted(row.items())
+        digest.update(json.dumps(decides).encode())
     return digest.hexdigest()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 from ..data.forms import Row, answer, question
 from ..data.tokens import IGNORED, Tokens
-from ._console import say, styled
+from ._console import say, stream, styled
+
+LONGEST = 48
+"""Tokens of an answer that is shown or scored."""
 
 
 def show_tokens(rows: Sequence[Tokens], tokenizer: Any) -> None:
@@ -22,7 +24,7 @@ def show_tokens(rows: Sequence[Tokens], tokenizer: Any) -> None:
         pairs = zip(row["input_ids"], row["labels"], strict=True)
         for trained, part in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
             text = visible(tokenizer.decode([token for token, _ in part]))
-            if not sys.stdout.isatty():
+            if not stream().isatty():
                 text = f"«{text}»" if trained else text
             pieces.append((text, "green" if trained else "dim"))
         styled(pieces)
@@ -33,26 +35,56 @@ def visible(text: str) -> str:
     return text.replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t")
 
 
-def show_answers(model: Any, tokenizer: Any, rows: Sequence[Row], new_tokens: int) -> None:
-    """What the base and the adapter answer to the same questions, and what was right."""
+def compare(model: Any, tokenizer: Any, rows: Sequence[Row], samples: int, score: int) -> dict[str, Any]:
+    """Show what the base and the adapter answer to the same questions, and how many each has right where short answers
+    can be compared; returns the same as plain data."""
     import lora_lite as ll
 
     from ..demo.evaluate import complete
+    from ._console import Bar
 
     asked = [row for row in rows if question(row)]
-    prompts = [question(row) for row in asked]
+    can_score = scorable(asked[:score], tokenizer)
+    asked = asked[: max(samples, score if can_score else 0)]
     if not asked:
-        return
-    with ll.active(model, None):
-        before = complete(model, tokenizer, prompts, max_new_tokens=new_tokens)
-    after = complete(model, tokenizer, prompts, max_new_tokens=new_tokens)
-    for row, prompt, base, adapted in zip(asked, prompts, before, after, strict=True):
-        reference = taught(answer(row), tokenizer)
+        return {}
+    prompts = [question(row) for row in asked]
+    references = [taught(answer(row), tokenizer) for row in asked]
+    with Bar("answering", 2 * len(asked)) as bar:
+
+        def said(selection: str | None) -> list[str]:
+            done = 0 if selection is None else len(asked)
+            with ll.active(model, selection):
+                return complete(
+                    model, tokenizer, prompts, max_new_tokens=LONGEST, progress=lambda n, _: bar.update(done + n)
+                )
+
+        before, after = said(None), said(next(iter(ll.adapters(model))))
+    answers = list(zip(prompts, before, after, references, strict=True))
+    for prompt, base, adapted, reference in answers[:samples]:
         say()
         say(one_line(prompt_text(prompt), 400))
         say(f"  base     {one_line(base, 160)}", "dim")
         say(f"  adapted  {one_line(adapted, 160)}", "green" if right(adapted, reference) else "yellow")
         say(f"  right    {one_line(reference, 160)}")
+    names = ("prompt", "base", "adapted", "right")
+    facts: dict[str, Any] = {"answers": [dict(zip(names, a, strict=True)) for a in answers[:samples]]}
+    if can_score:
+        scored = references[:score]
+        hits = [sum(map(right, side, scored)) for side in (before, after)]
+        say()
+        say(f"right answers: {hits[0]} of {len(scored)} before, {hits[1]} of {len(scored)} after")
+        facts |= {"accuracy_before": hits[0] / len(scored), "accuracy": hits[1] / len(scored)}
+    return facts
+
+
+def scorable(rows: Sequence[Row], tokenizer: Any) -> bool:
+    """Whether agreeing with the answers of these rows means something: short ones, or ones with a number after ####."""
+    references = [answer(row) for row in rows]
+    return bool(rows) and all(
+        final_number(r) is not None or len(tokenizer(r, add_special_tokens=False)["input_ids"]) <= LONGEST
+        for r in references
+    )
 
 
 def prompt_text(prompt: Any) -> str:

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import lora_lite as ll
 
+from ..core.errors import did_you_mean
+from ..data.choices import Choice, choices_in, pick
 from . import _folder as folder
 from ._base import BaseFlags, check_base, check_seed, load_base, quiet
 from ._console import Bar, say, table
-from ._rows import RowFlags, check_data, reader_of
+from ._rows import Reader, RowFlags, check_data, reader_of
 from ._session import pad_of
 from ._shown import one_line, prompt_text, right, taught
 
@@ -32,7 +34,10 @@ class Eval(RowFlags, BaseFlags):
     model: str | None = None  # type: ignore[assignment]
     """demo, a local model directory, or a hub id; None: the one that the adapter's run was trained on, or demo."""
     data: str = "wordmath"
-    """wordmath; a JSONL, JSON, CSV or Parquet file; - for JSONL on standard input; or a data set of the hub."""
+    """wordmath; a JSONL, JSON, CSV or Parquet file; - for JSONL on standard input; or a data set of the hub. Rows with
+    choices (a list) and answer (number, letter or text) are multiple choice: the likeliest one counts."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval (EleutherAI's harness) by name instead of data, where that package is installed."""
     adapter: Path | None = None
     """Adapter file, the folder of a run, or a folder in PEFT's layout; None: the bare base."""
     base_check: Literal["error", "warn", "ignore"] = "error"
@@ -58,28 +63,84 @@ def run(args: Eval) -> int:
     quiet(args.debug)
     name = folder.model_of(args.model, args.adapter)
     args = with_template(args)
+    if args.tasks:
+        return run_tasks(args, name)
     reader = reader_of(args, name)
+    if args.data != "wordmath" and (choices := choices_in(args.data, args.rows, args.columns)):
+        return run_choices(args, name, reader, choices)
     rows = reader.rows(args.data, args.split, args.rows, args.seed)
     made = reader.tokens(rows)
     if not args.json:
         for line in reader.remarks(made):
             say(f"note: {line}")
-    model, tokenizer = load_base(args, name, args.seed)
+    model, tokenizer = loaded(args, name)
     tokenizer.chat_template = reader.tokenizer.chat_template
-    if args.adapter is not None:
-        ll.load(model, folder.adapter_path(args.adapter), base_check=args.base_check)
-    result: dict[str, Any] = {
-        "model": name,
-        "adapter": None if args.adapter is None else str(args.adapter),
-        "data": args.data,
-        "rows": len(rows),
-    }
+    result: dict[str, Any] = {**heading(args, name), "rows": len(rows)}
     answers = answered(args, model, tokenizer, rows)
     if answers:
         result["accuracy"] = sum(right(said, reference) for _, said, reference in answers) / len(answers)
     result["loss"] = loss_of(args, model, tokenizer, made.rows)
     result["perplexity"] = math.exp(min(result["loss"], 700.0))
     show(args, result, answers[: args.samples])
+    return 0
+
+
+def loaded(args: Eval, name: str) -> tuple[Any, Any]:
+    """(model, tokenizer), the adapter attached."""
+    model, tokenizer = load_base(args, name, args.seed)
+    if args.adapter is not None:
+        ll.load(model, folder.adapter_path(args.adapter), base_check=args.base_check)
+    return model, tokenizer
+
+
+def heading(args: Eval, name: str) -> dict[str, Any]:
+    """What is measured, and on what."""
+    adapter = None if args.adapter is None else str(args.adapter)
+    return {"model": name, "adapter": adapter, "data": " ".join(args.tasks) or args.data}
+
+
+def run_choices(args: Eval, name: str, reader: Reader, choices: list[Choice]) -> int:
+    """Multiple choice: the share of questions whose right answer is the likeliest one."""
+    model, tokenizer = loaded(args, name)
+    tokenizer.chat_template = reader.tokenizer.chat_template
+    with Bar("choosing", len(choices)) as bar:
+        picked = pick(model, tokenizer, choices, args.batch_size, bar.hook)
+    n = len(choices)
+    shares = {key: sum(p[key] == c.right for p, c in zip(picked, choices, strict=True)) / n for key in picked[0]}
+    samples = [
+        (prompt_text(c.prompt), c.choices[p["accuracy"]], c.choices[c.right])
+        for c, p in zip(choices, picked, strict=True)
+    ]
+    show(args, {**heading(args, name), "rows": n, **shares}, samples[: args.samples])
+    return 0
+
+
+def run_tasks(args: Eval, name: str) -> int:
+    """Tasks of EleutherAI's harness on the adapted model.
+
+    Raises:
+        ConfigError: it knows no such task.
+    """
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    known = TaskManager()
+    for task in args.tasks:
+        if task not in known.all_tasks:
+            raise ll.ConfigError(f"--tasks {task}: lm-eval has no such task.{did_you_mean(task, known.all_tasks)}")
+    model, tokenizer = loaded(args, name)
+    model.eval()
+    served = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
+    found = lm_eval.simple_evaluate(served, tasks=list(args.tasks), limit=args.rows, task_manager=known)
+    plain = {
+        task: {k.partition(",")[0]: v for k, v in figures.items() if isinstance(v, float)}
+        for task, figures in found["results"].items()
+    }
+    if args.json:
+        print(json.dumps({**heading(args, name), "results": plain}))
+        return 0
+    table(("task", "figure", "value"), [(t, k, f"{v:.4f}") for t, row in plain.items() for k, v in row.items()])
     return 0
 
 
@@ -139,7 +200,7 @@ def cell(key: str, value: Any) -> Any:
     if value is None:
         return "the bare base"
     if isinstance(value, float):
-        return f"{value:.1%}" if key == "accuracy" else f"{value:.4f}"
+        return f"{value:.1%}" if key.startswith("accuracy") else f"{value:.4f}"
     return value
 
 

@@ -37,6 +37,8 @@ class Generate(RowFlags, BaseFlags):
     """Rows per forward pass."""
     max_new_tokens: int = 256
     """Longest answer in tokens."""
+    json: bool = False
+    """Print one JSON object, {"answers": [...]}, instead of a line for each."""
 
 
 def run(args: Generate) -> int:
@@ -60,6 +62,10 @@ def run(args: Generate) -> int:
         ll.load(model, folder.adapter_path(args.adapter))
     with Bar("answering", len(prompts)) as bar:
         said = complete(model, tokenizer, prompts, args.batch_size, args.max_new_tokens, bar.hook)
+    if args.json:
+        answers = [{"prompt": p, "answer": s} for p, s in zip(prompts, said, strict=True)]
+        print(json.dumps({"model": name, "adapter": str(args.adapter or "") or None, "answers": answers}))
+        return 0
     lines = [json.dumps({"prompt": p, "answer": s}, ensure_ascii=False) for p, s in zip(prompts, said, strict=True)]
     if args.out is None:
         sys.stdout.write("".join(f"{line}\n" for line in lines))

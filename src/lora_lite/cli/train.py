@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lora_lite as ll
 
+from ..data.forms import Row, preferred
+from ..data.packing import packed
+from ..data.tokens import Tokens
 from . import _folder as folder
 from . import _session as session
-from ._base import BaseFlags, check_base, check_seed, load_base, quiet
-from ._console import clock, say, table
+from ._base import BaseFlags, check_base, check_seed, load_base, processes, quiet
+from ._console import clock, divert, is_first, say, table
 from ._method import build_config, check_ignored
+from ._notice import check_packing, untrained_tokens
 from ._rows import Reader, RowFlags, check_data, fingerprint, held_out, reader_of
 from ._settings import write_settings
-from ._shown import show_answers, show_tokens
+from ._shown import compare, show_tokens
 
 FREE = ("resume", "overwrite", "dry_run", "debug", "threads", "adapter", "out", "keep", "epochs", "samples", "config",
-        "preset", "device", "report_to")  # fmt: skip
+        "preset", "device", "report_to", "score", "json")  # fmt: skip
 """Flags that may differ when a run is resumed."""
+PAIRS_RATE = 0.1
+"""Preference pairs take a tenth of the rate that examples do."""
+Rows = list[dict[str, Any]]
 SHOWN = 3
 """Rows that are shown as the model sees them."""
 
@@ -93,18 +102,28 @@ class Train(RowFlags, BaseFlags):
     """End with the adapter of the lowest eval loss, not with the last one."""
     patience: int = 0
     """Stop after so many evaluations in a row without a lower eval loss; 0: never."""
-    trainer: Literal["hf", "sft"] = "hf"
-    """transformers' Trainer, or TRL's SFTTrainer."""
+    trainer: Literal["hf", "sft", "dpo"] = "hf"
+    """transformers' Trainer, TRL's SFTTrainer, or its DPOTrainer for preference pairs: rows with prompt, chosen and
+    rejected."""
+    beta: float = 0.1
+    """How firmly DPO holds on to the model it began with."""
+    packing: bool = False
+    """Put several short rows into one of --max-length tokens, none of which sees another: no time for padding."""
     report_to: tuple[str, ...] = ()
     """Trackers that also receive the figures: tensorboard, trackio, wandb, ..."""
     samples: int = 3
     """Answers of base and adapter to show side by side at the end."""
+    score: int = 40
+    """At most so many eval rows are answered at the end by base and adapter, where short answers can be compared; 0:
+    none."""
     resume: bool = False
     """Go on from the last checkpoint in --out."""
     overwrite: bool = False
     """Replace a run that --out holds, once the new one has ended."""
     dry_run: bool = False
     """Show the plan, the steps and the tokens, and do nothing."""
+    json: bool = False
+    """Print one JSON object at the end; everything else goes to stderr."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +134,11 @@ class Work:
     cfg: ll.AdapterConfig
     out: Path
     reader: Reader
-    train: list[dict[str, list[int]]]
-    evals: list[dict[str, list[int]]]
+    train: Rows
+    evals: Rows
+    """Tokens; of preference pairs the rows themselves, of which TRL makes tokens."""
+    seen: list[Tokens]
+    """Tokens of the training rows one by one, as they are shown and as methods with a start from data read them."""
     asked: list[dict[str, Any]]
     """Rows whose answers are shown at the end."""
     origin: str
@@ -126,6 +148,7 @@ class Work:
 
 
 def run(args: Train) -> int:
+    divert(args.json)
     check(args)
     cfg = build_config(args)
     check_ignored(args, cfg)
@@ -141,8 +164,12 @@ def run(args: Train) -> int:
         folder.check_same_run(out, decisive(work))
     model, tokenizer = load_base(args, args.model, args.seed)
     tokenizer.chat_template = work.reader.tokenizer.chat_template
+    for line in untrained_tokens(model, tokenizer, work.seen):
+        say(f"note: {line}")
+    if args.packing:
+        check_packing(model, work.train)
     adapter = session.attach(
-        model, cfg, args.calibration_batches, work.train, args.batch_size, tokenizer, reference=args.reference_weights
+        model, cfg, args.calibration_batches, work.seen, args.batch_size, tokenizer, reference=args.reference_weights
     )
     if args.init_from is not None and resume is None:
         start_from(model, adapter, args.init_from)
@@ -151,17 +178,24 @@ def run(args: Train) -> int:
         f"{variant.name}: {adapter.num_parameters():,} trained parameters on {len(adapter.targets)} layers of "
         f"{args.model}"
     )
-    with folder.opened(out, fresh=resume is None):
-        folder.write_run(out, decisive(work))
-        write_settings(out / folder.SETTINGS, "train", args)
+    facts: dict[str, Any] = {"out": str(out), "method": variant.name, "trained": adapter.num_parameters()}
+    with folder.opened(out, fresh=resume is None) if is_first() else contextlib.nullcontext():
+        if is_first():
+            folder.write_run(out, decisive(work))
+            write_settings(out / folder.SETTINGS, "train", args)
         if variant.trains:
-            learn(work, model, tokenizer)
-        path = ll.save(model, out / folder.ADAPTER)
-    if args.samples:
-        show_answers(model, tokenizer, work.asked[: args.samples], 48)
-        say()
+            facts |= learn(work, model, tokenizer)
+        path = ll.save(model, out / folder.ADAPTER) if is_first() else out / folder.ADAPTER
+    if not is_first():
+        return 0
+    facts |= {"adapter": str(path), **compare(model, tokenizer, work.asked, args.samples, args.score)}
+    say()
     report(out, path)
     say(f"next     lora-lite chat {out}")
+    say(f"         lora-lite eval --adapter {out}")
+    say(f"         lora-lite merge {out} --out {out / 'merged'}")
+    if args.json:
+        print(json.dumps(facts))
     return 0
 
 
@@ -177,7 +211,7 @@ def place(args: Train) -> tuple[Path, Path | None]:
     while args.out is None and not args.overwrite and folder.own_files(out):
         number += 1
         out = Path(f"runs/train-{number}")
-    if not args.dry_run:
+    if not args.dry_run and is_first():
         folder.check_folder(out, args.overwrite)
     return out, None
 
@@ -195,24 +229,50 @@ def prepared(args: Train, cfg: ll.AdapterConfig, out: Path, resume: Path | None)
         else:
             rows, held = held_out(rows, args.eval_rows, args.seed)
             origin = f"{len(held)} rows held out of {args.data}"
-    made = reader.tokens(rows)
-    evals = reader.tokens(held) if held else None
+    pairs = args.trainer == "dpo"
+    check_pairs(rows + held, pairs, args.data)
+    made = reader.tokens([preferred(row) for row in rows])
+    evals = reader.tokens([preferred(row) for row in held]) if held else None
     for line in reader.remarks(made) + (reader.remarks(evals) if evals and evals.lost + evals.cut else []):
         say(f"note: {line}")
     if not made.rows:
         raise ll.FileError(f"{args.data} leaves no row to train on; raise --max-length or lower --eval-rows.")
-    per_step = args.batch_size * args.accumulation
-    steps = args.steps if args.steps is not None else math.ceil(len(made.rows) * args.epochs / per_step)
+    train: Rows = [rows[i] for i in made.kept] if pairs else made.rows
+    if args.packing:
+        train = packed(made.rows, reader.max_length)
+        say(f"{len(made.rows):,} rows are packed into {len(train):,}")
+    per_step = rows_a_step(args)
+    steps = args.steps if args.steps is not None else math.ceil(len(train) * args.epochs / per_step)
     if args.warmup >= max(1, steps):
         raise ll.ConfigError(
             f"--warmup {args.warmup:g} is as long as the whole run of {steps} steps, so the rate would never reach its "
             "height; give fewer, or a share below 1."
         )
-    lr = ll.get_variant(cfg.variant).lr if args.lr is None else args.lr
+    recommended = ll.get_variant(cfg.variant).lr * (PAIRS_RATE if pairs else 1)
+    lr = recommended if args.lr is None else args.lr
+    kept = held if pairs else (evals.rows if evals else [])
     return Work(
-        args=args, cfg=cfg, out=out, reader=reader, train=made.rows, evals=evals.rows if evals else [],
-        asked=held or rows, origin=origin, steps=steps, lr=lr, resume=resume,
+        args=args, cfg=cfg, out=out, reader=reader, train=train, evals=kept, seen=made.rows,
+        asked=[preferred(row) for row in held or rows], origin=origin, steps=steps, lr=lr, resume=resume,
     )  # fmt: skip
+
+
+def check_pairs(rows: Sequence[Row], wanted: bool, source: str) -> None:
+    """Preference pairs are for DPO, and DPO is for them.
+
+    Raises:
+        ConfigError: rows of the other kind.
+    """
+    n = sum("chosen" in row for row in rows)
+    if wanted and n < len(rows):
+        raise ll.ConfigError(f"--trainer dpo needs rows with prompt, chosen and rejected; in {source} {n} have them.")
+    if n and not wanted:
+        raise ll.ConfigError(f"{source} holds preference pairs (chosen, rejected): add --trainer dpo.")
+
+
+def rows_a_step(args: Train) -> int:
+    """Rows of one optimiser step, over all processes."""
+    return args.batch_size * args.accumulation * processes()
 
 
 def show_plan(work: Work) -> int:
@@ -221,8 +281,8 @@ def show_plan(work: Work) -> int:
 
     args, train = work.args, work.train
     show(ll.plan(skeleton(args.model), work.cfg))
-    average = sum(len(r["input_ids"]) for r in train) / len(train)
-    per_step = args.batch_size * args.accumulation
+    average = sum(len(r["input_ids"]) for r in work.seen) / len(train)
+    per_step = rows_a_step(args)
     table(
         ("what", "value"),
         [
@@ -234,7 +294,7 @@ def show_plan(work: Work) -> int:
             ("out", str(work.out)),
         ],
     )
-    show_tokens(train[:SHOWN], work.reader.tokenizer)
+    show_tokens(work.seen[:SHOWN], work.reader.tokenizer)
     return 0
 
 
@@ -243,6 +303,8 @@ def check(args: Train) -> None:
     check_base(args)
     check_seed(args.seed)
     check_numbers(args)
+    if args.packing and args.trainer == "dpo":
+        raise ll.ConfigError("--packing is for rows of text; preference pairs are not packed. Leave the flag out.")
     if args.best or args.patience:
         check_best(args)
     if args.resume and args.overwrite:
@@ -257,10 +319,11 @@ def check_numbers(args: Train) -> None:
     for name in positive + tuple(n for n in ("steps", "rows") if getattr(args, n) is not None):
         if getattr(args, name) < 1:
             raise ll.ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
-    for name in ("eval_every", "eval_rows", "save_every", "warmup", "clip", "weight_decay", "patience", "samples"):
+    from_zero = ("eval_every", "eval_rows", "save_every", "warmup", "clip", "weight_decay", "patience")
+    for name in (*from_zero, "samples", "score"):
         if not getattr(args, name) >= 0:
             raise ll.ConfigError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}.")
-    for name in ("epochs", "lr"):
+    for name in ("epochs", "lr", "beta"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ll.ConfigError(f"--{name} must be positive, got {value}.")
@@ -314,28 +377,28 @@ def start_from(model: Any, adapter: ll.Adapter, given: Path) -> None:
     ll.load_adapter_state_dict(model, adapter.name, tensors)
 
 
-def learn(work: Work, model: Any, tokenizer: Any) -> None:
-    """Run the training; what is left of a run that has ended already is loaded."""
+def learn(work: Work, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Run the training and return its figures; what is left of a run that has ended already is loaded."""
     args, resume = work.args, work.resume
     if resume is not None and folder.step_of(resume) >= work.steps:
         from ..interop.trainer import load_checkpoint
 
         load_checkpoint(model, resume)
         say(f"the run has ended already, after step {folder.step_of(resume)}: nothing is trained. Give more --steps.")
-        return
-    per_step = args.batch_size * args.accumulation
+        return {}
+    per_step = rows_a_step(args)
     evaluated = work.origin if work.evals else "nothing"
     say(f"{work.steps} steps of {per_step} rows of {args.data}, lr {work.lr:g}; eval on {evaluated}")
     if resume is not None:
         say(f"resuming after {resume.name}")
     else:
         say("as the model sees the first rows, what is learned marked:")
-        show_tokens(work.train[:SHOWN], tokenizer)
-    fit_and_say(work, model, tokenizer)
+        show_tokens(work.seen[:SHOWN], tokenizer)
+    return fit_and_say(work, model, tokenizer)
 
 
-def fit_and_say(work: Work, model: Any, tokenizer: Any) -> None:
-    """Train, and say how it ended."""
+def fit_and_say(work: Work, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Train, say how it ended, and return the figures."""
     from ._fit import Options, fit, last_figures
     from ._log import RunLog
 
@@ -362,9 +425,13 @@ def fit_and_say(work: Work, model: Any, tokenizer: Any) -> None:
     say(last_figures(log, seconds, int(trainer.state.num_input_tokens_seen) - old))
     if trainer.state.global_step < work.steps:
         say(f"stopped early: {args.patience} evaluations without a lower eval loss")
+    facts: dict[str, Any] = {"steps": int(trainer.state.global_step), "seconds": round(seconds, 1), "lr": work.lr}
+    facts["loss"] = next((row["loss"] for row in reversed(log.rows) if "loss" in row), None)
     evals = [row["eval_loss"] for row in log.rows if "eval_loss" in row]
     if evals:
-        say(f"eval loss {evals[0]:.4f} before, {min(evals) if args.best else evals[-1]:.4f} after {clock(seconds)}")
+        facts |= {"eval_loss_before": evals[0], "eval_loss": min(evals) if args.best else evals[-1]}
+        say(f"eval loss {evals[0]:.4f} before, {facts['eval_loss']:.4f} after {clock(seconds)}")
+    return facts
 
 
 def report(out: Path, adapter: Path) -> None:

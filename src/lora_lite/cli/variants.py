@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,10 +16,13 @@ import lora_lite as ll
 
 from ..runtime.layers.kinds import kind_named
 from ..runtime.targets.choose import add_shared, make_target
-from ._console import markdown, say, table
+from ._console import markdown, say, stream, table
 from ._method import field_docs
 
 WIDTH, RANK = 768, 8
+SHORT = ("method", "trained", "needs", "what it does")
+GAPS = 6
+"""Spaces between the columns of the short table."""
 COLUMNS = ("method", "what it does", "site", "merges", "needs", "trained", "lr", "source")
 
 
@@ -29,7 +33,7 @@ class Variants:
     name: Annotated[str | None, tyro.conf.Positional] = None
     """One method: its formula, options and facts."""
     markdown: bool = False
-    """Print a markdown table (the one of the README)."""
+    """Print a markdown table (the one of docs/methods.md)."""
     json: bool = False
     """Print one JSON object per line."""
 
@@ -44,13 +48,18 @@ def run(args: Variants) -> int:
     elif args.markdown:
         print(markdown(COLUMNS, [cells(row, link=True) for row in found]))
     else:
-        table(COLUMNS, [cells(row) for row in found])
-        say(
-            f"{len(found)} methods. trained: parameters of one {WIDTH}x{WIDTH} layer at r={RANK}; lr: recommended, "
-            "for AdamW."
-        )
-        say("Options of one: lora-lite train --method NAME --help")
+        table(SHORT, lines_of(found))
+        say(f"{len(found)} methods. trained: parameters of one {WIDTH}x{WIDTH} layer at r={RANK}.")
+        say("One of them: lora-lite variants NAME. Its options: lora-lite train --method NAME --help")
     return 0
+
+
+def lines_of(found: list[dict[str, Any]]) -> list[list[str]]:
+    """One line for each method, cut to the width of the terminal."""
+    every = [[row[0], row[5], row[4], row[1]] for row in map(cells, found)]
+    widths = [max(len(name), *(len(row[i]) for row in every)) for i, name in enumerate(SHORT[:3])]
+    room = max(20, shutil.get_terminal_size().columns - sum(widths) - GAPS) if stream().isatty() else 10**6
+    return [[*row, title if len(title) <= room else title[: room - 1].rstrip() + "…"] for *row, title in every]
 
 
 def show_page(variant: type[ll.Variant], as_json: bool) -> int:

@@ -24,6 +24,16 @@ WRONG = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, Ru
 too deep."""
 
 
+def check_path(path: object) -> None:
+    """Refuse what is no path: every public entry that takes one comes through here.
+
+    Raises:
+        FileError: it is none.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise FileError(f"a path is needed, a str or pathlib.Path; got {path!r} of {type(path).__name__}.")
+
+
 @contextmanager
 def reading(where: str | os.PathLike[str], what: str = "") -> Generator[None, None, None]:
     """Inside, whatever goes wrong with what a file says is a `FileError` that names the file, and in it `what`."""
@@ -39,7 +49,7 @@ def reading(where: str | os.PathLike[str], what: str = "") -> Generator[None, No
         raise FileError(f"{name}: {str(e)[:WORDS]}") from None
     except SafetensorError as e:
         raise FileError(
-            f"{name} cannot be read: damaged, or no safetensors file ({e}). "
+            f"{name} cannot be read: damaged, or no safetensors file ({str(e)[:WORDS]}). "
             "lora_lite reads no pickles: .bin, .pt and .pkl are refused."
         ) from None
     except FileNotFoundError:

@@ -10,7 +10,8 @@ from .read import Located
 
 Row = dict[str, Any]
 Message = dict[str, Any]
-COLUMNS = ("text", "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system")
+COLUMNS = ("text", "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system",
+           "chosen", "rejected", "choices", "answer")  # fmt: skip
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 """ShareGPT's names of the roles."""
 INTRO = "Below is an instruction that describes a task"
@@ -62,6 +63,8 @@ def _renamed(row: Row, where: str, columns: Mapping[str, str]) -> Row:
 def _formed(row: Row, where: str, chat: bool) -> Row:
     there = {name for name in COLUMNS if row.get(name) is not None}
     tools = {"tools": row["tools"]} if row.get("tools") else {}
+    if {"chosen", "rejected"} <= there:
+        return _preference(row, where)
     if "messages" in there:
         return {"messages": _messages(row["messages"], where, "messages"), **tools}
     if "conversations" in there:
@@ -84,6 +87,26 @@ def _pair(prompt: Any, completion: Any, where: str) -> Row:
         whole = _messages([*prompt, *completion], where, "prompt and completion")
         return {"prompt": whole[: len(prompt)], "completion": whole[len(prompt) :]}
     return {"prompt": _string(prompt, where, "prompt"), "completion": _string(completion, where, "completion")}
+
+
+def _preference(row: Row, where: str) -> Row:
+    """Prompt, the better answer and the worse one; a conversation that holds its prompt is cut before the last turn."""
+    pair = {name: row[name] for name in ("chosen", "rejected")}
+    if all(isinstance(v, list) for v in pair.values()):
+        before = row["prompt"] if isinstance(row.get("prompt"), list) else []
+        turns = {name: _messages([*before, *v], where, name) for name, v in pair.items()}
+        if turns["chosen"][:-1] != turns["rejected"][:-1] or len(turns["chosen"]) < 2:
+            raise FileError(f"{where}: chosen and rejected must answer the same turns, with one turn each.")
+        return {"prompt": turns["chosen"][:-1], **{name: v[-1:] for name, v in turns.items()}}
+    prompt = row.get("prompt", row.get("instruction", ""))
+    return {"prompt": _string(prompt, where, "prompt"), **{k: _string(v, where, k) for k, v in pair.items()}}
+
+
+def preferred(row: Row) -> Row:
+    """A preference pair as a row that teaches its better answer; any other row as it is."""
+    if "chosen" not in row:
+        return row
+    return {"prompt": row["prompt"], "completion": row["chosen"]}
 
 
 def _alpaca(row: Row, where: str, chat: bool) -> Row:
@@ -138,5 +161,6 @@ def question(row: Row) -> str | list[Message]:
 
 def answer(row: Row) -> str:
     """What the row teaches, as its writer wrote it."""
+    row = preferred(row)
     last = row["messages"] if "messages" in row else row.get("completion", row.get("text", ""))
     return last if isinstance(last, str) else last[-1]["content"]

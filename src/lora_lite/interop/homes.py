@@ -9,6 +9,7 @@ import lora_lite as ll
 
 from ..core.errors import StateError
 from ..runtime.model.state import STATE, unwrap
+from ..runtime.targets.structure import transformer_inside
 
 
 def homes(model: nn.Module) -> list[nn.Module]:
@@ -38,10 +39,4 @@ def new_home(model: nn.Module) -> nn.Module:
 
     Files then name their layers as the transformer does, so that it can load them alone.
     """
-    if callable(getattr(model, "save_pretrained", None)) and hasattr(model, "config_class"):
-        return model
-    inside: list[nn.Module] = []
-    for module in model.modules():
-        if hasattr(module, "config_class") and not any(module in set(outer.modules()) for outer in inside):
-            inside.append(module)
-    return inside[0] if len(inside) == 1 else model
+    return transformer_inside(model)[1]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
 import lora_lite as ll
 
 from ..core.errors import ConfigError
+from ..runtime.attach import attach as _attach
+from ..runtime.plan import plan as _plan
 
 UNREAD = {
     "layer_replication": "replicated layers",
@@ -20,6 +23,8 @@ UNREAD = {
     "alora_invocation_tokens": "activated LoRA",
     "megatron_config": "Megatron's layers",
 }
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""`task_type` -> the heads that PEFT trains whole beside the adapter, those of them that a model has."""
 
 
 def our_config(config: Any, model: nn.Module | None) -> ll.AdapterConfig:
@@ -35,9 +40,11 @@ def our_config(config: Any, model: nn.Module | None) -> ll.AdapterConfig:
     if isinstance(config, ll.AdapterConfig):
         return config
     kind = str(getattr(getattr(config, "peft_type", None), "value", getattr(config, "peft_type", "")))
+    if kind in OTHERS:
+        return _other(kind, config.to_dict(), model)
     if kind != "LORA":
         raise ConfigError(
-            f"peft_config is a {type(config).__name__}; only LoraConfig is translated. Give the config of ours: "
+            f"peft_config is a {type(config).__name__}; which is not translated. Give the config of ours: "
             f"ll.trainer(TrainerClass, ll.{kind or 'LoRA'}Config(...))."
         )
     said: dict[str, Any] = config.to_dict()
@@ -58,7 +65,7 @@ def our_config(config: Any, model: nn.Module | None) -> ll.AdapterConfig:
         dropout=float(said.get("lora_dropout") or 0),
         target_names=_targets(said.get("target_modules"), model),
         exclude_names=_names(said.get("exclude_modules")),
-        train_modules=_names(said.get("modules_to_save")),
+        train_modules=_names([*(said.get("modules_to_save") or ()), *_heads(said.get("task_type"), model)]),
         rank_pattern=dict(said.get("rank_pattern") or {}),
         alpha_pattern={k: float(v) for k, v in (said.get("alpha_pattern") or {}).items()},
     )
@@ -68,6 +75,96 @@ def our_config(config: Any, model: nn.Module | None) -> ll.AdapterConfig:
     if said.get("use_rslora"):
         fields["use_rslora"] = True
     return (ll.DoRAConfig if said.get("use_dora") else cls)(**fields)
+
+
+OTHERS: dict[str, tuple[str, dict[str, str]]] = {
+    "ADALORA": ("adalora", {"init_r": "r", "target_r": "target_r", "lora_alpha": "alpha"}),
+    "BEFT": ("bitfit", {}),
+    "BOFT": ("boft", {"boft_block_size": "block_size", "boft_n_butterfly_factor": "n_factors"}),
+    "C3A": ("c3a", {"block_size": "block"}),
+    "DEFT": ("deft", {"r": "r", "alpha": "alpha", "decomposition_method": "projection"}),
+    "DELORA": ("delora", {"r": "r", "delora_lambda": "strength"}),
+    "FOURIERFT": ("fourierft", {"n_frequency": "n", "scaling": "strength"}),
+    "GRALORA": ("gralora", {"r": "r", "alpha": "alpha", "gralora_k": "k", "hybrid_r": "general"}),
+    "HIRA": ("hira", {"r": "r"}),
+    "HRA": ("hra", {"r": "r"}),
+    "IA3": ("ia3", {}),
+    "LN_TUNING": ("whole", {}),
+    "LOHA": ("loha", {"r": "r", "alpha": "alpha"}),
+    "LOKR": ("lokr", {"r": "r", "alpha": "alpha", "decompose_factor": "factor", "decompose_both": "factor_both"}),
+    "MISS": ("miss", {"r": "r"}),
+    "OFT": ("oft", {"oft_block_size": "block_size"}),
+    "PEANUT": ("peanut", {"r": "r", "depth": "depth", "act_fn": "activation"}),
+    "PSOFT": ("psoft", {"r": "r"}),
+    "PVERA": ("pvera", {"r": "r", "d_initial": "d_initial"}),
+    "RANDLORA": ("randlora", {"r": "r", "randlora_alpha": "alpha"}),
+    "ROAD": ("road", {"group_size": "group_size"}),
+    "SHIRA": ("shira", {"r": "r"}),
+    "TINYLORA": ("tinylora", {"r": "r", "u": "u", "weight_tying": "tying"}),
+    "TRAINABLE_TOKENS": ("token_rows", {"token_indices": "token_ids"}),
+    "UNILORA": ("unilora", {"r": "r", "theta_d_length": "length"}),
+    "VBLORA": ("vblora", {"r": "r", "num_vectors": "vectors", "vector_length": "length", "topk": "topk"}),
+    "VERA": ("vera", {"r": "r", "d_initial": "d_initial"}),
+    "WAVEFT": ("waveft", {"n_frequency": "n", "scaling": "strength"}),
+}
+"""peft_type -> the method here, and PEFT's fields by the names of ours. Where targets are found is translated alike."""
+
+
+def _other(kind: str, said: dict[str, Any], model: nn.Module | None) -> ll.AdapterConfig:
+    """A config of any type but LoRA's."""
+    name, names = OTHERS[kind]
+    method = ll.get_variant(name)
+    fields: dict[str, Any] = {ours: said[theirs] for theirs, ours in names.items() if said.get(theirs) is not None}
+    fields |= {"target_names": _targets(said.get("target_modules"), model, kind), "variant": name}
+    fields |= {
+        "exclude_names": _names(said.get("exclude_modules")),
+        "train_modules": _names([*(said.get("modules_to_save") or ()), *_heads(said.get("task_type"), model)]),
+    }
+    layers = said.get("layers_to_transform")
+    if layers is not None:
+        fields["layers"] = (layers,) if isinstance(layers, int) else tuple(layers)
+    fields |= _turned(kind, said)
+    if "alpha" in fields:
+        fields["alpha"] = float(fields["alpha"])
+    lists: dict[str, Any] = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+    return method.config(**(fields | lists))
+
+
+def _turned(kind: str, said: dict[str, Any]) -> dict[str, Any]:
+    """Fields whose values are others here."""
+    if kind == "IA3":
+        return {"input_names": _names(said.get("feedforward_modules"))}
+    if kind == "ROAD":
+        return {"per_pair": int(str(said.get("variant", "road_1"))[-1])}
+    if kind == "OFT":
+        terms = said.get("num_cayley_neumann_terms", 5) if said.get("use_cayley_neumann", True) else 0
+        return {"neumann_terms": terms}
+    if kind == "ADALORA":  # which PEFT leaves at 8 below a smaller first rank
+        return {"target_r": min(said["target_r"], said["init_r"])}
+    if kind == "RANDLORA":
+        return {"pairing": "peft"}
+    if kind == "PEANUT":
+        return {"alpha": said.get("scaling", 1.0) * said["r"]}
+    if kind == "LN_TUNING":
+        return {"target_kinds": ("norm", "linear")}
+    return {"target_kinds": ("embedding",)} if kind == "TRAINABLE_TOKENS" else {}
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def taking_peft(verb: Callable[Concatenate[nn.Module, Any, P], T]) -> Callable[Concatenate[nn.Module, Any, P], T]:
+    """`ll.attach` and `ll.plan` that take a config of PEFT's too."""
+
+    @functools.wraps(verb)
+    def found(model: nn.Module, cfg: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+        return verb(model, our_config(cfg, model) if hasattr(cfg, "peft_type") else cfg, *args, **kwargs)
+
+    return found
+
+
+attach, plan = taking_peft(_attach), taking_peft(_plan)
 
 
 def _starts() -> dict[Any, type[ll.AdapterConfig]]:
@@ -81,22 +178,31 @@ def _starts() -> dict[Any, type[ll.AdapterConfig]]:
     }
 
 
-def _targets(said: str | Iterable[str] | None, model: nn.Module | None) -> tuple[str, ...] | None:
+def _heads(task: Any, model: nn.Module | None) -> list[str]:
+    """The heads of this task that the model has."""
+    known = HEADS.get(str(getattr(task, "value", task)), ())
+    there = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()} if model is not None else set()
+    return [name for name in known if name in there]
+
+
+def _targets(said: str | Iterable[str] | None, model: nn.Module | None, kind: str = "LORA") -> tuple[str, ...] | None:
     """Patterns for PEFT's target_modules; what PEFT chooses for the model's type where there are none."""
     if said == "all-linear":
         return None
     if said:
         return _names(said)
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+    from peft.utils import constants
 
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in DEFAULTS:
-        raise ConfigError(f"peft_config names no target_modules, and PEFT has none for a model of type {kind!r}.")
-    return _names(DEFAULTS[kind])
+    table = f"TRANSFORMERS_MODELS_TO_{kind}_TARGET_MODULES_MAPPING"
+    defaults = getattr(constants, table, constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family not in defaults:
+        raise ConfigError(f"peft_config names no target_modules, and PEFT has none for a model of type {family!r}.")
+    return _names(defaults[family])
 
 
 def _names(said: str | Iterable[str] | None) -> tuple[str, ...]:
     """A regular expression as it is, names as patterns of themselves."""
     if isinstance(said, str):
         return (said,)
-    return tuple(re.escape(name) for name in sorted(said or ()))
+    return tuple(re.escape(name) for name in sorted(set(said or ())))

@@ -14,7 +14,7 @@ from torch import nn
 
 import lora_lite as ll
 
-from ..core.errors import StateError
+from ..core.errors import ConfigError, StateError
 from ..runtime.model.state import state_of
 from . import reference
 from .card import card, fields
@@ -22,6 +22,7 @@ from .folder import CARD, copy_adapters, load_checkpoint, write_folder
 from .homes import homes, new_home, trainable
 from .peft_config import our_config
 from .reference import Reference
+from .refused import check_packing, check_trainer
 from .served import merged_for_servers
 
 __all__ = ["AdapterMixin", "adapter_trainer", "load_checkpoint", "trainer"]
@@ -50,6 +51,11 @@ def trainer(base: type, cfg: ll.AdapterConfig | None = None, **options: Any) -> 
     Returns:
         A subclass of `base`.
     """
+    if not isinstance(base, type):
+        raise ConfigError(
+            f"ll.trainer takes a trainer's class and gives one back: ll.trainer(SFTTrainer, cfg)(model=..., ...); got "
+            f"{base!r}."
+        )
     made = adapter_trainer(base)
     if cfg is None and not options:
         return made
@@ -91,12 +97,14 @@ class AdapterMixin(_Base):
     attach_options: dict[str, Any] = {}
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
-        _check_trainer(self.trainer_class)
+        check_trainer(self.trainer_class)
         self._to_attach = self.adapter_cfg
         if kwargs.get("peft_config") is not None:
             self._to_attach = kwargs.pop("peft_config")
         self._reference: Reference | None = None
         self._scheduled_optimizer: Any = None
+        if isinstance(model, str) and hasattr(self.trainer_class, "model_class"):  # sentence-transformers loads none
+            model = self.trainer_class.model_class(model)
         if model is not None:
             self._check_has_adapter(model)
         said = reference.said(self.trainer_class, model, args, kwargs)
@@ -129,6 +137,7 @@ class AdapterMixin(_Base):
         if fresh:
             home = new_home(model)
             ll.attach(home, our_config(self._to_attach, home), **self.attach_options)
+        check_packing(self._said_args, model)
         self._fresh = fresh
         if self._reference is not None:
             reference.check_arguments(self._said_args, model)
@@ -247,20 +256,6 @@ class AdapterMixin(_Base):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         copy_adapters(checkpoint_folder, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
-
-
-def _check_trainer(trainer: type) -> None:
-    """Raise for a trainer that sends weights to a server on a way of its own.
-
-    Raises:
-        StateError: it picks the trainable parameters by their names, of which a server knows none.
-    """
-    if "weight_transfer" in reference.parameters(trainer):
-        raise StateError(
-            f"{trainer.__name__} sends its server the trainable parameters under their names, and an adapter's are "
-            "none of the base's. GRPOTrainer and RLOOTrainer with use_vllm=True are sent merged weights: "
-            "ll.trainer(GRPOTrainer, cfg)."
-        )
 
 
 def _without(groups: list[dict[str, Any]], mine: set[int], lr: float) -> list[dict[str, Any]]:

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..core.errors import FileError
+from ..core.errors import FileError, LoraLiteWarning, shown
+from ..core.files import check_path, reading
 from ..runtime.commit import check_attachable
 from ..runtime.handle import Adapter
 from ..runtime.model.state import DEFAULT, unwrap
+from ..runtime.targets.structure import home_of
+from .header import read_header
 from .native import BaseCheck, load_native
-from .peft import load_peft
+from .other_layouts import MLX_WEIGHTS, as_lora, is_other, load_other
+from .peft_read import CONFIG, WEIGHTS, attach_peft, check_owners, load_peft, peft_paths
 
 
 def load(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Mapping[str, Tensor],
     name: str = DEFAULT,
     trainable: bool = False,
     base_check: BaseCheck = "error",
+    *,
+    config: dict[str, Any] | None = None,
 ) -> Adapter:
-    """Attach an adapter from a file and make it the active one. Needs neither an SVD nor calibration data.
+    """Attach an adapter from this machine; `ll.load` finds it on the hub too.
 
     Args:
-        path: a file written by `save`, a folder that a trainer left, or one in PEFT's layout. Of a folder with several
-            of our files the one of the adapter called `name` is read.
+        path: a file, a folder, or tensors with PEFT's names.
         name: the adapter's name in this model.
         trainable: go on training it.
         base_check: what to do when the base weights are not those the adapter was trained on.
+        config: for tensors: the fields of adapter_config.json.
 
     Raises:
         FileError: damaged, of another format, or with missing, unexpected or ill-shaped tensors.
@@ -39,12 +48,64 @@ def load(
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
     check_attachable(model, name)
+    if isinstance(path, Mapping):
+        return _load_tensors(unwrap(model), path, config, name, trainable)
+    check_path(path)
     if os.path.isdir(path):
         own = _own_file(Path(path), name)
+        if own is None and not (Path(path) / MLX_WEIGHTS).is_file():
+            model = _home(model, Path(path), None, name)
+        if own is None and (Path(path) / MLX_WEIGHTS).is_file():
+            return load_other(unwrap(model), Path(path) / MLX_WEIGHTS, name, trainable)
         if own is None:
-            return load_peft(unwrap(model), path, name, trainable)
+            return load_peft(unwrap(model), Path(path), name, trainable)
         path = own
-    return load_native(unwrap(model), path, name, trainable, base_check)
+    if os.path.basename(path) == WEIGHTS and (Path(path).parent / CONFIG).is_file():
+        return load_peft(unwrap(model), Path(path).parent, name, trainable)
+    if is_other(path):
+        return load_other(unwrap(model), Path(path), name, trainable)
+    return load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)
+
+
+def _home(model: nn.Module, folder: Path, own: Path | None, name: str) -> nn.Module:
+    """The model, or the transformer inside a container (a SentenceTransformer) where the layers of a file of ours or of
+    a folder of PEFT's are there."""
+    model = unwrap(model)
+    if own is not None:
+        paths = list(read_header(own)["targets"])
+    else:
+        paths = peft_paths(folder)
+    home = home_of(model, paths)
+    if home is not model:
+        check_attachable(home, name)
+    return home
+
+
+def _load_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], config: dict[str, Any] | None, name: str, trainable: bool
+) -> Adapter:
+    """Tensors with PEFT's names, such as another network makes; copied, so that no gradient reaches their maker."""
+    where = "the tensors"
+    if not tensors or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()):
+        raise FileError(f"{where} must be a mapping of names to tensors, got {shown(type(tensors).__name__)}.")
+    if config is None:
+        if any(k.rpartition(".")[2].startswith("lora_") and "base_model." not in k for k in tensors) and not any(
+            k.endswith(".weight") for k in tensors
+        ):
+            raise FileError(
+                f"{where} have the names of ll.adapter_state_dict: attach the adapter's config, "
+                "ll.attach(model, cfg), and fill it with ll.load_adapter_state_dict(model, name, tensors)."
+            )
+        config = as_lora(dict(tensors))
+        warnings.warn(
+            f"{where} come without a config and are read as a LoRA of scale 1; pass "
+            'config={"peft_type": "LORA", "r": 8, "lora_alpha": 16} to say otherwise.',
+            LoraLiteWarning,
+            stacklevel=4,
+        )
+    with reading(where):
+        check_owners(list(tensors), model)
+    return attach_peft(model, dict(config), {k: t.detach() for k, t in tensors.items()}, name, trainable, where)
 
 
 def adapter_file(name: str) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from ..core.errors import (
     did_you_mean,
     listing,
 )
-from ..core.files import opened, read_tensors, reading
+from ..core.files import check_path, opened, read_tensors, reading
 from ..core.spec import ParamSpec
 from ..runtime.call.acting import warn_idle
 from ..runtime.commit import commit
@@ -34,6 +34,8 @@ from ..runtime.model.record import Record, Target
 from ..runtime.model.site import owned_tensors, tensor_on
 from ..runtime.model.state import not_merged, record_of, state_of, unwrap
 from ..runtime.start.staging import filled, modules_of
+from ..runtime.targets.loaded import check_loaded
+from ..runtime.targets.structure import describe
 from .gather import full_tensor
 from .header import check_sums, header, read_header, record_from_header
 from .tensors import write_tensors
@@ -72,6 +74,9 @@ def save(
     not_merged(state, "ll.save, or save the merged model itself with its own save_pretrained")
     _check_schedule(record)
     _check_strangers(model)
+    check_path(path)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise FileError(f"dtype must be a torch.dtype such as torch.float16, got {dtype!r}.")
     path = _file_name(path)
     tensors = adapter_state_dict(model, record.name)
     if compact and record.variant.compact is not None and 0 < record.total_steps <= record.steps:
@@ -126,6 +131,7 @@ def load_native(
     head = read_header(path)
     with reading(path):
         record = record_from_header(model, head, name, str(path))
+        check_loaded(describe(model), record.targets.values())
         with opened(path) as f:  # nothing is read that would not be used
             _check_names(expected(record), f.keys(), str(path))
         tensors = read_tensors(path)
@@ -178,6 +184,8 @@ def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str,
         FileError: keys or shapes do not agree exactly; nothing is copied then.
     """
     record = record_of(model, name)
+    if not isinstance(state, Mapping):
+        raise FileError(f"a state dict is needed, as ll.adapter_state_dict gives it; got {type(state).__name__}.")
     own = {target.key(short): tensor for target, short, _, tensor in owned_tensors(model, record)}
     check_keys(expected(record), state, "the state dict")
     if any(is_sharded(t) for t in own.values()):

@@ -81,6 +81,8 @@ def combine(
 
 
 def _check_options(weights: Mapping[str, float], method: str, rank: int | None, density: float) -> None:
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"ll.combine takes {{'a': 0.5, 'b': 0.5}}, adapters with weights; got {weights!r}.")
     if not weights:
         raise ConfigError("ll.combine needs at least one adapter: {'a': 0.5, 'b': 0.5}.")
     if method not in METHODS:

@@ -136,7 +136,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     if variant.shared_specs is not None:
         add_shared(targets, cfg)
     if variant.tied is not None:
-        tied, more = _tied_targets(structure, chosen, targets)
+        tied, more = tied_targets(structure, chosen, targets)
         chosen, targets = chosen + tied, targets + more
     if whole:
         own = whole_config(cfg)
@@ -152,7 +152,7 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
         + _weight_notes(variant, targets)
         + _start_note(targets, cfg)
     )
-    notes += _ignored(variant, cfg) + _held_notes(model)
+    notes += _held_notes(model) + _ignored(variant, cfg)
     made = Plan(cfg, targets, hits, unadapted, sum(map(_numel, base.values())), rows, notes)
     if made.trainable > made.base_params:
         notes.append(f"more is trained than the base has: a rank of {cfg.r} is above the width of its layers")
@@ -166,7 +166,7 @@ def _ignored(variant: type[Variant], cfg: AdapterConfig) -> list[str]:
     return [f"{name}={getattr(cfg, name)} has no effect: {variant.name} does not use it" for name in set_]
 
 
-def _tied_targets(structure: Structure, chosen: list[Place], targets: list[Target]) -> tuple[list[Place], list[Target]]:
+def tied_targets(structure: Structure, chosen: list[Place], targets: list[Target]) -> tuple[list[Place], list[Target]]:
     """The layers that share a chosen one's weight, and the targets on them, on which its tensors act too."""
     places, more = [], []
     for i, place in tied_places(structure, chosen):

@@ -4,7 +4,7 @@ it change."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         SelectionError: a batch that does not fit, or a second thread.
     """
     state = state_of(model)
-    if isinstance(names, str) or not names:
+    if not isinstance(names, (list, tuple)) or not names:
         raise SelectionError("ll.rows takes a list with one adapter name or None per batch row.")
     for name in dict.fromkeys(names):
         if name is not None:
@@ -75,8 +75,10 @@ def _resolve(state: ModelState, choice: Choice) -> tuple[tuple[str, float], ...]
         weights = {choice: 1.0}
     elif isinstance(choice, Mapping):
         weights = {name: float(w) for name, w in choice.items()}
-    else:
+    elif isinstance(choice, Iterable):
         weights = dict.fromkeys(choice, 1.0)
+    else:
+        raise SelectionError(f"adapters are chosen by a name, names, {{name: weight}} or None; got {choice!r}.")
     for name, w in weights.items():
         _known(state, name)
         if not math.isfinite(w):
@@ -85,7 +87,9 @@ def _resolve(state: ModelState, choice: Choice) -> tuple[tuple[str, float], ...]
     return tuple((name, weights[name]) for name in state.records if name in weights)
 
 
-def _known(state: ModelState, name: str) -> None:
+def _known(state: ModelState, name: object) -> None:
+    if not isinstance(name, str):
+        raise SelectionError(f"adapters are chosen by their names, strings; got {name!r} of {type(name).__name__}.")
     if name not in state.records:
         raise StateError(
             f"no adapter is called {name!r}.{did_you_mean(name, state.records)} Attached: {list(state.records)}."
@@ -129,7 +133,10 @@ def prompt(model: nn.Module, lengths: Sequence[int] | Tensor | None) -> Iterator
     """
     state = state_of(model)
     if lengths is not None:
-        found = lengths.detach().cpu() if isinstance(lengths, Tensor) else torch.as_tensor(list(lengths))
+        try:
+            found = lengths.detach().cpu() if isinstance(lengths, Tensor) else torch.as_tensor(list(lengths))
+        except (TypeError, ValueError):
+            found = torch.empty(0)
         if found.dim() != 1 or not len(found) or found.is_floating_point() or int(found.min()) < 0:
             raise SelectionError(
                 f"ll.prompt takes one whole number per batch row, the length of its prompt, or None; got {lengths!r}."

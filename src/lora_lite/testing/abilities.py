@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..core.errors import LoraLiteError
 from ..core.registry import get_variant
 from ..core.variant import Variant
+from ..io.export import export
 from ..io.load import load
 from ..io.native import adapter_state_dict, load_adapter_state_dict
-from ..io.peft import export
 from ..runtime.attach import attach
 from ..runtime.combine import combine
 from ..runtime.handle import adapters

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import AdapterConfig, ConfigError
+from ..core.errors import WeightError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class PromptConfig(PrefixConfig):
 def words(model: Any, targets: Any, cfg: PromptConfig) -> Tensor:
     """(r, d) embeddings of the start tokens, or of random ones, in fp32."""
     table: Tensor = model.get_input_embeddings().weight.detach()
+    if table.is_meta:
+        raise WeightError("the prompt starts as words, and the embeddings are on the meta device: load them first.")
     if max(cfg.start_tokens, default=0) >= len(table):
         raise ConfigError(f"start_tokens: the vocabulary has {len(table)} tokens, got {max(cfg.start_tokens)}.")
     if cfg.start_tokens:

@@ -12,6 +12,9 @@ from torch import Tensor
 from ..core import ConfigError, Layer, ParamSpec, Variant, register
 from ._prompt import PromptConfig, words
 
+MAX_RADIUS = 1e6
+"""Beyond any embedding, and a number that float32 can hold times a width."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CPTConfig(PromptConfig):
@@ -26,8 +29,11 @@ class CPTConfig(PromptConfig):
 
     def validate(self) -> None:
         super().validate()
-        if not (math.isfinite(self.epsilon + self.format_epsilon) and min(self.epsilon, self.format_epsilon) > 0):
-            raise ConfigError(f"CPTConfig: the radii {self.epsilon} and {self.format_epsilon} must be above 0.")
+        if not all(0 < radius <= MAX_RADIUS for radius in (self.epsilon, self.format_epsilon)):
+            raise ConfigError(
+                f"CPTConfig: the radii {self.epsilon} and {self.format_epsilon} must lie above 0 and be at most "
+                f"{MAX_RADIUS:g}."
+            )
         if self.token_types and len(self.token_types) != self.r:
             raise ConfigError(f"CPTConfig.token_types speaks of {len(self.token_types)} tokens, and r is {self.r}.")
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..._torch import end_mode, makes_fakes, runs_compiled, within_compiled
+from ..._torch import end_mode, is_fake, makes_fakes, runs_compiled, within_compiled
 from ...core.errors import LoraLiteWarning, StateError, listing
 from ..layers.kinds import kind_of
-from ..layers.tensors import device_of, is_sharded
+from ..layers.tensors import is_sharded
 from ..model.call import Links
 from ..model.held import Seen, look
 from ..model.record import Record
@@ -51,17 +51,23 @@ def begin(model: nn.Module, state: ModelState) -> None:
         _listen(model, state)
 
 
-def end(model: nn.Module, state: ModelState, failed: bool) -> None:
-    """After it, an exception included: name what other code read."""
+def end(model: nn.Module, state: ModelState, failed: bool) -> list[str]:
+    """After it, an exception included: stop listening; the targets whose weights other code read instead of calling
+    them."""
     watch: Watch | None = state.watch
     if watch is None or watch.thread != get_ident():
-        return
+        return []
     _stop_listening(state)
     if failed:
-        return
+        return []
     if watch.training:
         _watch_buffers(watch.buffers, look(model))
     state.unhooked[watch.training] = paths = [path for path in watch.read if path not in watch.ran]
+    return paths
+
+
+def tell(paths: list[str]) -> None:
+    """Say that these targets do nothing."""
     if paths:
         warnings.warn(_unhooked_text(paths, "the adapter does nothing there"), LoraLiteWarning, stacklevel=4)
 
@@ -203,10 +209,12 @@ def _inspect(model: nn.Module, state: ModelState) -> None:
     """Try the layers that had no values when they were adapted."""
     for module in model.modules():
         site: Site | None = module.__dict__.get(SITE)
-        if site is None or site.state is not state or site.inspected:
-            continue
-        if device_of(module).type != "meta":
+        if site is not None and site.state is state and not site.inspected and _has_values(module):
             site.found, site.inspected = site.kind.inspect(module, site.path), True
+
+
+def _has_values(module: nn.Module) -> bool:
+    return not any(p.is_meta or is_fake(p) for p in module.parameters(recurse=False))
 
 
 class Watch(TorchFunctionMode):

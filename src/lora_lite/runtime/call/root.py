@@ -61,17 +61,18 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if torch.compiler.is_compiling():
         return
     failed = output is None and sys.exc_info()[0] is not None
-    acting.end(model, state, failed)
-    if state.begun:
+    idle = acting.end(model, state, failed)
+    if state.begun and not failed:
         note_cache(state.begun, output)
     state.batch = state.memo = None
     state.in_call, had_grad = False, state.call_grad
     state.call_grad = False
-    if failed or not (had_grad and model.training):
+    if failed:  # an exception is on its way
         return
-    if state.vocabulary:
+    if had_grad and state.vocabulary and model.training:
         check_head(model, state)
-    if state.gradless and torch.is_grad_enabled():
+    acting.tell(idle)
+    if had_grad and state.gradless and model.training and torch.is_grad_enabled():
         check_fed(state, output)
 
 

@@ -33,7 +33,8 @@ class Patches(VirtualInput):
 
     def __init__(self, module: nn.Module, x: Tensor, spatial: tuple[int, ...]) -> None:
         kernel = _conv(module).kernel_size
-        super().__init__((x.shape[0], *spatial, x.shape[1] * math.prod(kernel)), x.dtype, x.device)
+        channels = x.shape[1] // _conv(module).groups
+        super().__init__((x.shape[0], *spatial, channels * math.prod(kernel)), x.dtype, x.device)
         self.module, self.x, self.kernel = module, x, kernel
 
     def __matmul__(self, other: Tensor) -> Tensor:
@@ -41,8 +42,8 @@ class Patches(VirtualInput):
         x, padding = self.x, m.padding
         if m.padding_mode != "zeros":
             x, padding = F.pad(x, conv_padding(m), mode=m.padding_mode), 0
-        kernel = other.mT.reshape(other.shape[1], x.shape[1], *self.kernel)
-        out = _APPLY[len(self.kernel)](x, kernel, None, m.stride, padding, m.dilation)
+        kernel = other.mT.reshape(other.shape[1], x.shape[1] // m.groups, *self.kernel)
+        out = _APPLY[len(self.kernel)](x, kernel, None, m.stride, padding, m.dilation, m.groups)
         return out.movedim(1, -1)
 
     def index_select(self, dim: int, index: Tensor) -> Patches:
@@ -65,7 +66,7 @@ class Conv(Kind):
 
     def refuse(self, module: nn.Module, path: str, variant: Any, cfg: Any) -> str:
         groups = _conv(module).groups
-        if groups != 1:
+        if groups != 1 and vars(variant).get("holds") != "modules":  # a change of its own weight has its shape
             return f"a convolution with groups={groups} is not one matrix; add it to exclude_names."
         return refuse_input(self.name, variant)
 

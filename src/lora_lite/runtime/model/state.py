@@ -124,9 +124,17 @@ def state_of(model: nn.Module, create: bool = False) -> ModelState:
     state = model.__dict__.get(STATE)
     if state is None:
         if not create:
-            raise StateError("the model has no adapter. Attach one with ll.attach(model, cfg) or ll.load(model, path).")
+            raise StateError(f"the model has no adapter.{_inside(model)}")
         return ModelState()
     return state
+
+
+def _inside(model: nn.Module) -> str:
+    """What to type instead, where a module inside has one or none does."""
+    path = next((path for path, module in model.named_modules() if STATE in module.__dict__), None)
+    if path is None:
+        return " Attach one with ll.attach(model, cfg) or ll.load(model, path)."
+    return f" The module inside it has: give model.get_submodule({path!r})."
 
 
 def not_merged(state: ModelState, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -230,3 +230,24 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     except (NotImplementedError, AttributeError):
         return None
     return head if isinstance(head, nn.Module) else None
+
+
+def transformer_inside(model: nn.Module) -> tuple[str, nn.Module]:
+    """(path, module) of the one transformer in a container, as in a sentence-transformer; ("", model) where the model
+    is a transformer itself or holds none or several."""
+    if callable(getattr(model, "save_pretrained", None)) and hasattr(model, "config_class"):
+        return "", model
+    inside: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        if hasattr(module, "config_class") and not any(path.startswith(f"{outer}.") for outer, _ in inside):
+            inside.append((path, module))
+    return inside[0] if len(inside) == 1 else ("", model)
+
+
+def home_of(model: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """Where layers of these names are: in the transformer inside a container, where they are all in there and none is
+    a layer of the container."""
+    inside = transformer_inside(model)[1]
+    outer, inner = dict(model.named_modules()), dict(inside.named_modules())
+    found = list(paths)
+    return inside if found and all(p in inner and p not in outer for p in found) else model

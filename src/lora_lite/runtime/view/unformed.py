@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+
+from ..._torch import with_tensors, without_overrides
 
 STRIDE = 16
 """Bytes to which grouped products want their matrices' rows aligned."""
@@ -49,14 +50,14 @@ class Unformed(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named: dict[str, Any] = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_overrides():
             if func in FACTS:
                 return func(*(a.plain if isinstance(a, Unformed) else a for a in args), **named)
             rule = RULES.get(func) or (_grouped if _is_grouped(func) else None)
             result = NotImplemented if rule is None else rule(func, *args, **named)
             if result is not NotImplemented:
                 return result
-            args, named = tree_map(lambda t: t.formed() if isinstance(t, Unformed) else t, (args, named))
+            args, named = with_tensors(lambda t: t.formed() if isinstance(t, Unformed) else t, (args, named))
             return func(*args, **named)
 
 

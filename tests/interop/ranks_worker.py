@@ -1,0 +1,85 @@
+"""One process of a run under torchrun: trains an adapter for some steps, from a checkpoint or not, and saves it.
+
+ranks_worker.py ENGINE OUT STEPS [CHECKPOINT], ENGINE being plain, zero3 (ll.trainer on transformers' Trainer), or fsdp2
+(a loop). All processes together see four rows a step, the same ones however many there are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.utils.data import Dataset
+
+import lora_lite as ll
+import tiny_llm
+
+engine, out, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+checkpoint = sys.argv[4] if len(sys.argv) > 4 else None
+SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LORA = ll.LoRAConfig(r=3, alpha=7)
+ROWS = torch.randint(4, 60, (16, 9), generator=torch.Generator().manual_seed(1))
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto", "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+}  # fmt: skip
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, i):
+        return {"input_ids": ROWS[i], "labels": ROWS[i]}
+
+
+def by_trainer() -> None:
+    args = transformers.TrainingArguments(
+        output_dir=str(out), max_steps=steps, per_device_train_batch_size=4 // SIZE, learning_rate=1e-2, report_to=[],
+        save_steps=2, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, lr_scheduler_type="constant",
+        deepspeed=ZERO3 if engine == "zero3" else None,
+    )  # fmt: skip
+    trainer = ll.trainer(transformers.Trainer, LORA)(model=tiny_llm.model(), args=args, train_dataset=Rows())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+
+
+def by_hand() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    if SIZE > 1:
+        dist.init_process_group("gloo")
+    rank = dist.get_rank() if SIZE > 1 else 0
+    model = tiny_llm.model()
+    handle = ll.attach(model, LORA)
+    if checkpoint:
+        ll.detach(model)
+        handle = ll.load(model, checkpoint, trainable=True)
+    if SIZE > 1:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(handle.param_groups(lr=1e-2))
+    for step in range(steps):
+        batch = ROWS[4 * step : 4 * step + 4][rank::SIZE]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors = ll.adapter_state_dict(model)  # every process takes part in gathering
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        whole = tiny_llm.model()
+        ll.attach(whole, LORA)
+        ll.load_adapter_state_dict(whole, "default", tensors)
+        ll.save(whole, out / "adapter.safetensors")
+    if SIZE > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+by_hand() if engine == "fsdp2" else by_trainer()

@@ -1,0 +1,78 @@
+"""Two gloo processes under torchrun learn what one process learns, and a run goes on with another number of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from neighbours import needs
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+
+WORKER = str(Path(__file__).with_name("ranks_worker.py"))
+PATHS = os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)])
+CLOSE = 2e-5
+"""Of tensors that a step moves by up to 1e-2: AdamW divides gradients by their size, and with it their rounding."""
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": PATHS,
+    "DS_ACCELERATOR": "cpu",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def run(ranks: int, *words: object) -> None:
+    start = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run(
+        [sys.executable, *start, WORKER, *map(str, words)], capture_output=True, text=True, env=ENV, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter.safetensors")
+
+
+def same(a: Path, b: Path, atol: float) -> None:
+    want, got = tensors(a), tensors(b)
+    assert want.keys() == got.keys() and max(float(t.abs().max()) for t in want.values()) > 1e-2
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], atol=atol, rtol=0)
+
+
+def test_data_parallel_and_another_number_of_ranks(tmp_path):
+    run(1, "plain", tmp_path / "one", 4)
+    run(2, "plain", tmp_path / "two", 4)
+    same(tmp_path / "one", tmp_path / "two", CLOSE)
+    run(2, "plain", tmp_path / "first", 2)
+    run(1, "plain", tmp_path / "then", 4, tmp_path / "first" / "checkpoint-2")
+    same(tmp_path / "one", tmp_path / "then", CLOSE)
+
+
+@needs("torch", "2.7", "FSDP2 on a CPU")
+def test_fsdp2(tmp_path):
+    run(1, "fsdp2", tmp_path / "one", 3)
+    run(2, "fsdp2", tmp_path / "two", 3)
+    same(tmp_path / "one", tmp_path / "two", CLOSE)
+    run(1, "fsdp2", tmp_path / "on", 1, tmp_path / "two" / "adapter.safetensors")
+    run(2, "fsdp2", tmp_path / "on2", 1, tmp_path / "one" / "adapter.safetensors")
+    same(tmp_path / "on", tmp_path / "on2", CLOSE)
+
+
+@pytest.mark.optional_backend("deepspeed")
+def test_zero_3(tmp_path):
+    pytest.importorskip("deepspeed")
+    run(1, "plain", tmp_path / "one", 4)
+    run(2, "zero3", tmp_path / "two", 4)
+    same(tmp_path / "one", tmp_path / "two", CLOSE)
+    names = {p.name for p in (tmp_path / "two" / "checkpoint-4").iterdir()}
+    assert "adapter.safetensors" in names and not any(n.startswith("model") for n in names)
