@@ -266,6 +266,7 @@ def scaled(x: Tensor, w: Tensor) -> Tensor:
     return torch.relu(x) * 2 @ w
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_a_function_that_the_model_compiled_is_called_as_before():
     """Also with fullgraph, which would not take a break in the first call."""
 

@@ -16,7 +16,7 @@ from ..model.site import Site
 from ..model.state import SITE
 from .cell import MatrixCell
 from .tensors import FLOATS, bias_of, check_readable, device_of, is_ordinary, is_packed, stored_weight
-from .tried import can_be_tried, has_own_forward, trying, why_not_affine
+from .tried import can_be_tried, has_own_forward, trying, twin_of, why_not_affine
 
 COLUMNS = 512  # of the identity, pushed through a layer at a time
 
@@ -198,6 +198,7 @@ def column_blocks(module: nn.Module, d_in: int, dtype: torch.dtype) -> Iterator[
 @torch.no_grad()
 def apply_linear(module: nn.Module, v: Tensor) -> Tensor:
     """v Wᵀ through the bare layer, bias set aside. v: (n, d_in) -> (n, d_out) in v's dtype."""
+    module = twin_of(module) if _is_tried(module) else module  # in evaluation, and no trace is left
     probe = v.to(probe_dtype(module), copy=True).requires_grad_()
     with without_bias(module):  # bitsandbytes repacks its weight for inference when a CPU input needs no gradient
         return run_bare(module, probe).to(v.dtype)

@@ -38,7 +38,7 @@ def can_be_tried(module: nn.Module) -> bool:
 def trying(module: nn.Module) -> Iterator[Any]:
     """A twin of the module in evaluation, which shares its tensors; inside, draws leave no trace. A weight that shows
     nothing (zeros, or values that are not finite) is replaced by a random one."""
-    twin = _twin(module)
+    twin = twin_of(module)
     w = twin._parameters.get("weight")
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         if w is not None and not 0 < float(w.abs().amax()) < 1e18:
@@ -47,14 +47,14 @@ def trying(module: nn.Module) -> Iterator[Any]:
         yield twin
 
 
-def _twin(module: nn.Module) -> Any:
+def twin_of(module: nn.Module) -> Any:
     """The same layer once more: its own tables, modes and buffers, the same parameters. The layer itself is left
     alone, so that nothing is to be put back."""
     twin: Any = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin._parameters = dict(module._parameters)
     twin._buffers = {k: t if t is None else t.clone() for k, t in module._buffers.items()}
-    twin._modules = {k: m if m is None else _twin(m) for k, m in module._modules.items()}
+    twin._modules = {k: m if m is None else twin_of(m) for k, m in module._modules.items()}
     twin.training = False
     forward = module.__dict__.get("forward")
     if isinstance(forward, MethodType) and forward.__self__ is module:
