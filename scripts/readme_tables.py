@@ -1,4 +1,4 @@
-"""Write the generated tables of docs/methods.md: methods from the registry, the demo's figures from its runs.
+"""Write the table of docs/demo.md: the demo's figures from its runs.
 
 python scripts/readme_tables.py                      # rewrite what stands between the markers
 python scripts/readme_tables.py --check              # exit 1 if that would change anything
@@ -12,19 +12,12 @@ import json
 import statistics
 from pathlib import Path
 
-from lora_lite import variants
 from lora_lite.cli._console import markdown
-from lora_lite.cli.variants import COLUMNS, cells, facts
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "methods.md"
+PAGE = ROOT / "docs" / "demo.md"
 RUNS = ROOT / "docs" / "demo.json"
 KEEP = ("method", "seed", "steps", "lr", "trained", "problems", "accuracy_before", "accuracy_after", "cpu_seconds")
-
-
-def methods() -> str:
-    """The table of all methods."""
-    return markdown(COLUMNS, [cells(facts(v), link=True) for v in variants() if v.__module__.startswith("lora_lite.")])
 
 
 def demo() -> str:
@@ -76,10 +69,10 @@ def main() -> int:
         kept = [{k: json.loads(path.read_text())[k] for k in KEEP} for path in args.demo]
         RUNS.write_text(json.dumps(kept, indent=1) + "\n")
     old = PAGE.read_text()
-    new = filled(filled(old, "methods", methods()), "demo", demo())
+    new = filled(old, "demo", demo())
     if args.check:
         if new != old:
-            print("docs/methods.md is stale: make tables")
+            print("docs/demo.md is stale: make tables")
         return int(new != old)
     PAGE.write_text(new)
     return 0

@@ -32,6 +32,7 @@ from .io.native import load_adapter_state_dict as load_adapter_state_dict
 from .io.native import save as save
 from .runtime.check import check as check
 from .runtime.combine import combine as combine
+from .runtime.combine import factors as factors
 from .runtime.commit import detach as detach
 from .runtime.commit import rename as rename
 from .runtime.compact import compact as compact

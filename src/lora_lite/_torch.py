@@ -4,6 +4,7 @@ says when a torch release answers otherwise."""
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -14,6 +15,8 @@ from torch import Tensor, nn, overrides
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
+
+CALL = nn.Module._wrapped_call_impl.__code__
 
 
 def backward_is_running() -> bool:
@@ -93,6 +96,20 @@ def end_mode(mode: TorchFunctionMode) -> None:
         above.append(top)
     for one in reversed(above):
         overrides._push_mode(one)
+
+
+def modules_called_elsewhere() -> list[nn.Module]:
+    """The modules of which other threads run a call right now. Relies on `sys._current_frames` and on the name of the
+    method of `nn.Module` that every call goes through, `_wrapped_call_impl`."""
+    stacks = sys._current_frames()
+    stacks.pop(threading.get_ident(), None)
+    found: list[nn.Module] = []
+    for frame in stacks.values():
+        while frame is not None:
+            if frame.f_code is CALL:
+                found.append(frame.f_locals["self"])
+            frame = frame.f_back
+    return found
 
 
 def within_compiled() -> bool:
@@ -198,7 +215,8 @@ def remove_hooks(module: nn.Module, hooks: dict[str, Callable[..., Any]]) -> Non
                 getattr(module, table_name + extra, {}).pop(key, None)
 
 
-def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
-    """Every table of hooks of a module. Relies on their names ending in `_hooks`, or in what is said of some hooks."""
+def hook_tables(owner: nn.Module | Optimizer) -> list[dict[int, Any]]:
+    """Every table of hooks of a module or an optimiser. Relies on their names ending in `_hooks`, or in what is said of
+    some hooks."""
     endings = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
-    return [table for name, table in vars(module).items() if name.endswith(endings) and isinstance(table, dict)]
+    return [table for name, table in vars(owner).items() if name.endswith(endings) and isinstance(table, dict)]

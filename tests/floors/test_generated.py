@@ -31,7 +31,7 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "name", ["readme_tables", "rooms_table", "api_reference", "architectures_page", "promises_page"]
+    "name", ["readme_tables", "rooms_table", "api_reference", "methods_page", "architectures_page", "promises_page"]
 )
 def test_generated_text_is_current(name, monkeypatch, capsys):
     module = script(name, monkeypatch)
@@ -39,7 +39,7 @@ def test_generated_text_is_current(name, monkeypatch, capsys):
     assert module.main() == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["readme_tables", "rooms_table", "api_reference"])
+@pytest.mark.parametrize("name", ["readme_tables", "rooms_table", "api_reference", "methods_page"])
 def test_stale_text_is_noticed_and_the_command_named(name, monkeypatch, capsys, tmp_path):
     module = script(name, monkeypatch)
     copy = tmp_path / "page.md"
@@ -58,6 +58,7 @@ def test_one_command_writes_all_of_them():
         "readme_tables",
         "rooms_table",
         "api_reference",
+        "methods_page",
         "what_works_where",
         "cost_tables",
         "architectures_page",
@@ -83,6 +84,11 @@ def test_a_page_of_other_rows_faults_or_versions_is_noticed(monkeypatch):
     monkeypatch.setattr(promises, "SEVEN", ())
     monkeypatch.setitem(promises.PARTS, "more", (promises.Promise("x", ("tests/trust/test_gone.py::test_x",), ""),))
     assert promises.missing() == ["tests/trust/test_gone.py::test_x"]
+
+
+def test_every_method_has_a_family():
+    own = [v for v in ll.variants() if v.__module__.startswith("lora_lite.")]
+    assert not [v.name for v in own if v.family == ll.Variant.family]
 
 
 def test_every_room_and_wing_has_a_line():

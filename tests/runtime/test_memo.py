@@ -122,9 +122,9 @@ def test_copies_take_no_memo_along(counting):
     model = llama()
     attach_counting(model)
     generate(model)
-    assert model._lora_lite_state.decoding is not None
+    assert model._lora_lite_state.here.now.decoding is not None
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert clone._lora_lite_state.decoding is None
+        assert clone._lora_lite_state.here.now.decoding is None
 
 
 def test_a_changed_parameter_between_generations_acts(counting):
@@ -153,6 +153,6 @@ def test_generation_is_the_same_with_and_without(method, monkeypatch):
     ll.attach(model, variant.config(variant=method, **fields))
     randomise(model)
     kept = generate(model)
-    assert model._lora_lite_state.memo is None
+    assert model._lora_lite_state.here.now.memo is None
     monkeypatch.setattr("lora_lite.runtime.view.layer.memo_of", lambda module: None)
     torch.testing.assert_close(kept, generate(model), rtol=0, atol=0)

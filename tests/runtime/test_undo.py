@@ -111,11 +111,33 @@ def test_interrupted_at_any_line(verb):
 
 def test_steps_are_taken_back_last_to_first():
     order = []
-    with pytest.raises(KeyboardInterrupt), all_or_nothing() as undo:
+
+    def steps(undo):
         undo(lambda: order.append(1))
         undo(lambda: order.append(2))
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        all_or_nothing(steps)
     assert order == [2, 1]
+
+
+def test_a_second_exception_finds_the_step_again():
+    order = []
+
+    def twice():
+        order.append(len(order))
+        if len(order) == 1:
+            raise KeyboardInterrupt
+
+    def steps(undo):
+        undo(lambda: order.append("first"))
+        undo(twice)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        all_or_nothing(steps)
+    assert order == [0, 1, "first"]
 
 
 def test_tables_and_attributes_come_back_in_their_order():

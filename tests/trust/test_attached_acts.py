@@ -292,7 +292,7 @@ def test_after_the_first_calls_nothing_is_watched():
     sites = [m.__dict__["_lora_lite_site"] for m in model.modules() if "_lora_lite_site" in m.__dict__]
     assert len(sites) == 4 and not any(site.awaited for site in sites) and state.watch is None
     model.train()(x)
-    assert not any(site.awaited for site in sites) and state.watch is None and not state.newly_gradless
+    assert not any(site.awaited for site in sites) and state.watch is None
 
 
 def test_the_first_calls_of_two_threads():

@@ -72,9 +72,10 @@ def _check_facts(page: type[Variant]) -> None:
     config: type = page.config
     if not issubclass(config, AdapterConfig):
         raise ConfigError(f"{page.name}.config must be a dataclass that inherits AdapterConfig.")
-    if page.needs_data not in ("", "batches", "pairs"):
+    if page.needs_data not in ("", "batches", "pairs", "adapters"):
         raise ConfigError(
-            f"{page.name}.needs_data must be '', 'batches' or 'pairs' (contrast pairs), got {page.needs_data!r}."
+            f"{page.name}.needs_data must be '', 'batches' or 'pairs' (contrast pairs), or 'adapters', got "
+            f"{page.needs_data!r}."
         )
     role = vars(page).get("holds", "")
     owner = next((v for v in _TABLE.values() if role and vars(v).get("holds") == role), None)

@@ -68,15 +68,19 @@ class Variant:
     """One line for tables; the first paragraph of the docstring by default."""
     paper: ClassVar[str] = ""
     """arXiv id or another citable source."""
+    family: ClassVar[str] = "others"
+    """The heading under which docs/methods.md lists it."""
     site: ClassVar[str] = "linear"
     """Where it hooks: "linear", "block" (the residual stream after a decoder block), "embedding" (the input embedding
     unless named), "attention" (x: queries, y: what they attend to, (B, T, heads · head width) both, before the output
-    projection; d_in is the width of the stream, d_out that of keys and values)."""
+    projection; d_in is the width of the stream, d_out that of keys and values), "module" (what goes into a
+    module that the config names, and what comes out)."""
     needs_weight: ClassVar[bool] = False
     """Reads `layer.weight`, at the start or in `forward`: `attach` then refuses a quantised target unless the config
     says `dequantize=True`, before it spends time on data."""
-    needs_data: ClassVar[Literal["", "batches", "pairs"]] = ""
-    """`attach` without `calibration_data` raises; "pairs" are contrast pairs (positive batch, negative batch)."""
+    needs_data: ClassVar[Literal["", "batches", "pairs", "adapters"]] = ""
+    """`attach` without `calibration_data` raises; "pairs" are contrast pairs (positive batch, negative batch);
+    "adapters" are low-rank updates of other adapters, as `ll.factors` gives them."""
     affine: ClassVar[bool] = True
     """For fixed adapter tensors the new output is an affine function of x: so it can be merged."""
     identity_bound: ClassVar[float] = 0.0

@@ -162,10 +162,14 @@ Size = tuple[int, int]
 
 
 def _widths(model: nn.Module, cfg: AdapterConfig) -> dict[str, Size]:
-    """Path -> size of each block, for a method that stands on the stream after blocks."""
-    if not kind_named(get_variant(cfg.variant).site).stream:
+    """Path -> size of each block or module, for a method that stands on what is as wide as the stream."""
+    kind = kind_named(get_variant(cfg.variant).site)
+    if not (kind.stream or kind.named):
         return {}
-    return {block.path: (block.width or 0, block.width or 0) for block in describe(model).stacked}
+    structure = describe(model)
+    if kind.named:
+        return {place.path: (place.d_in, place.d_out) for place in structure.composite}
+    return {block.path: (block.width or 0, block.width or 0) for block in structure.stacked}
 
 
 def _target(path: str, entry: dict[str, Any], module: nn.Module, cfg: AdapterConfig, widths: dict[str, Size]) -> Target:
@@ -173,7 +177,7 @@ def _target(path: str, entry: dict[str, Any], module: nn.Module, cfg: AdapterCon
     variant = get_variant(cfg.variant)
     method = get_variant(entry["variant"]) if "variant" in entry else variant
     kind = kind_named(str(entry.get("kind", DEFAULT_KIND)))
-    found = widths.get(path) if kind.stream else kind.size(module)
+    found = widths.get(path) if kind.stream or kind.named else kind.size(module)
     d_in, d_out, experts = _size(path, entry, kind, module, found)
     defaults = cfg if method is variant else method.config(variant=method.name)
     known = {f.name for f in dataclasses.fields(defaults)}

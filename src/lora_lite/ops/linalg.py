@@ -30,3 +30,32 @@ def cholesky(C: Tensor) -> Tensor:
 def block_diagonal(D: Tensor) -> Tensor:
     """(nb, nb) with the blocks D (n, b, b) on its diagonal."""
     return torch.block_diag(*D)
+
+
+def inverse(M: Tensor) -> Tensor:
+    """M⁻¹, computed in fp64."""
+    return torch.linalg.inv(M.double()).to(M.dtype)
+
+
+def eigenvectors(M: Tensor) -> Tensor:
+    """The orthonormal eigenvectors of a symmetric M (n, n) as columns, eigenvalues ascending; signs as they come."""
+    return torch.linalg.eigh(M)[1]
+
+
+def thin_qr(M: Tensor) -> tuple[Tensor, Tensor]:
+    """M (m, n) = Q R with orthonormal columns in Q (m, n), m ≥ n."""
+    Q, R = torch.linalg.qr(M)
+    return Q, R
+
+
+def clusters(points: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
+    """The cluster of each of the points (n, d), (n,) below k: k-means from k random points on."""
+    first = torch.randperm(len(points), generator=generator)[:k]
+    centres = points[first.to(points.device)]
+    nearest = torch.cdist(points, centres).argmin(1)
+    for _ in range(rounds):
+        sums = torch.zeros_like(centres).index_add(0, nearest, points)
+        counts = nearest.bincount(minlength=len(centres)).to(points.dtype)[:, None]
+        centres = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
+        nearest = torch.cdist(points, centres).argmin(1)
+    return nearest

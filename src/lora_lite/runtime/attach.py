@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .._torch import hook_tables
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, TargetError, WeightError
 from ..core.registry import get_variant
@@ -18,6 +20,7 @@ from .layers.kinds import kind_named
 from .layers.read import is_quantised
 from .model.record import Record
 from .model.state import DEFAULT, unwrap
+from .model.undo import Undo, all_or_nothing, restoring
 from .plan import Plan, plan
 from .progress import track
 from .start.calibrate import Targets
@@ -54,6 +57,18 @@ def attach(
     """
     check_attachable(model, name)
     model = unwrap(model)
+
+    def steps(undo: Undo) -> Adapter:
+        undo(as_it_was(model))
+        return _attach(model, cfg, calibration_data, name, reference_weights)
+
+    return all_or_nothing(steps)
+
+
+def _attach(
+    model: nn.Module, cfg: AdapterConfig, calibration_data: Any, name: str, reference_weights: str | Path | None
+) -> Adapter:
+    """The steps of `attach`."""
     the_plan = plan(model, cfg)
     cfg, variant = the_plan.cfg, get_variant(the_plan.cfg.variant)
     _check_data(variant, calibration_data)
@@ -72,9 +87,26 @@ def attach(
         if reference_weights is not None:
             own = [view for view in staged if view.cfg.variant == cfg.variant]
             the_plan.notes.append(str(start_from_reference(model, own, reference_weights)))
-    handle = commit(model, record, staged, trainable=True)
-    handle._plan = the_plan
-    return handle
+    return commit(model, record, staged, trainable=True, plan=the_plan)
+
+
+def as_it_was(model: nn.Module) -> Callable[[], None]:
+    """How to give a model back what a pass of data changes for a while: modes, gradient flags, hooks, and the global
+    random state."""
+    modes = {m: m.training for m in model.modules()}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    hooks = restoring(*(table for m in modes for table in hook_tables(m)))
+    drawn = torch.get_rng_state()
+
+    def restore() -> None:
+        for m, mode in modes.items():
+            m.training = mode
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+        hooks()
+        torch.set_rng_state(drawn)
+
+    return restore
 
 
 def _check_data(variant: type[Variant], calibration_data: Any) -> None:

@@ -50,7 +50,7 @@ def check(model: nn.Module) -> CheckReport:
     trainable = [r for r in state.records.values() if r.trainable and _trains(r)]
     if not trainable:
         raise StateError("no attached adapter is trainable; set ll.adapters(model)[name].trainable = True.")
-    active = {n for n, _ in state.active} | {n for n in state.rows or () if n}
+    active = {n for n, _ in state.active} | {n for n in (state.rows.names if state.rows else ()) if n}
     report = CheckReport({}, {})
     for record in trainable:
         gradients = _gradients(model, record)

@@ -80,6 +80,20 @@ def combine(
     return commit(model, record, staged, trainable=False)
 
 
+def factors(model: nn.Module, name: str | None = None) -> dict[str, Pair]:
+    """Path -> (A (k, d_in), B (d_out, k)) of an adapter whose update is B A, its scale in B: what a method is made of
+    that routes between other adapters.
+
+    Raises:
+        StateError: unknown name, or an update that is no such product of single matrices.
+    """
+    record = record_of(model, name)
+    _check_summable(record, {record.name: 1.0})
+    with torch.no_grad():
+        pairs = [(view.path, record.variant.factors(view)) for view in layer_views(model, record)]  # type: ignore[misc]
+    return {path: (A.clone(), B.clone()) for path, (A, B) in pairs}
+
+
 def _check_options(weights: Mapping[str, float], method: str, rank: int | None, density: float) -> None:
     if not isinstance(weights, Mapping):
         raise ConfigError(f"ll.combine takes {{'a': 0.5, 'b': 0.5}}, adapters with weights; got {weights!r}.")

@@ -4,7 +4,10 @@ at whatever line an exception strikes."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,6 +17,7 @@ from .call.attention import attend, nothing
 from .call.experts import experts_post_hook, experts_pre_hook
 from .call.hooks import post_hook, pre_hook
 from .call.root import root_post_hook, root_pre_hook
+from .call.turns import swap_back
 from .call.vocabulary import vocabulary_of
 from .handle import Adapter
 from .layers.kinds import kind_named
@@ -23,12 +27,13 @@ from .model.held import hold, release
 from .model.kind import Hooks, Kind
 from .model.record import Record
 from .model.site import Site, Slot, base_parameters, owned_tensors, place
-from .model.state import SITE, STATE, ModelState, check_module, not_merged, outside_scope, record_of, state_of, unwrap
+from .model.state import SITE, STATE, ModelState, check_module, not_merged, outside_calls, record_of, state_of, unwrap
 from .model.undo import Undo, all_or_nothing, restoring
 from .start.staging import StagedTarget
 from .state_dicts import after_state_dict, before_load_state_dict, savers
 from .targets.choose import check_owners
 
+T = TypeVar("T")
 HOOKS = Hooks(pre_hook, post_hook)
 SWAPPING_HOOKS = Hooks(experts_pre_hook, experts_post_hook)
 ATTENTION_HOOKS = Hooks(nothing, attend)
@@ -51,9 +56,9 @@ def check_attachable(model: nn.Module, name: str) -> None:
     model = unwrap(model)
     state = model.__dict__.get(STATE)
     _check_not_part(model, state)
+    outside_calls(model, "adding or renaming an adapter")
     if state is None:
         return
-    outside_scope(state, "adding or renaming an adapter")
     not_merged(state, "attaching or loading")
     if name in state.records:
         raise StateError(
@@ -111,13 +116,43 @@ def _check_not_part(model: nn.Module, state: ModelState | None) -> None:
             )
 
 
-def commit(model: nn.Module, record: Record, staged: list[StagedTarget], trainable: bool) -> Adapter:
+def commit(
+    model: nn.Module, record: Record, staged: list[StagedTarget], trainable: bool, plan: object = None
+) -> Adapter:
     """Register staged tensors and hooks. Everything that can be checked is checked before the first change."""
-    with all_or_nothing() as undo:
-        return put_on(model, record, staged, trainable, undo)
+    return change(model, "adding an adapter", lambda undo: put_on(model, record, staged, trainable, undo, plan))
 
 
-def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainable: bool, undo: Undo) -> Adapter:
+def change(model: nn.Module, what: str, steps: Callable[[Undo], T]) -> T:
+    """The steps of a verb that changes what runs: all or none of them, and no call of the model in another thread
+    meanwhile."""
+    state: ModelState | None = model.__dict__.get(STATE)
+    before = None if state is None else state.changing
+
+    def go_on() -> None:
+        if state is not None:
+            state.changing = before
+
+    def alone(undo: Undo) -> T:
+        undo(go_on)
+        if state is not None:
+            state.changing = threading.get_ident()  # from here on, calls in other threads wait
+        outside_calls(model, what)
+        done = steps(undo)
+        go_on()
+        return done
+
+    return all_or_nothing(alone)
+
+
+def put_on(
+    model: nn.Module,
+    record: Record,
+    staged: list[StagedTarget],
+    trainable: bool,
+    undo: Undo,
+    plan: object = None,
+) -> Adapter:
     """The steps of `commit`."""
     state = state_of(model, create=True)
     staged = _in_model_order(model, staged)
@@ -151,11 +186,11 @@ def put_on(model: nn.Module, record: Record, staged: list[StagedTarget], trainab
     state.base_trainable = list(dict.fromkeys((*state.base_trainable, *(path for path, _ in training))))
     state.vocabulary = {**state.vocabulary, **vocabulary}
     state.records[record.name] = record
-    state.active = ((record.name, 1.0),)
+    state.select(((record.name, 1.0),))
     state.row_epoch += 1
     state.links, state.unhooked, state.train_calls, state.gradless = None, {}, 0, {}
     forget_compiled()
-    return Adapter(model, record.name)
+    return Adapter(model, record.name, plan)
 
 
 def _in_model_order(model: nn.Module, staged: list[StagedTarget]) -> list[StagedTarget]:
@@ -218,6 +253,7 @@ def _drop(module: nn.Module, attribute: str) -> None:
 
 def _take_off(layer: nn.Module, path: str, kind: Kind) -> None:
     """Hooks and site off a layer."""
+    swap_back(kind.hooked(layer))  # what an interrupted call has left
     kind.part(layer, path, _hooks(kind))
     layer.__dict__.pop(SITE, None)
 
@@ -233,6 +269,7 @@ def _adopt(model: nn.Module, state: ModelState, undo: Undo) -> None:
     if STATE in model.__dict__:
         return
     undo(lambda: (_remove_root_hooks(model), model.__dict__.pop(STATE, None)))
+    state.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
     model.__dict__[STATE] = state
     state.held = hold(model, undo)
     model.register_forward_pre_hook(root_pre_hook, with_kwargs=True)
@@ -260,14 +297,13 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     state = state_of(model)
     check_free(model, state, "ll.detach")
     names = list(state.records) if name is None else [record_of(model, name).name]
-    with all_or_nothing() as undo:
-        take_off(model, names, undo)
+    change(model, "ll.detach", lambda undo: take_off(model, names, undo))
 
 
 def check_free(model: nn.Module, state: ModelState, verb: str) -> None:
     """Raise where adapters cannot be taken off: merged, inside a selection's block, or sharded."""
     not_merged(state, f"{verb}(model)")
-    outside_scope(state, verb)
+    outside_calls(model, verb)
     if any(is_sharded(p) for _, p in base_parameters(model)):
         raise StateError(
             "the model is sharded, and the sharding owns the adapter's tensors. Save the adapter, and load it into a "
@@ -289,7 +325,7 @@ def take_off(model: nn.Module, names: list[str], undo: Undo) -> None:
                 if path in modules:
                     undo(restoring(modules[path]._parameters, modules[path]._buffers))
                     _drop(modules[path], attribute)
-    state.active = tuple((n, w) for n, w in state.active if n in state.records)
+    state.select(tuple((n, w) for n, w in state.active if n in state.records))
     state.row_epoch += 1
     state.links = None
     if not state.records:
@@ -330,10 +366,13 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     record, state = record_of(model, old), state_of(model)
     check_attachable(model, new)
     list(owned_tensors(model, record))  # raises where a layer was replaced
-    with all_or_nothing() as undo:
-        order = [new if n == old else n for n in state.records]
+    order = [new if n == old else n for n in state.records]
+
+    def steps(undo: Undo) -> None:
         give_name(model, record, new, undo)
         put_in_order(model, order, undo)
+
+    change(model, "ll.rename", steps)
 
 
 def give_name(model: nn.Module, record: Record, new: str, undo: Undo) -> None:
@@ -353,7 +392,7 @@ def give_name(model: nn.Module, record: Record, new: str, undo: Undo) -> None:
     state.row_epoch += 1
     state.links = None
     state.records[new] = state.records.pop(old)
-    state.active = tuple((new if n == old else n, w) for n, w in state.active)
+    state.select(tuple((new if n == old else n, w) for n, w in state.active))
     forget_compiled()
 
 
@@ -361,12 +400,14 @@ def put_in_order(model: nn.Module, names: list[str], undo: Undo) -> None:
     """Let the adapters act in this order."""
     state = state_of(model)
     paths = dict.fromkeys(path for record in state.records.values() for path in record.targets)
+    layers = dict(model.named_modules())
     undo(restoring(state.records))
     _sort(state.records, names)
     for path in paths:
-        site: Site = model.get_submodule(path).__dict__[SITE]
-        undo(restoring(site.slots))
-        _sort(site.slots, names)
+        site: Site | None = layers[path].__dict__.get(SITE) if path in layers else None
+        if site is not None:  # otherwise something replaced the layer
+            undo(restoring(site.slots))
+            _sort(site.slots, names)
 
 
 def _sort(table: dict[str, Any], names: list[str]) -> None:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import StateError
-from .commit import check_free, give_name, put_in_order, put_on, take_off
+from .commit import change, check_free, give_name, put_in_order, put_on, take_off
 from .handle import Adapter
 from .model.record import Record, Target
 from .model.site import Slot, owned_tensors
 from .model.state import record_of, state_of, unwrap
-from .model.undo import all_or_nothing
+from .model.undo import Undo
 from .start.staging import filled
 from .targets.choose import check_owners, make_target
 from .view.layer import StagedView
@@ -81,10 +81,13 @@ def compact(model: nn.Module, name: str | None = None, rank: int | None = None) 
     record.name = f"{old.name}~"  # which no user can give, until the old one has left
     staged = filled(model, record, small)
     order, active = list(state.records), state.active
-    with all_or_nothing() as undo:
+
+    def steps(undo: Undo) -> Adapter:
         put_on(model, record, staged, old.trainable, undo)
         take_off(model, [old.name], undo)
         give_name(model, record, old.name, undo)
         put_in_order(model, order, undo)
-        state.active = active
+        state.select(active)
         return Adapter(model, old.name)
+
+    return change(model, "ll.compact", steps)

@@ -11,17 +11,18 @@ from ..core.config import AdapterConfig
 from ..core.errors import StateError
 from .model.record import Record
 from .model.site import owned_tensors
-from .model.state import record_of, state_of
+from .model.state import outside_calls, record_of, state_of, unwrap
+from .model.undo import Undo, all_or_nothing, restoring
 
 
 class Adapter:
     """One named adapter of one model. Prints as the plan it was attached with."""
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, model: nn.Module, name: str, plan: object = None) -> None:
         self._model = model
         self._name = name
         self._record = record_of(model, name)
-        self._plan: Any = None
+        self._plan = plan
 
     @property
     def record(self) -> Record:
@@ -57,19 +58,34 @@ class Adapter:
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        self.record.trainable = bool(value)
-        for target, short, _, tensor in owned_tensors(self._model, self.record):
-            if target.specs[short].is_trained:
+        record, owned = self.record, owned_tensors(self._model, self.record)
+        trained = [t for target, short, _, t in owned if target.specs[short].is_trained]
+
+        def steps(undo: Undo) -> None:
+            undo(restoring(record))
+            record.trainable = bool(value)
+            for tensor in trained:
+                undo(lambda t=tensor, was=tensor.requires_grad: t.requires_grad_(was))
                 tensor.requires_grad_(bool(value))
+
+        all_or_nothing(steps)
 
     def restore_dtype(self) -> None:
         """Cast its tensors back to the config's dtype after a `model.to(dtype)`; the parameters stay the same
         objects."""
-        for target, short, _, tensor in owned_tensors(self._model, self.record):
-            dtype = target.specs[short].dtype or target.cfg.torch_dtype
-            if tensor.dtype != dtype:
-                tensor.data = tensor.data.to(dtype)
-        self.record.cast_noticed = False
+        outside_calls(unwrap(self._model), "restore_dtype")
+        owned, record = list(owned_tensors(self._model, self.record)), self.record
+
+        def steps(undo: Undo) -> None:
+            undo(restoring(record))
+            for target, short, _, tensor in owned:
+                dtype = target.specs[short].dtype or target.cfg.torch_dtype
+                if tensor.dtype != dtype:
+                    undo(lambda t=tensor, was=tensor.data: setattr(t, "data", was))
+                    tensor.data = tensor.data.to(dtype)
+            record.cast_noticed = False
+
+        all_or_nothing(steps)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(full path without the adapter's name, parameter) of what an optimiser should see."""

@@ -16,6 +16,7 @@ from .._torch import forget_compiled
 from ..core.errors import LoraLiteError, StateError, WeightError
 from .call.acting import check_acts
 from .call.batch import call_batch, evaluating, values_of
+from .commit import change
 from .layers.cell import rounding
 from .layers.kinds import kind_named
 from .layers.tensors import bias_of, device_of, exact_dtype, is_sharded, stored_weight
@@ -24,7 +25,8 @@ from .model.kind import Cell, Part
 from .model.merged import Merged, Original
 from .model.record import Record
 from .model.site import Site, Slot, owned_tensors
-from .model.state import SITE, ModelState, outside_scope, record_of, state_of, unwrap
+from .model.state import SITE, ModelState, outside_calls, record_of, state_of, unwrap
+from .model.undo import Undo, restoring
 from .progress import track
 from .select import active as active_scope
 from .view.expert import still_with_adapters
@@ -92,24 +94,36 @@ def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, c
         if state.merged.active == chosen:
             return MergeReport([n for n, _ in chosen], 0, {}, {}, [])
         raise StateError(f"adapters {[n for n, _ in state.merged.active]} are merged; call ll.unmerge(model) first.")
-    outside_scope(state, "ll.merge")
+    outside_calls(model, "ll.merge")
     if not chosen:
         raise StateError("no adapter is active; activate one, or name it: ll.merge(model, name=...).")
     targets = mergeable(model, state, chosen, dequantize)
-    before = None if check is None else (_outputs(model, check, dict(chosen)), _outputs(model, check, None))
     for adapter, _ in chosen:
         check_acts(state, state.records[adapter], "ll.merge would change the output otherwise than it does")
-    merged, modes = Merged(chosen), {layer: layer.training for _, layer, _ in targets}
-    report = MergeReport([n for n, _ in chosen], len(targets), {}, {}, [])
-    try:
-        for path, layer, site in track(targets, "merge"):
-            _merge_layer(model, path, layer, site, merged, report)
-    except BaseException:
+    merged, modes = Merged(chosen), {m: m.training for m in model.modules()}
+
+    def restore() -> None:
         _restore(model, merged)
-        for layer, mode in modes.items():  # an interruption may strike where a layer's own mode comes back
-            layer.training = mode
-        raise
-    state.merged, state.active = merged, ()
+        for m, mode in modes.items():
+            m.training = mode
+
+    def steps(undo: Undo) -> MergeReport:
+        undo(restoring(state))
+        undo(restore)
+        return _merge(model, state, targets, merged, check)
+
+    return change(model, "ll.merge", steps)
+
+
+def _merge(model: nn.Module, state: ModelState, targets: Mergeable, merged: Merged, check: Any) -> MergeReport:
+    """The steps of `merge`."""
+    chosen = merged.active
+    before = None if check is None else (_outputs(model, check, dict(chosen)), _outputs(model, check, None))
+    report = MergeReport([n for n, _ in chosen], len(targets), {}, {}, [])
+    for path, layer, site in track(targets, "merge"):
+        _merge_layer(model, path, layer, site, merged, report)
+    state.merged = merged
+    state.select(())
     forget_compiled()
     if before is not None:
         adapted, bare = before
@@ -126,11 +140,20 @@ def unmerge(model: nn.Module) -> None:
     state = state_of(model)
     if state.merged is None:
         return
-    outside_scope(state, "ll.unmerge")
+    outside_calls(model, "ll.unmerge")
     merged = state.merged
-    _restore(model, merged)
-    state.merged, state.active = None, merged.active
-    forget_compiled()
+
+    def finish() -> None:
+        _restore(model, merged)
+        state.merged = None
+        state.select(merged.active)
+        forget_compiled()
+
+    def steps(undo: Undo) -> None:
+        undo(finish)  # the merged bits are kept nowhere, so there is no way but forward
+        finish()
+
+    change(model, "ll.unmerge", steps)
 
 
 def _chosen(model: nn.Module, state: ModelState, name: str | None) -> Chosen:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._torch import within_step
+from .._torch import hook_tables, within_step
 from ..core.config import AdapterConfig
 from ..core.errors import StateError
 from ..core.targets import StepTargets as Promised
 from .model.record import Record
 from .model.site import owned_tensors
 from .model.state import ModelState, record_of, state_of
+from .model.undo import Undo, all_or_nothing, restoring
 from .view.expert import layer_views, matrix_views
 from .view.layer import LayerView
 
@@ -53,10 +54,7 @@ def schedule(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
     driven = _driven_by(optimizer, model, state)
     if total_steps < 1:
         raise StateError(f"total_steps must be positive, got {total_steps}.")
-    for record in driven:
-        record.total_steps, record.scheduled, record.train_calls = total_steps, True, 0
-        record.schedule_number += 1
-    numbers = [record.schedule_number for record in driven]
+    numbers = [record.schedule_number + 1 for record in driven]
 
     def after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         if within_step(optimizer):
@@ -65,7 +63,14 @@ def schedule(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
             if state.records.get(record.name) is record and record.schedule_number == number and record.trainable:
                 step_record(model, record)
 
-    optimizer.register_step_post_hook(after_step)
+    def steps(undo: Undo) -> None:
+        undo(restoring(*driven, *hook_tables(optimizer)))
+        for record, number in zip(driven, numbers, strict=True):
+            record.total_steps, record.scheduled, record.train_calls = total_steps, True, 0
+            record.schedule_number = number
+        optimizer.register_step_post_hook(after_step)
+
+    all_or_nothing(steps)
 
 
 def _driven_by(optimizer: Optimizer, model: nn.Module, state: ModelState) -> list[Record]:

@@ -1,9 +1,11 @@
 """Which adapters act: `activate`, and the scopes `active` and `rows`. Plain state of the model, so that compilers see
-it change."""
+it change; a call keeps to what it began with."""
 
 from __future__ import annotations
 
 import math
+import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import SelectionError, StateError, did_you_mean
+from ..core.config import matches
+from ..core.errors import SelectionError, StateError, did_you_mean, listing
 from .call.recompute import changed
 from .call.scope import scope
-from .model.call import Prompt
-from .model.state import ModelState, not_merged, outside_scope, state_of
+from .model.call import Prompt, Rows, Said
+from .model.state import ModelState, not_merged, outside_calls, state_of, unwrap
+from .model.undo import Undo, all_or_nothing, surely
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
+Owners = Sequence[int] | Tensor | Mapping[str, Sequence[int] | Tensor]
 
 
 def activate(model: nn.Module, choice: Choice) -> None:
@@ -27,33 +32,51 @@ def activate(model: nn.Module, choice: Choice) -> None:
 
     Raises:
         StateError: an unknown name or a merged model.
-        SelectionError: inside a scope, or from a second thread.
+        SelectionError: inside a scope, or while another thread runs a call of the model.
     """
-    state = state_of(model)
-    outside_scope(state, "ll.activate")
-    state.active, old = _resolve(state, choice), state.active
-    if state.active != old:
-        changed(state)
+    model, state = unwrap(model), state_of(model)
+    outside_calls(model, "ll.activate")
+    chosen, old = _resolve(state, choice), state.active
+
+    def steps(undo: Undo) -> None:
+        undo(lambda: state.select(old))
+        state.select(chosen)
+        if chosen != old:
+            changed(state)
+
+    all_or_nothing(steps)
 
 
 @contextmanager
 def active(model: nn.Module, choice: Choice) -> Iterator[None]:
     """`with ll.active(model, "a"):` acts like `activate` inside the block and restores the selection afterwards, after
-    exceptions too."""
-    state = state_of(model)
-    with scope(state):
-        state.active, state.rows = _resolve(state, choice), None
+    exceptions too.
+
+    Raises:
+        StateError: an unknown name or a merged model.
+        SelectionError: another thread is inside such a block, or runs a call of the model.
+    """
+    chosen = _resolve(state_of(model), choice)
+    with scope(model, "ll.active") as state:
+        state.select(chosen)
         yield
 
 
 @contextmanager
-def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+def rows(model: nn.Module, names: Sequence[str | None], owners: Owners | None = None) -> Iterator[None]:
     """`with ll.rows(model, ["a", None, "b"]):` one adapter per batch row; None is the bare base. Beam search may repeat
     rows.
 
+    Args:
+        names: one per row of the batch with which the whole model is called.
+        owners: for layers that see another batch than that (images, windows): the number of the row to which each
+            element of it belongs. A list for all inner batches of its length, or {pattern of targets: list}, which goes
+            first; patterns as in `target_names`.
+
     Raises:
         StateError: an unknown name or a merged model.
-        SelectionError: a batch that does not fit, or a second thread.
+        SelectionError: owners that are no rows; another thread is inside such a block, or runs a call of the model. In
+            a call: a layer of whose input it cannot be told which rows it holds.
     """
     state = state_of(model)
     if not isinstance(names, (list, tuple)) or not names:
@@ -62,10 +85,41 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         if name is not None:
             _known(state, name)
     not_merged(state, "choosing adapters")
-    with scope(state):
-        state.rows = tuple(names)
+    chosen = _with_owners(state, tuple(names), owners)
+    with scope(model, "ll.rows"):
+        state.select(state.active, chosen)
         state.row_epoch += 1
         yield
+
+
+def _with_owners(state: ModelState, names: tuple[str | None, ...], owners: Owners | None) -> Rows:
+    if not isinstance(owners, Mapping):
+        return Rows(names, _adapters_of(names, owners) if owners is not None else ())
+    paths = list(dict.fromkeys(path for record in state.records.values() for path in record.targets))
+    at: dict[str, tuple[str | None, ...]] = {}
+    for pattern, own in owners.items():
+        try:
+            hit, adapters = [path for path in paths if matches(pattern, path)], _adapters_of(names, own)
+        except re.error as e:
+            raise SelectionError(f"ll.rows(owners=...): {pattern!r} is no pattern ({e}).") from None
+        if not hit:
+            raise SelectionError(
+                f"ll.rows(owners=...): no target is called {pattern!r}.{did_you_mean(pattern, paths)} Targets: "
+                f"{listing(paths)}."
+            )
+        at |= {path: adapters for path in hit if path not in at}
+    return Rows(names, at=tuple(at.items()))
+
+
+def _adapters_of(names: tuple[str | None, ...], owners: Sequence[int] | Tensor) -> tuple[str | None, ...]:
+    """The adapter of each element of an inner batch."""
+    numbers: list[Any] = owners.tolist() if isinstance(owners, Tensor) else list(owners)
+    if not numbers or not all(type(i) is int and 0 <= i < len(names) for i in numbers):
+        raise SelectionError(
+            f"ll.rows(owners=...) takes, for each element of an inner batch, the number of its row, 0 to "
+            f"{len(names) - 1}; got {numbers}."
+        )
+    return tuple(names[i] for i in numbers)
 
 
 def _resolve(state: ModelState, choice: Choice) -> tuple[tuple[str, float], ...]:
@@ -101,7 +155,8 @@ def context(model: nn.Module, **values: Sequence[Any] | Tensor) -> Iterator[None
     """`with ll.context(model, task_ids=[0, 2]):` what a method reads of each row, one entry per batch row.
 
     Pages read it as `layer.context("task_ids")`, for the rows that they see. A batch k times as long repeats each row k
-    times (beam search). A block inside another adds to it.
+    times (beam search). A block inside another adds to it. It holds for the calls of this thread, and for those of
+    threads that open no block themselves.
 
     Raises:
         SelectionError: a value without one entry per row; in a call, a batch that it does not fit.
@@ -111,12 +166,9 @@ def context(model: nn.Module, **values: Sequence[Any] | Tensor) -> Iterator[None
     bad = next((name for name, t in found.items() if t.dim() == 0 or not len(t)), None)
     if bad is not None:
         raise SelectionError(f"ll.context takes one entry per batch row, as in {bad}=[0, 2]; got {values[bad]!r}.")
-    saved = state.context
-    state.context = {**saved, **found}
-    try:
+    said = state.here.now.said or Said()
+    with _saying(state, said._replace(context={**said.context, **found})):
         yield
-    finally:
-        state.context = saved
 
 
 @contextmanager
@@ -127,6 +179,8 @@ def prompt(model: nn.Module, lengths: Sequence[int] | Tensor | None) -> Iterator
     Methods at block sites that edit prompt positions or generated ones read it. Without it, labels tell the prompt
     (their leading -100s), or it is all that a call without labels and without cached tokens brings, as in the first
     call of `generate`. A batch k times as long repeats each row k times (beam search).
+
+    It holds for the calls of this thread, and for those of threads that open no block themselves.
 
     Raises:
         SelectionError: lengths that are no list of whole numbers; in a call, a batch that they do not fit.
@@ -142,9 +196,24 @@ def prompt(model: nn.Module, lengths: Sequence[int] | Tensor | None) -> Iterator
                 f"ll.prompt takes one whole number per batch row, the length of its prompt, or None; got {lengths!r}."
             )
         lengths = found.long()
-    saved = state.prompt
-    state.prompt = Prompt(lengths)
-    try:
+    said = state.here.now.said or Said()
+    with _saying(state, said._replace(prompt=Prompt(lengths))):
         yield
-    finally:
-        state.prompt = saved
+
+
+@contextmanager
+def _saying(state: ModelState, said: Said) -> Iterator[None]:
+    """This thread's blocks say so inside."""
+    me, now = threading.get_ident(), state.here.now
+    saved = now.said
+
+    def restore() -> None:
+        now.said = saved
+        if saved is None:
+            state.said.pop(me, None)
+        else:
+            state.said[me] = saved
+
+    with surely(restore):
+        now.said = state.said[me] = said
+        yield

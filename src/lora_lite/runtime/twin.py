@@ -6,12 +6,12 @@ import dataclasses
 
 from torch import nn
 
-from .commit import check_attachable, put_in_order, put_on
+from .commit import change, check_attachable, put_in_order, put_on
 from .handle import Adapter
 from .model.record import Record
 from .model.site import owned_tensors
 from .model.state import not_merged, record_of, state_of, unwrap
-from .model.undo import all_or_nothing
+from .model.undo import Undo
 from .start.staging import filled
 
 
@@ -34,8 +34,12 @@ def frozen_copy(model: nn.Module, name: str, new: str) -> Adapter:
     values = {target.key(short): tensor.detach() for target, short, _, tensor in owned_tensors(model, record)}
     active = state.active
     order = [n for old in state.records for n in ((old, new) if old == name else (old,))]
-    with all_or_nothing() as undo:
-        handle = put_on(model, copy, filled(model, copy, values), False, undo)
+    staged = filled(model, copy, values)
+
+    def steps(undo: Undo) -> Adapter:
+        handle = put_on(model, copy, staged, False, undo)
         put_in_order(model, order, undo)
-        state.active = active
-    return handle
+        state.select(active)
+        return handle
+
+    return change(model, "copying an adapter", steps)

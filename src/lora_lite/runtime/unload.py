@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from .commit import take_off
+from .commit import change, take_off
 from .merge import merge, unmerge
 from .model.state import state_of, unwrap
-from .model.undo import all_or_nothing, restoring
+from .model.undo import Undo, restoring
 
 
 def merge_and_unload(
@@ -29,15 +29,16 @@ def merge_and_unload(
     """
     bare = unwrap(model)
     was_merged = state_of(bare).merged is not None
-    merge(bare, name, dequantize, check)
     state = state_of(bare)
-    try:
-        with all_or_nothing() as undo:
-            undo(restoring(state))
-            state.merged = None
-            take_off(bare, list(state.records), undo)
-    except BaseException:
-        if not was_merged:
-            unmerge(bare)
-        raise
-    return model
+    active = state.active
+
+    def steps(undo: Undo) -> nn.Module:
+        undo(lambda: state.select(active))
+        undo(lambda: None if was_merged else unmerge(bare))
+        merge(bare, name, dequantize, check)
+        undo(restoring(state))
+        state.merged = None
+        take_off(bare, list(state.records), undo)
+        return model
+
+    return change(bare, "ll.merge_and_unload", steps)

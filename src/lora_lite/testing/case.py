@@ -20,7 +20,7 @@ from ..runtime.model.site import owned_tensors
 from ..runtime.model.state import record_of
 from ..runtime.plan import plan
 from ..runtime.schedule import schedule
-from .toy import WIDTH, AttentiveToy, Toy, batches, pairs, toy
+from .toy import WIDTH, AttentiveToy, Toy, batches, experts, pairs, toy
 
 SIZES = ((3, 7.0), (4, 6.0), (2, 5.0), (12, 5.0), (1, 3.0))
 """(r, alpha) to try: alpha differs from r, so that a forgotten scale shows."""
@@ -46,10 +46,14 @@ class Case:
     def __post_init__(self) -> None:
         if self.variant.needs_data == "pairs" and self.data is batches:
             self.data = pairs
+        if self.variant.needs_data == "adapters" and self.data is batches:
+            self.data = experts
         if (
             "positions" in self.variant.config.__dataclass_fields__
         ):  # the toy's tokens do not mix, and its calls hold no prompt
             self.options = {"positions": "all", **self.options}
+        if kind_named(self.variant.site).named:  # the toy's blocks are all the modules that it has
+            self.options = {"target_names": (r"layers\.\d",), **self.options}
         if self.linear and DEFAULT_KIND not in self.variant.config().target_kinds:
             self.options = {"target_kinds": (DEFAULT_KIND,), **self.options}
         if self.linear and self.variant.config().target_roles is not None:  # the checks count four layers

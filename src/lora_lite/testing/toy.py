@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, HIDDEN, VOCABULARY = 12, 20, 17
+SIZES_OF_LAYERS = {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
 
 
 class Conv1D(nn.Module):
@@ -226,6 +227,19 @@ def pairs(dtype: torch.dtype = torch.float32, n: int = 4) -> list[tuple[dict[str
     """Calibration data of methods that are fitted from contrast pairs: (positive batch, negative batch)."""
     found = batches(dtype, 2 * n)
     return list(zip(found[::2], found[1::2], strict=True))
+
+
+def experts(dtype: torch.dtype = torch.float32, n: int = 3) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """What a method reads that is made of other adapters: path -> (A, B) of each of them, their ranks 2, 3, ..."""
+    g = torch.Generator().manual_seed(98)
+    sizes = {f"layers.{i}.{name}": size for i in range(2) for name, size in SIZES_OF_LAYERS.items()}
+    return [
+        {
+            p: (torch.randn(2 + k, d_in, generator=g), torch.randn(d_out, 2 + k, generator=g))
+            for p, (d_in, d_out) in sizes.items()
+        }
+        for k in range(n)
+    ]
 
 
 class Kept(NamedTuple):

@@ -36,6 +36,7 @@ class ABBA(Hadamard):
     name = "abba"
     config = ABBAConfig
     paper = "2505.14238"
+    family = "products"
     needs_weight = True
     lr = 1e-3
     width_growth = -1.0

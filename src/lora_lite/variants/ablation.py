@@ -33,6 +33,7 @@ class Ablation(Steering):
     name = "ablation"
     config = AblationConfig
     paper = "2406.11717"
+    family = "interventions in the stream"
     ignores = ("r", "alpha", "dropout")
 
     @staticmethod

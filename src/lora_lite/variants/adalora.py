@@ -49,6 +49,7 @@ class AdaLoRA(Variant):
     name = "adalora"
     config = AdaLoRAConfig
     paper = "2303.10512"
+    family = "low rank"
     lr = 1e-3
     width_growth = 0.5
 

@@ -30,6 +30,7 @@ class AdaptionPrompt(Variant):
     name = "adaption_prompt"
     config = AdaptionPromptConfig
     paper = "2303.16199"
+    family = "before the text"
     site = "attention"
     affine = False
     ignores = ("alpha", "dropout")

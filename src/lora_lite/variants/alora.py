@@ -38,6 +38,7 @@ class ALoRA(Variant):
     name = "alora"
     config = ALoRAConfig
     paper = "2504.12397"
+    family = "low rank"
     lr = 1e-3
 
     @staticmethod

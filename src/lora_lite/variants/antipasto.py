@@ -58,6 +58,7 @@ class AntiPaSTO(SVDCore):
     name = "antipasto"
     config = AntiPaSTOConfig
     paper = "2601.07473"
+    family = "low rank from the weight or from data"
     ignores = ("alpha",)
     own_weight = True
     lr = 2e-3

@@ -52,6 +52,7 @@ class BDLoRA(Variant):
     name = "bd_lora"
     config = BDLoRAConfig
     paper = "2510.23346"
+    family = "low rank"
     lr = 1e-3
 
     @staticmethod

@@ -27,6 +27,7 @@ class BitFit(Variant):
     name = "bitfit"
     config = BitFitConfig
     paper = "2106.10199"
+    family = "gains and biases"
     ignores = ("r", "alpha", "dropout")
     norms = True
     lr = 1e-3

@@ -46,6 +46,7 @@ class BOFT(Variant):
     name = "boft"
     config = BOFTConfig
     paper = "2311.06243"
+    family = "rotations and reflections"
     ignores = ("r", "alpha", "dropout")
     lr = 5e-4
 

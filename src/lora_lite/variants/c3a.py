@@ -43,6 +43,7 @@ class C3A(Variant):
     name = "c3a"
     config = C3AConfig
     paper = "2407.19342"
+    family = "spectral and sparse"
     ignores = ("r", "alpha")
     lr = 1e-1
     width_growth = -0.5

@@ -31,6 +31,7 @@ class CAA(Steering):
     name = "caa"
     config = CAAConfig
     paper = "2312.06681"
+    family = "interventions in the stream"
     ignores = ("r", "alpha", "dropout")
 
     @staticmethod

@@ -38,6 +38,7 @@ class Cartridge(Variant):
     name = "cartridge"
     config = CartridgeConfig
     paper = "2506.06266"
+    family = "before the text"
     site = "attention"
     needs_data = "batches"
     affine = False

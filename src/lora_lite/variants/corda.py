@@ -52,6 +52,7 @@ class CorDA(Deviation):
     name = "corda"
     config = CorDAConfig
     paper = "2406.05223"
+    family = "low rank from the weight or from data"
     needs_weight = True
     needs_data = "batches"
     lr = 1e-4

@@ -52,6 +52,7 @@ class CPT(Variant):
     name = "cpt"
     config = CPTConfig
     paper = "2410.17222"
+    family = "before the text"
     site = "attention"
     affine = False
     identity_bound = torch.inf

@@ -34,6 +34,7 @@ class DEFT(Variant):
     name = "deft"
     config = DEFTConfig
     paper = "2509.22793"
+    family = "with the weight"
     lr = 1e-3
     width_growth = 1.0
 

@@ -45,6 +45,7 @@ class DeLoRA(Variant):
     name = "delora"
     config = DeLoRAConfig
     paper = "2503.18225"
+    family = "low rank"
     ignores = ("alpha",)
     lr = 3e-3
     width_growth = 0.5

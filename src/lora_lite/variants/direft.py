@@ -28,6 +28,7 @@ class DiReFT(Variant):
     name = "direft"
     config = DiReFTConfig
     paper = "2404.03592"
+    family = "interventions in the stream"
     site = "block"
     affine = False
     lr = 9e-4

@@ -35,6 +35,7 @@ class DoRA(Variant):
     name = "dora"
     config = DoRAConfig
     paper = "2402.09353"
+    family = "low rank"
     lr = 5e-4
 
     @staticmethod

@@ -41,6 +41,7 @@ class DyLoRA(Variant):
     name = "dylora"
     config = DyLoRAConfig
     paper = "2210.07558"
+    family = "low rank"
     lr = 1e-3
 
     @staticmethod

@@ -40,6 +40,7 @@ class ETHER(Variant):
     name = "ether"
     config = ETHERConfig
     paper = "2405.20271"
+    family = "rotations and reflections"
     ignores = ("r", "alpha", "dropout")
     identity_bound = math.inf
     lr = 3e-3

@@ -43,6 +43,7 @@ class ETHERPlus(Variant):
     name = "ether_plus"
     config = ETHERPlusConfig
     paper = "2405.20271"
+    family = "rotations and reflections"
     ignores = ("r", "alpha", "dropout")
     lr = 3e-3
     width_growth = 0.5

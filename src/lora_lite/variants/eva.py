@@ -46,6 +46,7 @@ class EVA(LowRank):
     name = "eva"
     config = EVAConfig
     paper = "2410.07170"
+    family = "low rank from the weight or from data"
     needs_data = "batches"
     lr = 1e-3
     width_growth = 0.5

@@ -48,6 +48,7 @@ class FourierFT(Variant):
     name = "fourierft"
     config = FourierFTConfig
     paper = "2405.03003"
+    family = "spectral and sparse"
     ignores = ("r", "alpha")
     lr = 3e-2
     width_growth = -1.75

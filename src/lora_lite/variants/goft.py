@@ -32,6 +32,7 @@ class GOFT(Variant):
     name = "goft"
     config = GOFTConfig
     paper = "2404.04316"
+    family = "rotations and reflections"
     ignores = ("r", "alpha", "dropout")
     lr = 3e-3
 

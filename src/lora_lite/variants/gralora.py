@@ -48,6 +48,7 @@ class GraLoRA(Variant):
     name = "gralora"
     config = GraLoRAConfig
     paper = "2505.20355"
+    family = "products"
     lr = 2e-3
 
     @staticmethod

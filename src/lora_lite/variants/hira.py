@@ -29,6 +29,7 @@ class HiRA(Variant):
     name = "hira"
     config = HiRAConfig
     paper = "openreview.net/forum?id=TwJrTz9cRS"
+    family = "with the weight"
     ignores = ("alpha", "dropout")
     lr = 4.5e-3
     width_growth = -0.5

@@ -46,6 +46,7 @@ class HRA(Variant):
     name = "hra"
     config = HRAConfig
     paper = "2405.17484"
+    family = "rotations and reflections"
     ignores = ("alpha", "dropout")
     lr = 1e-3
 

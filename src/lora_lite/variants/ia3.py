@@ -43,6 +43,7 @@ class IA3(Variant):
     name = "ia3"
     config = IA3Config
     paper = "2205.05638"
+    family = "gains and biases"
     ignores = ("r", "alpha", "dropout")
     lr = 5e-3
 

@@ -27,6 +27,7 @@ class IA3FF(Variant):
     name = "ia3_ff"
     config = IA3FFConfig
     paper = "2205.05638"
+    family = "gains and biases"
     ignores = ("r", "alpha", "dropout")
     lr = 5e-3
 

@@ -44,6 +44,7 @@ class KaSA(Variant):
     name = "kasa"
     config = KaSAConfig
     paper = "2412.06071"
+    family = "low rank"
     needs_weight = True
     identity_bound = math.inf
     lr = 5e-4

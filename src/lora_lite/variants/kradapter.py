@@ -36,6 +36,7 @@ class KRAdapter(Variant):
     name = "kradapter"
     config = KRAdapterConfig
     paper = "2508.00230"
+    family = "products"
     ignores = ("r", "alpha")
     lr = 1e-3
     width_growth = 0.5

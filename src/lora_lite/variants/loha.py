@@ -28,6 +28,7 @@ class LoHa(Hadamard):
     name = "loha"
     config = LoHaConfig
     paper = "2108.06098"
+    family = "products"
     lr = 3e-3
     width_growth = 0.5
 

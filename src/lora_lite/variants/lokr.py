@@ -46,6 +46,7 @@ class LoKr(Variant):
     name = "lokr"
     config = LoKrConfig
     paper = "2309.14859"
+    family = "products"
     lr = 1e-3
     width_growth = 0.5
 

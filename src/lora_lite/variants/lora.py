@@ -34,6 +34,7 @@ class LoRA(LowRank):
     name = "lora"
     config = LoRAConfig
     paper = "2106.09685"
+    family = "low rank"
     holds = "factors"
     lr = 1e-3
 

@@ -40,6 +40,7 @@ class LoRAFA(LowRank):
     name = "lora_fa"
     config = LoRAFAConfig
     paper = "2308.03303"
+    family = "low rank"
     lr = 1e-3
 
     @staticmethod

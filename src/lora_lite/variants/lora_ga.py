@@ -44,6 +44,7 @@ class LoRAGA(Deviation):
     name = "lora_ga"
     config = LoRAGAConfig
     paper = "2407.05000"
+    family = "low rank from the weight or from data"
     needs_data = "batches"
     lr = 5e-5
     width_growth = 0.75

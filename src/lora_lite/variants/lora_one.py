@@ -46,6 +46,7 @@ class LoRAOne(LowRank):
     name = "lora_one"
     config = LoRAOneConfig
     paper = "2502.01235"
+    family = "low rank from the weight or from data"
     needs_data = "batches"
     identity_bound = math.inf
     lr = 2e-4

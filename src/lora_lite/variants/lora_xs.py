@@ -29,6 +29,7 @@ class LoRAXS(SVDCore):
     name = "lora_xs"
     config = LoRAXSConfig
     paper = "2405.17604"
+    family = "low rank from the weight or from data"
     lr = 4e-3
     width_growth = -0.5
 

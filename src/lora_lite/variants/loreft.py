@@ -35,6 +35,7 @@ class LoReFT(Variant):
     name = "loreft"
     config = LoReFTConfig
     paper = "2404.03592"
+    family = "interventions in the stream"
     site = "block"
     affine = False
     lr = 9e-4

@@ -32,6 +32,7 @@ class MiCA(Variant):
     name = "mica"
     config = MiCAConfig
     paper = "2604.01694"
+    family = "low rank"
     needs_weight = True
     lr = 2e-3
     width_growth = 0.5

@@ -29,6 +29,7 @@ class MiLoRA(Deviation):
     name = "milora"
     config = MiLoRAConfig
     paper = "2406.09044"
+    family = "low rank from the weight or from data"
     needs_weight = True
     lr = 3e-4
 

@@ -41,6 +41,7 @@ class MiSS(Variant):
     name = "miss"
     config = MiSSConfig
     paper = "2409.15371"
+    family = "products"
     ignores = ("alpha",)
     lr = 2e-4
     width_growth = 0.5

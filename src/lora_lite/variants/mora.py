@@ -39,6 +39,7 @@ class MoRA(Variant):
     name = "mora"
     config = MoRAConfig
     paper = "2405.12130"
+    family = "products"
     ignores = ("alpha",)
     lr = 3e-4
     width_growth = 0.25

@@ -29,6 +29,7 @@ class MoSLoRA(Variant):
     name = "moslora"
     config = MoSLoRAConfig
     paper = "2406.11909"
+    family = "low rank"
     lr = 1e-3
 
     @staticmethod

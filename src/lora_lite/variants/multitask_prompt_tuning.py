@@ -40,6 +40,7 @@ class MultitaskPromptTuning(Variant):
     name = "multitask_prompt_tuning"
     config = MultitaskPromptTuningConfig
     paper = "2303.02861"
+    family = "before the text"
     site = "attention"
     affine = False
     identity_bound = torch.inf

@@ -49,6 +49,7 @@ class OFT(Variant):
     name = "oft"
     config = OFTConfig
     paper = "2306.07280"
+    family = "rotations and reflections"
     ignores = ("r", "alpha", "dropout")
     lr = 4e-4
 

@@ -29,6 +29,7 @@ class OLoRA(Deviation):
     name = "olora"
     config = OLoRAConfig
     paper = "2406.01775"
+    family = "low rank from the weight or from data"
     needs_weight = True
     lr = 5e-4
     width_growth = 0.5

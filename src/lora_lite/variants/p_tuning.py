@@ -39,6 +39,7 @@ class PTuning(Variant):
     name = "p_tuning"
     config = PTuningConfig
     paper = "2103.10385"
+    family = "before the text"
     site = "attention"
     affine = False
     identity_bound = torch.inf

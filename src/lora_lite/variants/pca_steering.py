@@ -32,6 +32,7 @@ class PCASteering(Steering):
     name = "pca_steering"
     config = PCASteeringConfig
     paper = "2310.01405"
+    family = "interventions in the stream"
     ignores = ("r", "alpha", "dropout")
 
     @staticmethod

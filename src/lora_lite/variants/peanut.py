@@ -43,6 +43,7 @@ class PEANuT(Variant):
     name = "peanut"
     config = PEANuTConfig
     paper = "2410.01870"
+    family = "with the weight"
     needs_weight = True
     lr = 1e-3
 

@@ -30,6 +30,7 @@ class PiSSA(Deviation):
     name = "pissa"
     config = PiSSAConfig
     paper = "2404.02948"
+    family = "low rank from the weight or from data"
     needs_weight = True
     lr = 1e-4
     width_growth = 0.5

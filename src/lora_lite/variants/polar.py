@@ -40,6 +40,7 @@ class PoLAR(Variant):
     name = "polar"
     config = PoLARConfig
     paper = "2506.03133"
+    family = "low rank"
     lr = 4e-3
     width_growth = -0.5
 

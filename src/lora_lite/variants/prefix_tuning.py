@@ -32,6 +32,7 @@ class PrefixTuning(Variant):
     name = "prefix_tuning"
     config = PrefixTuningConfig
     paper = "2101.00190"
+    family = "before the text"
     site = "attention"
     affine = False
     identity_bound = torch.inf

@@ -31,6 +31,7 @@ class PromptTuning(Variant):
     name = "prompt_tuning"
     config = PromptTuningConfig
     paper = "2104.08691"
+    family = "before the text"
     site = "attention"
     affine = False
     identity_bound = torch.inf

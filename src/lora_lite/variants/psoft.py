@@ -32,6 +32,7 @@ class PSOFT(SVDCore):
     name = "psoft"
     config = PSOFTConfig
     paper = "2505.11235"
+    family = "rotations and reflections"
     ignores = ("alpha",)
     lr = 1e-3
     width_growth = -0.5

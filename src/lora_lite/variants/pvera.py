@@ -35,6 +35,7 @@ class PVeRA(Variant):
     name = "pvera"
     config = PVeRAConfig
     paper = "2512.07703"
+    family = "shared or random bases"
     ignores = ("alpha",)
     noisy = True
     lr = 4e-3

@@ -42,6 +42,7 @@ class QALoRA(Variant):
     name = "qa_lora"
     config = QALoRAConfig
     paper = "2309.14717"
+    family = "low rank"
     lr = 1e-3
 
     @staticmethod

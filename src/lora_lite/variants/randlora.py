@@ -41,6 +41,7 @@ class RandLoRA(Variant):
     name = "randlora"
     config = RandLoRAConfig
     paper = "2502.00987"
+    family = "shared or random bases"
     lr = 1e-4
 
     @staticmethod

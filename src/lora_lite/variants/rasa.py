@@ -35,6 +35,7 @@ class RaSA(Variant):
     name = "rasa"
     config = RaSAConfig
     paper = "2503.12576"
+    family = "low rank"
     lr = 5e-4
 
     @staticmethod

@@ -46,6 +46,7 @@ class ROAD(Variant):
     name = "road"
     config = RoadConfig
     paper = "2409.00119"
+    family = "rotations and reflections"
     ignores = ("r", "alpha", "dropout")
     lr = 3e-3
 

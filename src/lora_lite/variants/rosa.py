@@ -41,6 +41,7 @@ class RoSA(Variant):
     name = "rosa"
     config = RoSAConfig
     paper = "2401.04679"
+    family = "spectral and sparse"
     needs_data = "batches"
     lr = 2e-4
     width_growth = 0.25

@@ -39,6 +39,7 @@ class SSteer(Variant):
     name = "s_steer"
     config = SSteerConfig
     paper = "wassname 2025, ssteer"
+    family = "interventions in the stream"
     ignores = ("alpha", "dropout")
     needs_weight = True
     needs_data = "pairs"

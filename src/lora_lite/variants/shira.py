@@ -31,6 +31,7 @@ class SHiRA(Variant):
     name = "shira"
     config = SHiRAConfig
     paper = "2406.13175"
+    family = "spectral and sparse"
     ignores = ("alpha",)
     lr = 1e-3
 

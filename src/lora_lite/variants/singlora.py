@@ -30,6 +30,7 @@ class SingLoRA(Variant):
     name = "singlora"
     config = SingLoRAConfig
     paper = "2507.05566"
+    family = "low rank"
     lr = 1e-3
     width_growth = 0.5
 

@@ -31,6 +31,7 @@ class SpectralAdapter(Variant):
     name = "spectral_adapter"
     config = SpectralAdapterConfig
     paper = "2405.13952"
+    family = "low rank from the weight or from data"
     ignores = ("alpha",)
     needs_weight = True
     lr = 1e-4

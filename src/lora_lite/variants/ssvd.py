@@ -34,6 +34,7 @@ class SSVD(SVDCore):
     name = "ssvd"
     config = SSVDConfig
     paper = "2509.02830"
+    family = "low rank from the weight or from data"
     ignores = ("alpha",)
     lr = 1e-3
     width_growth = -0.5

@@ -42,6 +42,7 @@ class SuperTuning(Variant):
     name = "supertuning"
     config = SuperTuningConfig
     paper = "2607.09287"
+    family = "spectral and sparse"
     ignores = ("r", "alpha")
     needs_weight = True
     lr = 1e-3

@@ -47,6 +47,7 @@ class SVFT(SVDCore):
     name = "svft"
     config = SVFTConfig
     paper = "2405.19597"
+    family = "low rank from the weight or from data"
     ignores = ("alpha",)
     lr = 2.5e-2
     width_growth = -0.5

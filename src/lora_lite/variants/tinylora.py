@@ -45,6 +45,7 @@ class TinyLoRA(Variant):
     name = "tinylora"
     config = TinyLoRAConfig
     paper = "2602.04118"
+    family = "shared or random bases"
     needs_weight = True
     lr = 1e-2
     width_growth = -0.5

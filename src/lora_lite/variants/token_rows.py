@@ -41,6 +41,7 @@ class TokenRows(Variant):
     name = "token_rows"
     config = TokenRowsConfig
     paper = "PEFT's TrainableTokens"
+    family = "gains and biases"
     ignores = ("alpha", "dropout")
     site = "embedding"
     lr = 1e-3

@@ -41,6 +41,7 @@ class UniLoRA(Variant):
     name = "unilora"
     config = UniLoRAConfig
     paper = "2506.00799"
+    family = "shared or random bases"
     ignores = ("alpha",)
     identity_bound = 1e-2
     lr = 5e-3

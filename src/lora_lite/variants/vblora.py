@@ -51,6 +51,7 @@ class VBLoRA(Variant):
     name = "vblora"
     config = VBLoRAConfig
     paper = "2405.15179"
+    family = "shared or random bases"
     ignores = ("alpha",)
     identity_bound = 1e-2
     lr = 1e-2

@@ -34,6 +34,7 @@ class VeRA(Variant):
     name = "vera"
     config = VeRAConfig
     paper = "2310.11454"
+    family = "shared or random bases"
     ignores = ("alpha",)
     lr = 4e-3
 

@@ -48,6 +48,7 @@ class WaveFT(Variant):
     name = "waveft"
     config = WaveFTConfig
     paper = "2505.12532"
+    family = "spectral and sparse"
     ignores = ("r", "alpha")
     lr = 7.5e-3
     width_growth = -0.75

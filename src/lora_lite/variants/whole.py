@@ -35,6 +35,7 @@ class Whole(Variant):
     name = "whole"
     config = WholeConfig
     paper = "2312.11420"
+    family = "gains and biases"
     ignores = ("r", "alpha")
     norms = True
     holds = "modules"

@@ -4,7 +4,7 @@ named."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from threading import get_ident
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..model.call import Links
 from ..model.held import Seen, look
 from ..model.record import Record
 from ..model.site import Site
-from ..model.state import SITE, STATE, ModelState
+from ..model.state import SITE, STATE, ModelState, acting_names
 
 Step = tuple[nn.Module, str, nn.Module]
 LOOKUPS = (F.embedding, torch.embedding, F.embedding_bag)
@@ -40,9 +40,9 @@ def begin(model: nn.Module, state: ModelState) -> None:
     """
     if not (state.active or state.rows) or getattr(model, "_is_replica", False):  # DataParallel's copies
         return
-    names = {n for n, _ in state.active} | {n for n in state.rows or () if n is not None}
+    names, now = acting_names(state), state.here.now
     _check_present(model, state, names)
-    training = state.call_grad and model.training
+    training = now.grad and model.training
     if training:
         state.train_calls += 1
         for name in names if state.unhooked.get(True) and any(m.ran for m in _sites(model, state)) else ():
@@ -108,12 +108,12 @@ def _stop_listening(state: ModelState) -> None:
 
 def note_run(site: Site) -> None:
     """An awaited layer's hook runs. It is awaited on where no gradient reaches it yet, in a call that has one."""
-    state = site.state
-    site.ran, site.awaited = True, state.call_grad and not torch.is_grad_enabled()
+    state, now = site.state, site.state.here.now
+    site.ran, site.awaited = True, now.grad and not torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         return
     if not site.awaited:
-        state.fed.add(site.path)
+        now.fed.add(site.path)
     if state.watch is not None:
         state.watch.ran.add(site.path)
 
@@ -172,7 +172,7 @@ def _is_compiled(model: nn.Module) -> bool:
     return any(runs_compiled(m) for m in model.modules())
 
 
-def _check_present(model: nn.Module, state: ModelState, names: set[str]) -> None:
+def _check_present(model: nn.Module, state: ModelState, names: Iterable[str]) -> None:
     """Raise where a layer with one of these adapters is no part of the model any more."""
     links = state.links
     if links is None or not links.hold():
@@ -222,7 +222,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, state: ModelState) -> None:
         super().__init__()
-        self.training, self.thread = state.call_grad and model.training, get_ident()
+        self.training, self.thread = state.here.now.grad and model.training, get_ident()
         self.buffers = look(model) if self.training else {}
         self.read: dict[str, None] = {}
         self.ran: set[str] = set()

@@ -53,12 +53,12 @@ def attend(
     what = Scores(query, key, value, attention_mask)
     if site.awaited:
         note_run(site)
-    active, rows, call = selection_of(site)
+    active, rows, call, extent = selection_of(site)
     if rows is None:
         chosen = [(site.slots[name], weight) for name, weight in active if weight and name in site.slots]
         return _acted(module, site, chosen, what, call, None, more)
     y, weights = kind.scored(module, *what, **more)
-    for group in row_groups(site.state, site.path, site.slots, rows, query):
+    for group in row_groups(site.state, site.path, site.slots, rows, extent, query):
         chosen = [(site.slots[group.name], 1.0)]
         part, _ = _acted(module, site, chosen, what.of(group.index), call, group.index, more)
         y = y.index_copy(0, group.index, part)
@@ -135,7 +135,7 @@ def _beside(
         return kind.split(view._module, K)[None], kind.split(view._module, V)[None]
     if slot.name not in call.led:  # the virtual tokens themselves run
         return None
-    if site.state.call_grad and not torch.is_grad_enabled():
+    if site.state.here.now.grad and not torch.is_grad_enabled():
         raise SelectionError(
             f"{site.path}: adapter {slot.name!r} has virtual tokens, whose keys and values come from outside of this "
             "checkpoint, and one with use_reentrant=True carries no gradient to them. Use use_reentrant=False: "

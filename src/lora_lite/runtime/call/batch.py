@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..model.call import Extent
+from ..model.undo import surely
+
 TOKENS = ("input_ids", "inputs_embeds")
 """What transformers calls a sequence of tokens."""
 
@@ -39,13 +42,31 @@ def batch_first(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return tensors[0] if tensors else None
 
 
+def extent_of(
+    model: nn.Module, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Extent | None:
+    """The batch of a call, whose forward has these parameters."""
+    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    rest = args[len(parameters) :]
+    first = batch_first(model, rest, given)
+    if first is None or not first.dim():
+        return None
+    has_tokens = first.dim() == 3 or (first.dim() == 2 and not first.is_floating_point())
+    sizes = [value.shape[0] for value in (*rest, *given.values()) if isinstance(value, Tensor) and value.dim() > 1]
+    others = [size for size in sizes if size not in (1, first.shape[0])]
+    named = any(first is given.get(name) for name in (getattr(model, "main_input_name", ""), *TOKENS))
+    return Extent(first.shape[0], first.shape[1] if has_tokens else None, tuple(others), named)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, and every module's own mode back afterwards."""
     modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for m, mode in modes.items():
             m.training = mode
+
+    with surely(restore):
+        model.eval()
+        yield

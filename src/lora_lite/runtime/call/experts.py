@@ -12,18 +12,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...core.errors import SelectionError
 from ...ops.orthogonal import full_precision
 from ..layers.bank import Bank, banks_in
-from ..model.call import Chosen
+from ..model.call import Chosen, Extent, Rows
 from ..model.site import Site
 from ..model.state import SITE
 from ..view.expert import adapted
 from .acting import note_run
 from .recompute import selection_of
 from .rows import row_groups
+from .turns import swap_in, swap_out
 
 
 def _owned(owner: nn.Module) -> list[Bank]:
@@ -42,10 +44,16 @@ def _stand_before(owner: nn.Module, chosen: Chosen) -> None:
             new[bank.parameter] = bank.stored(w)
             if b is not None:
                 new[f"{bank.parameter}_bias"] = b
-    owner.__dict__.update(new)
+    if torch.compiler.is_compiling():
+        owner.__dict__.update(new)
+    else:
+        swap_in(owner, new)
 
 
 def _step_aside(owner: nn.Module) -> None:
+    if not torch.compiler.is_compiling():
+        swap_out(owner)
+        return
     for bank in _owned(owner):
         owner.__dict__.pop(bank.parameter, None)
         owner.__dict__.pop(f"{bank.parameter}_bias", None)
@@ -53,7 +61,8 @@ def _step_aside(owner: nn.Module) -> None:
 
 def experts_pre_hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the experts run."""
-    active, rows, _ = selection_of(_owned(owner)[0].__dict__[SITE])
+    _step_aside(owner)  # what an interrupted call has left
+    active, rows, *_ = selection_of(_owned(owner)[0].__dict__[SITE])
     if rows is None and active:
         _stand_before(owner, active)
 
@@ -68,12 +77,18 @@ def experts_post_hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         if bank.__dict__[SITE].awaited:
             note_run(bank.__dict__[SITE])
     site: Site = _owned(owner)[0].__dict__[SITE]
-    _, rows, _ = selection_of(site)
-    return None if rows is None else _by_rows(owner, site, rows, args, kwargs, output)
+    _, rows, _, extent = selection_of(site)
+    return None if rows is None else _by_rows(owner, site, rows, extent, args, kwargs, output)
 
 
 def _by_rows(
-    owner: nn.Module, site: Site, rows: tuple[str | None, ...], args: tuple[Any, ...], kwargs: dict[str, Any], y: Any
+    owner: nn.Module,
+    site: Site,
+    rows: Rows,
+    extent: Extent | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    y: Any,
 ) -> Tensor:
     """The experts once more for the tokens of each adapter; the other tokens keep what the base gave them."""
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
@@ -83,7 +98,7 @@ def _by_rows(
             "adapters cannot be told apart. Run one batch per adapter: with ll.active(model, name)."
         )
     names = {n for bank in _owned(owner) for n in bank.__dict__[SITE].slots}
-    for group in row_groups(site.state, site.path, names, rows, y):
+    for group in row_groups(site.state, site.path, names, rows, extent, y):
 
         def pick(t: Any, index: Tensor = group.index) -> Any:
             return t.index_select(0, index) if isinstance(t, Tensor) else t

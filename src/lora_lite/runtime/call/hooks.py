@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...core.errors import SelectionError, StateError, WeightError
 from ..layers.offload import brought_back, is_away
-from ..model.call import Call, Selection
+from ..model.call import Call, Extent, Rows, Selection
 from ..model.site import Site, Slot
 from ..model.state import SITE
 from ..view.composed import blend
@@ -100,11 +100,11 @@ def apply_selected(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, se
 
 
 def _apply_selected(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, selection: Selection) -> Tensor:
-    active, rows, call = selection
+    active, rows, call, extent = selection
     if y is not None and x.dtype != y.dtype and isinstance(x, Tensor) and x.is_floating_point():
         x = x.to(y.dtype)  # autocast, or a layer that returns another dtype than it takes
     if rows is not None:
-        return _apply_rows(layer, site, x, y, rows, call)
+        return _apply_rows(layer, site, x, y, rows, call, extent)
     value = x if y is None else y
     for name, weight in active:
         slot = site.slots.get(name)
@@ -115,11 +115,17 @@ def _apply_selected(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, s
 
 
 def _apply_rows(
-    layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, rows: tuple[str | None, ...], call: Call | None
+    layer: nn.Module,
+    site: Site,
+    x: Tensor,
+    y: Tensor | None,
+    rows: Rows,
+    call: Call | None,
+    extent: Extent | None,
 ) -> Tensor:
     """The same with one adapter per row: several at once where they can, the rest one after the other."""
     value = x if y is None else y
-    groups = row_groups(site.state, site.path, site.slots, rows, x)
+    groups = row_groups(site.state, site.path, site.slots, rows, extent, x)
     if site.kind.groups_rows:
         value, groups = grouped(layer, site, groups, x, y)
     for group in groups:

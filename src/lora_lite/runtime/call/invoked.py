@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...core.errors import SelectionError
 from ..model.call import Begun
+from ..model.state import ModelState
 from ..view.cache import cache_of
 
 
@@ -52,7 +53,8 @@ def since(
     if compiling or not isinstance(past, int):
         return keep, None
     tail = both[:, max(0, both.shape[1] - len(wanted) + 1) :]
-    return keep, Begun(None if cache is None else weakref.ref(cache), past + T, rows, tail)
+    known_later = cache is not None and not isinstance(cache, (tuple, list))
+    return keep, Begun(weakref.ref(cache) if known_later else None, past + T, rows, tail)
 
 
 def _continued(last: Begun | None, past: Any, cache: Any, B: int) -> Begun | None:
@@ -63,14 +65,18 @@ def _continued(last: Begun | None, past: Any, cache: Any, B: int) -> Begun | Non
     return replace(last, rows=last.rows.repeat_interleave(n), tail=last.tail.repeat_interleave(n, 0))
 
 
-def note_cache(begun: dict[str, Begun], output: Any) -> None:
-    """Remember the cache that a call made by itself; forget what no later call can continue."""
+def note_cache(state: ModelState, begun: dict[str, Begun], output: Any) -> None:
+    """Remember what a call leaves for those that continue its cache, which it may have made by itself; forget what no
+    later call can continue."""
     made = cache_of(output) if isinstance(output, Mapping) else None
-    for text, one in list(begun.items()):
-        if one.cache is None and (made is None or isinstance(made, (tuple, list))):
-            del begun[text]
-        elif one.cache is None:
-            begun[text] = replace(one, cache=weakref.ref(made))
+    for key in [key for key, one in list(state.begun.items()) if one.cache is None or one.cache() is None]:
+        state.begun.pop(key, None)
+    for text, one in begun.items():
+        if one.cache is None and made is not None and not isinstance(made, (tuple, list)):
+            one = replace(one, cache=weakref.ref(made))
+        cache = None if one.cache is None else one.cache()
+        if cache is not None:
+            state.begun[text, id(cache)] = one
 
 
 def _last_start(tokens: Tensor, wanted: tuple[int, ...]) -> Tensor:

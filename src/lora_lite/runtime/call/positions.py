@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...core.errors import SelectionError
 from ...core.positions import Since, parse_positions
-from ..model.call import Call, Columns, Prompt
+from ..model.call import Call, Chosen, Columns, Prompt, Rows
 from ..model.state import ModelState
 from ..view.cache import cache_of
 from .batch import TOKENS
@@ -29,14 +29,21 @@ CURE = (
 )
 
 
-def locate(state: ModelState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+def locate(
+    state: ModelState,
+    active: Chosen,
+    rows: Rows | None,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Call | None:
     """Where the acting adapters' positions lie in this call; None when none of them asks.
 
     Raises:
         SelectionError: the prompt cannot be told from the call, and a guess would be a silent mistake.
     """
     texts = {}
-    for name in state.rows if state.rows is not None else [n for n, _ in state.active]:
+    for name in [n for n, _ in active] if rows is None else rows.names:
         text = "all" if name is None else getattr(state.records[name].cfg, "positions", "all")
         if text != "all":
             texts[text] = name
@@ -57,7 +64,7 @@ def _prompts(state: ModelState, model: nn.Module, batch: _Batch, texts: list[str
     """What `Call.found` holds for the wordings that speak of the prompt."""
     if not texts:
         return {}
-    if _is_over(state.prompt, batch.past, batch.T):
+    if _is_over(state.said_here().prompt, batch.past, batch.T):
         return {text: (None, None, 0) if text == "generated" else () for text in texts}
     n = _lengths(state, model, batch)
     return {text: _columns(text, n, batch) for text in texts}
@@ -67,10 +74,10 @@ def _since(state: ModelState, text: str, batch: _Batch) -> Columns:
     """What it holds for one that speaks of tokens."""
     spec = parse_positions(text)
     assert isinstance(spec, Since)
-    last = state.begun.get(text)
+    last = state.begun.get((text, id(batch.cache)))
     keep, begun = since(batch.tokens, spec.tokens, batch.past, batch.cache, last, batch.who)
     if begun is not None:
-        state.begun[text] = begun
+        state.here.now.begun[text] = begun
     if batch.mask is not None:
         keep = keep & batch.mask.index_select(1, torch.arange(batch.T, device=batch.device) + batch.past)
     return None, keep, 0
@@ -150,7 +157,7 @@ def _prompt_tokens(p: int, s: int, n: Tensor, count: Tensor | None, T: int, past
 def _lengths(state: ModelState, model: nn.Module, batch: _Batch) -> Tensor:
     """(B,) number of prompt tokens per row: what `ll.prompt` says, else what the labels say, else all tokens of a first
     call."""
-    given = state.prompt
+    given = state.said_here().prompt
     if given is not None and given.lengths is not None:
         return _named_lengths(given, given.lengths, batch)
     if given is not None and batch.is_first:
@@ -218,17 +225,18 @@ def _labelled_lengths(labels: Tensor, batch: _Batch) -> Tensor:
 def _watch_growth(state: ModelState, named: Mapping[str, Any], tokens: Tensor, who: str) -> None:
     """Generation without a cache calls the model with ever longer sequences; from the second on the prompt cannot be
     told."""
+    now = state.here.now
     if named.get("use_cache") is not False or tokens.is_floating_point():
-        state.previous = None
+        now.previous = None
         return
-    old, state.previous = state.previous, tokens
+    old, now.previous = now.previous, tokens
     if (
         old is not None
         and old.shape[0] == tokens.shape[0]
         and old.shape[1] + 1 == tokens.shape[1]
         and torch.equal(old, tokens[:, :-1])
     ):
-        state.previous = None
+        now.previous = None
         raise SelectionError(
             f"{who}: this looks like generation without a cache, where prompt and answer come as one sequence. {CURE}"
         )

@@ -10,44 +10,69 @@ from torch import Tensor
 
 from ..._torch import backward_is_running, function_cuts, inside_checkpoint, inside_reentrant_checkpoint
 from ...core.errors import LoraLiteWarning, SelectionError, listing
-from ..model.call import Selection
+from ..model.call import Running, Selection
 from ..model.site import Site
-from ..model.state import ModelState
+from ..model.state import ModelState, acting_names
 from .batch import values_of
 
 
 def selection_of(site: Site) -> Selection:
-    """(active adapters with weights, one adapter per row or None, token positions or None) for the running forward.
+    """What acts in the running forward: what its call of the model began with, in whatever thread it runs.
 
     A recomputation in backward may run after the `with` block of its forward and on another thread: it gets the
     selection of the checkpointed forward that waits for it. Two such forwards under different selections cannot be told
     apart, so they raise.
     """
     state = site.state
-    chosen: Selection = (state.active, state.rows, state.call)
+    now = state.here.now
+    chosen = now.selection or (*state.selected, None, None)
     if torch.compiler.is_compiling():
         if inside_checkpoint() and not state.compiled_checkpoint:
             state.compiled_checkpoint = True
         return chosen
     if not backward_is_running():
-        if _in_checkpoint(site):
-            if state.pending_done:
-                state.pending, state.pending_done = [], False
-            if chosen not in state.pending:
-                state.pending.append(chosen)
+        if _in_checkpoint(site, now):
+            _await(state, now, chosen)
         return chosen
-    if len(state.pending) > 1:
-        state.pending_done = True  # the next step starts anew
+    waiting = _waiting(state, now)
+    if len(waiting) > 1:
+        _done(state, now)  # the next step starts anew
         raise SelectionError(
             "gradient checkpointing recomputes a forward in backward, but checkpointed forwards ran under several "
-            f"adapter selections or prompts ({', '.join(_show(s) for s in state.pending)}) and it cannot be told "
+            f"adapter selections or prompts ({', '.join(_show(s) for s in waiting)}) and it cannot be told "
             "which one this is. Call backward before the next forward, run reference passes under torch.no_grad(), "
             "or switch gradient checkpointing off."
         )
-    if not state.pending:
+    if not waiting:
         return chosen
-    state.pending_done = True
-    return state.pending[0]
+    _done(state, now)
+    return waiting[0]
+
+
+def _await(state: ModelState, now: Running, chosen: Selection) -> None:
+    """Note the selection of a checkpointed forward for its recomputation."""
+    if now.pending_done:
+        now.pending, now.pending_done = [], False
+    if chosen not in now.pending:
+        now.pending.append(chosen)
+        state.waiting.add(now)
+
+
+def _waiting(state: ModelState, now: Running) -> list[Selection]:
+    """The selections of this thread's checkpointed forwards; of all threads' where it had none, as the threads of the
+    autograd engine."""
+    if now.pending:
+        return now.pending
+    found: list[Selection] = []
+    for other in list(state.waiting):
+        found += [selection for selection in list(other.pending) if selection not in found]
+    return found
+
+
+def _done(state: ModelState, now: Running) -> None:
+    """The backward pass of the waiting forwards has begun: the next forward starts a new list."""
+    for one in [now] if now.pending else list(state.waiting):
+        one.pending_done = True
 
 
 def changed(state: ModelState) -> None:
@@ -64,18 +89,18 @@ def changed(state: ModelState) -> None:
         )
 
 
-def _in_checkpoint(site: Site) -> bool:
+def _in_checkpoint(site: Site, now: Running) -> bool:
     """Whether a checkpointed region is running forward for the first time."""
     state = site.state
     if torch.is_grad_enabled():
         return inside_checkpoint()
-    if state.call_grad:  # and none here: a reentrant checkpoint, or the model's own no_grad
+    if now.grad:  # and none here: a reentrant checkpoint, or the model's own no_grad
         if site.path not in state.gradless:
             state.gradless[site.path] = function_cuts()
-            state.newly_gradless.append(site.path)
+            now.newly_gradless.append(site.path)
             site.awaited = True  # it may run again, with a gradient
         return True
-    return not state.in_call and inside_reentrant_checkpoint()  # the search is long
+    return not now.in_call and inside_reentrant_checkpoint()  # the search is long
 
 
 def check_fed(state: ModelState, output: Any) -> None:
@@ -84,9 +109,9 @@ def check_fed(state: ModelState, output: Any) -> None:
     Raises:
         SelectionError: a reentrant checkpoint cut them off.
     """
-    names = dict.fromkeys((*(n for n, _ in state.active), *(n for n in state.rows or () if n is not None)))
+    now, names = state.here.now, acting_names(state)
     trained = {p for n in names if (r := state.records[n]).trainable and r.variant.trains for p in r.targets}
-    cut = {p: state.gradless.get(p) for p in state.newly_gradless if p in trained and p not in state.fed}
+    cut = {p: state.gradless.get(p) for p in now.newly_gradless if p in trained and p not in now.fed}
     _check_cut(state, [path for path, by_checkpoint in cut.items() if by_checkpoint], len(trained), output)
     bare = [path for path, by_checkpoint in cut.items() if by_checkpoint is None]
     if bare and not state.cut_noted:
@@ -118,5 +143,5 @@ def _has_gradient(output: Any) -> bool:
 
 
 def _show(selection: Any) -> str:
-    active, rows, _ = selection
-    return f"rows {list(rows)}" if rows is not None else str([n for n, _ in active] or None)
+    active, rows, *_ = selection
+    return f"rows {list(rows.names)}" if rows is not None else str([n for n, _ in active] or None)

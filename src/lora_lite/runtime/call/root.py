@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 import warnings
 from typing import Any
 
@@ -14,7 +16,7 @@ from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
 from ..view import kept as memo
 from . import acting
-from .batch import batch_first
+from .batch import extent_of
 from .context import with_context
 from .invoked import note_cache
 from .positions import locate
@@ -26,29 +28,32 @@ from .vocabulary import await_head, check_head, watch_vocabulary
 def root_pre_hook(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Note the batch size, the gradient mode and, where an adapter asks, the token positions of a call of the whole
-    model; run virtual tokens before it."""
+    """Note for this thread what acts in a call of the whole model, the gradient mode and, where an adapter asks, the
+    batch and the token positions; run virtual tokens before it."""
     state: ModelState = model.__dict__[STATE]
-    if not torch.compiler.is_compiling():
-        state.in_call, state.call_grad = True, torch.is_grad_enabled()
-        state.newly_gradless, state.fed = [], set()
-        memo.begin(state, model, kwargs)
+    now = state.here.now
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        wait_for_change(state)
+        now.in_call, now.grad = True, torch.is_grad_enabled()
+        now.fed, now.newly_gradless = set(), []
+        memo.begin(now, model, kwargs)
         if state.vocabulary:
             watch_vocabulary(model, state)
         acting.begin(model, state)
-        if state.call_grad and model.training:
+        if now.grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)
             if state.vocabulary:
                 await_head(model, state)
-    call = locate(state, model, args, kwargs)
-    if state.context:
-        call = with_context(state, model, args, kwargs, call)
-    if call is not state.call:  # an exporter follows no needless change
-        state.call = call
-    if state.rows is not None:  # reading the size would make a compiled model depend on it
-        first = batch_first(model, args, kwargs)
-        state.batch = None if first is None else int(first.shape[0])
+    active, rows = state.selected
+    call = locate(state, active, rows, model, args, kwargs)
+    call = with_context(state, model, args, kwargs, call)
+    # reading the sizes would make a compiled model depend on them
+    extent = None if rows is None else extent_of(model, state.parameters, args, kwargs)
+    selection = None if compiling and call is None and extent is None else (active, rows, call, extent)
+    if selection is not now.selection:  # an exporter follows no needless change
+        now.selection = selection
     return lead(state, model, args, kwargs)
 
 
@@ -56,24 +61,30 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """Raise when a training call left something without a gradient: adapted layers, by a reentrant checkpoint, or what
     stands on a head that it did not call. Also called when the model failed, to end what was begun."""
     state: ModelState = model.__dict__[STATE]
-    if state.call is not None:
-        state.call = None
+    now = state.here.now
     if torch.compiler.is_compiling():
+        if now.selection is not None:
+            now.selection = None
         return
     failed = output is None and sys.exc_info()[0] is not None
     idle = acting.end(model, state, failed)
-    if state.begun and not failed:
-        note_cache(state.begun, output)
-    state.batch = state.memo = None
-    state.in_call, had_grad = False, state.call_grad
-    state.call_grad = False
+    had_grad, begun = now.grad, now.begun
+    now.end()
     if failed:  # an exception is on its way
         return
+    if begun:
+        note_cache(state, begun, output)
     if had_grad and state.vocabulary and model.training:
         check_head(model, state)
     acting.tell(idle)
     if had_grad and state.gradless and model.training and torch.is_grad_enabled():
         check_fed(state, output)
+
+
+def wait_for_change(state: ModelState) -> None:
+    """Let a verb in another thread finish what it changes."""
+    while state.changing not in (None, threading.get_ident()):
+        time.sleep(1e-4)
 
 
 def _watch_schedules(state: ModelState) -> None:

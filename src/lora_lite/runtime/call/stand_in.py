@@ -8,8 +8,6 @@ a page that has changed y, and on layers whose weight is packed.
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +15,11 @@ from ..model.call import Call, Chosen
 from ..model.site import Site, Slot
 from ..view.composed import blend
 from ..view.layer import LayerView
+from .turns import swap_in, swap_out
 
 PARAMETER = "weight"
 EXACT = (torch.float32, torch.float64)
 """Weights to which a small change can be added without losing it."""
-_turn = threading.RLock()
-"""Held while a weight stands in: a second thread that runs the same layer would meet it, or miss it."""
-_mine = threading.local()
-"""`layers`: the layers on which this thread has put a weight."""
 
 
 def stand_before(layer: nn.Module, site: Site, chosen: Chosen, call: Call | None) -> None:
@@ -42,9 +37,7 @@ def stand_before(layer: nn.Module, site: Site, chosen: Chosen, call: Call | None
         assert slot.weight is not None
         other = blend(W, slot.weight(view, W), 1.0 if slot.own_weight else strength)
         new = other if new is W else new + (other - W)
-    _turn.acquire()
-    layer.__dict__[PARAMETER] = site.kind.as_stored(layer, new)
-    _put().append(layer)
+    swap_in(layer, {PARAMETER: site.kind.as_stored(layer, new)})
 
 
 def leading(site: Site, chosen: Chosen) -> list[tuple[Slot, float]]:
@@ -68,19 +61,7 @@ def rest(site: Site, chosen: Chosen) -> Chosen:
 
 def step_aside(layer: nn.Module) -> bool:
     """The stored weight again; whether this thread had put another one before it."""
-    if torch.compiler.is_compiling():
-        return False
-    put = _put()
-    if not any(one is layer for one in put):
-        return False
-    put.remove(layer)
-    layer.__dict__.pop(PARAMETER, None)
-    _turn.release()
-    return True
-
-
-def _put() -> list[nn.Module]:
-    return _mine.__dict__.setdefault("layers", [])
+    return not torch.compiler.is_compiling() and swap_out(layer)
 
 
 def _takes(layer: nn.Module, site: Site, stored: Tensor) -> bool:

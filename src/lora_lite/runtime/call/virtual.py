@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import SelectionError
-from ..model.call import Call, Chosen, Led
+from ..model.call import Call, Chosen, Led, Rows
 from ..model.record import Record
 from ..model.site import Site, Slot
 from ..model.state import SITE, ModelState
+from ..model.undo import surely
 from ..view.cache import cache_of
 from ..view.kept import versions
 from ..view.layer import LayerView
@@ -35,7 +36,9 @@ def lead(state: ModelState, model: nn.Module, args: tuple[Any, ...], kwargs: dic
     Raises:
         SelectionError: the model takes no positions or embeddings.
     """
-    acting = {name: state.records[name].variant for name in _acting(state)}
+    now = state.here.now
+    active, rows, call, extent = now.selection or (*state.selected, None, None)
+    acting = {name: state.records[name].variant for name in _acting(active, rows)}
     tokens = [name for name, variant in acting.items() if variant.tokens is not None]
     lengths = {name: state.records[name].cfg.r for name, variant in acting.items() if variant.prefix is not None}
     if not tokens and not lengths:
@@ -45,19 +48,20 @@ def lead(state: ModelState, model: nn.Module, args: tuple[Any, ...], kwargs: dic
     first = batch_first(model, (), named)
     if first is None:
         raise SelectionError(f"adapter {[*acting][0]!r} stands before the text, and the call brings none.")
-    state.call = call = state.call or Call((first.shape[0], first.shape[1] if first.dim() > 1 else 1), {})
+    call = call or Call((first.shape[0], first.shape[1] if first.dim() > 1 else 1), {})
     call.led = {}
+    now.selection = active, rows, call, extent
     if tokens:
         _check(model, parameters, tokens)
-        call.led = led = _led(state, model, tokens)
+        call.led = led = _led(state, model, tokens, active, rows)
         lengths |= {name: next(iter(found.values()))[0].shape[2] for name, found in led.items()}
     if "position_ids" not in parameters:
         return None
-    return (), {**named, "position_ids": _positions(state, named, first, lengths)}
+    return (), {**named, "position_ids": _positions(rows, named, first, lengths)}
 
 
-def _acting(state: ModelState) -> list[str]:
-    names = state.rows if state.rows is not None else [name for name, weight in state.active if weight]
+def _acting(active: Chosen, rows: Rows | None) -> list[str]:
+    names = [name for name, weight in active if weight] if rows is None else rows.names
     return [name for name in dict.fromkeys(names) if name is not None]
 
 
@@ -70,11 +74,11 @@ def _check(model: nn.Module, parameters: list[str], names: list[str]) -> None:
         )
 
 
-def _led(state: ModelState, model: nn.Module, names: list[str]) -> dict[str, Led]:
+def _led(state: ModelState, model: nn.Module, names: list[str], active: Chosen, rows: Rows | None) -> dict[str, Led]:
     """Adapter -> what its virtual tokens leave; all together where they act together, alone where a batch mixes
     them."""
-    if state.rows is None:
-        return _run(state, model, names, state.active)
+    if rows is None:
+        return _run(state, model, names, active)
     found: dict[str, Led] = {}
     for name in names:
         found |= _run(state, model, [name], ((name, 1.0),))
@@ -91,13 +95,14 @@ def _run(state: ModelState, model: nn.Module, names: list[str], active: Chosen) 
     """Adapter -> what its virtual tokens leave on each attention module, under this selection."""
     records = [state.records[name] for name in names]
     views = [_view(state, model, record) for record in records]
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or state.memo is None or len(active) > 1:
+    memo = state.here.now.memo
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or memo is None or len(active) > 1:
         return _left(state, model, records, views, active)
     key = ("virtual tokens", *names)
-    stamp = (*versions(views[0]._module, views[0]._slot), id(state.context))
-    if key not in state.memo or state.memo[key][0] != stamp:
-        state.memo[key] = stamp, _left(state, model, records, views, active)
-    return state.memo[key][1]  # type: ignore[return-value]
+    stamp = (*versions(views[0]._module, views[0]._slot), id(state.said_here().context))
+    if key not in memo or memo[key][0] != stamp:
+        memo[key] = stamp, _left(state, model, records, views, active)
+    return memo[key][1]  # type: ignore[return-value]
 
 
 def _view(state: ModelState, model: nn.Module, record: Record) -> LayerView:
@@ -106,7 +111,7 @@ def _view(state: ModelState, model: nn.Module, record: Record) -> LayerView:
     site: Site = layer.__dict__[SITE]
     slot: Slot = site.slots[record.name]
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return LayerView(layer, slot, embeddings.weight.dtype, state.call)
+    return LayerView(layer, slot, embeddings.weight.dtype, state.here.now.call)
 
 
 def _left(
@@ -143,20 +148,23 @@ def _rows_first(tokens: Tensor) -> Tensor:
 @contextmanager
 def _alone(state: ModelState, decoder: nn.Module, active: Chosen) -> Iterator[None]:
     """Under this selection, without rows, and without gradient checkpointing, which would keep no cache."""
-    saved = state.active, state.rows, state.batch
+    now = state.here.now
+    saved = now.selection
     checked = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
-    try:
-        state.active, state.rows, state.batch = active, None, None
-        for module in checked:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        yield
-    finally:
-        state.active, state.rows, state.batch = saved
+
+    def restore() -> None:
+        now.selection = saved
         for module in checked:
             module.gradient_checkpointing = True  # type: ignore[assignment]
 
+    with surely(restore):
+        now.selection = active, None, now.call, None
+        for module in checked:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
 
-def _positions(state: ModelState, named: dict[str, Any], first: Tensor, lengths: dict[str, int]) -> Tensor:
+
+def _positions(rows: Rows | None, named: dict[str, Any], first: Tensor, lengths: dict[str, int]) -> Tensor:
     """The text's positions, moved behind the virtual tokens of each row."""
     at = named.get("position_ids")
     if at is None:
@@ -167,9 +175,10 @@ def _positions(state: ModelState, named: dict[str, Any], first: Tensor, lengths:
         if tokens.is_floating_point():  # vectors
             T = tokens.shape[-2] if tokens.dim() > 2 else 1
         at = (torch.arange(T, device=tokens.device) + past)[None]
-    if state.rows is None:
+    if rows is None:
         return at + sum(lengths.values())
-    if len(first) % len(state.rows):
-        raise SelectionError(f"ll.rows names {len(state.rows)} rows, and the batch has {len(first)}.")
-    each = torch.tensor([lengths.get(name or "", 0) for name in state.rows], device=at.device)
-    return at + each.repeat_interleave(len(first) // len(state.rows))[:, None]
+    names = rows.names
+    if len(first) % len(names):
+        raise SelectionError(f"ll.rows names {len(names)} rows, and the batch has {len(first)}.")
+    each = torch.tensor([lengths.get(name or "", 0) for name in names], device=at.device)
+    return at + each.repeat_interleave(len(first) // len(names))[:, None]

@@ -13,10 +13,10 @@ from .embedding import Embedding
 from .experts import Experts
 from .linear import LINEAR
 from .norm import NormKind
+from .whole_module import WholeModule
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (LINEAR, Experts(), Embedding(), Conv(), NormKind(), Block(), Attention())
-}
+ALL = (LINEAR, Experts(), Embedding(), Conv(), NormKind(), Block(), Attention(), WholeModule())
+KINDS: dict[str, Kind] = {kind.name: kind for kind in ALL}
 """Name -> kind, in the order in which a module is asked for its kind."""
 DEFAULT_KIND = LINEAR.name
 """What a file means that names none."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 Chosen = tuple[tuple[str, float], ...]
 """Adapters with their weights, in attach order."""
-Rows = tuple[str | None, ...]
+Names = tuple[str | None, ...]
 """One adapter per batch row; None is the bare base."""
 Columns = tuple[()] | tuple[Tensor | None, Tensor | None, int]
 """Where some wording's tokens lie in a call, see `Call`."""
@@ -28,6 +32,36 @@ class Prompt:
         """(rows,) on the CPU; None: all tokens of a call that are no padding."""
         self.ends: int | None = None
         """Column at which the prompts of the present generation are known to be over."""
+
+
+class Said(NamedTuple):
+    """What the `with ll.prompt(...)` and `with ll.context(...)` blocks of a thread say."""
+
+    prompt: Prompt | None = None
+    context: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Rows(NamedTuple):
+    """One adapter per row of the model's batch, and per element of batches inside that are others."""
+
+    names: Names
+    """One per row of the model's own batch."""
+    inner: Names = ()
+    """One per element of an inner batch; empty: none was named."""
+    at: tuple[tuple[str, Names], ...] = ()
+    """(path of a layer, one per element of its batch)."""
+
+
+class Extent(NamedTuple):
+    """The batch of a running call of the model."""
+
+    batch: int
+    tokens: int | None
+    """Second dimension of its input, where that counts tokens."""
+    others: tuple[int, ...] = ()
+    """First dimensions of the call's other tensors that are not the batch."""
+    named: bool = True
+    """The input bears a name that says that its batch comes first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +140,56 @@ class RowGroup:
     """(n,) bool, True at its rows."""
 
 
-Selection = tuple[Chosen, Rows | None, Call | None]
-"""(active adapters with weights, one adapter per row or None, token positions or None)."""
+Selection = tuple[Chosen, Rows | None, Call | None, Extent | None]
+"""(active adapters with weights, one adapter per row or None, token positions or None, the batch or None)."""
+
+
+class Running:
+    """What one thread knows of the call of the model that it runs; nothing of it lives on the model, which several
+    threads may call at once."""
+
+    def __init__(self) -> None:
+        self.selection: Selection | None = None
+        """What acts until the call ends, whatever becomes of the model's selection; None outside of a call."""
+        self.in_call = False
+        self.grad = False
+        """Whether the call was entered with gradients enabled."""
+        self.fed: set[str] = set()
+        """Paths of awaited layers that ran with a gradient in the last call."""
+        self.newly_gradless: list[str] = []
+        """Paths of layers that ran without one in it, and in no call before, see `call.recompute`."""
+        self.memo: Memo | None = None
+        """What pages keep from one step of cached decoding to the next, see `view.kept`; None where nothing may be
+        kept."""
+        self.decoding: tuple[weakref.ref[object], Memo] | None = None
+        """(weak reference to the key-value cache that this thread continues, its memo)."""
+        self.previous: Tensor | None = None
+        """Tokens of the last call, where the next one may show that they were a prompt growing without a cache."""
+        self.begun: dict[str, Begun] = {}
+        """Wording of positions -> what this call leaves for one that continues its cache."""
+        self.said: Said | None = None
+        """What this thread's own blocks say."""
+        self.pending: list[Selection] = []
+        """Selections under which checkpointed forwards ran and wait for their recomputation."""
+        self.pending_done = False
+
+    @property
+    def call(self) -> Call | None:
+        """Token positions of the call, for the adapters that ask for some."""
+        return None if self.selection is None else self.selection[2]
+
+    def end(self) -> None:
+        """The call is over."""
+        self.selection = self.memo = None
+        self.in_call = self.grad = False
+        self.begun = {}
+
+
+class PerThread(threading.local):
+    """`now`: a `Running` for each thread that asks."""
+
+    def __init__(self) -> None:
+        self.now = Running()
 
 
 @dataclass

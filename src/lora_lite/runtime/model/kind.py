@@ -105,6 +105,8 @@ class Kind:
     """It is no layer with a weight, but a place where a method stands by its `site`, whatever its config chooses."""
     stream = False
     """It is the residual stream after a block."""
+    named = False
+    """Any module that its config names may be one."""
     attends = False
     """Adapters act where queries, keys and values become scores, not on the module's input and output."""
     swaps_weight = False

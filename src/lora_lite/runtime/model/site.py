@@ -155,9 +155,12 @@ def owned_tensors(model: nn.Module, record: Record) -> Iterator[tuple[Target, st
     for target in record.targets.values():
         for short in target.specs:
             path, attribute = place(target, short, record.name)
-            module = model.get_submodule(path)
-            tensor = tensor_on(module, attribute)
-            if tensor is None:
+            try:
+                module = model.get_submodule(path)
+            except AttributeError:
+                module = None
+            tensor = None if module is None else tensor_on(module, attribute)
+            if module is None or tensor is None:
                 raise StateError(
                     f"adapter {record.name!r}: {f'{path}.{attribute}'.lstrip('.')} is gone; something replaced the "
                     "layer or deleted its parameters. Detach and load the adapter again."

@@ -7,15 +7,18 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..._torch import modules_called_elsewhere
 from ...core.errors import ConfigError, SelectionError, StateError, did_you_mean
-from .call import Begun, Call, Chosen, Links, Memo, Prompt, RowGroup, Rows, Selection
+from .call import Begun, Chosen, Links, Names, PerThread, RowGroup, Rows, Running, Said
 from .merged import Merged
 from .record import Record
 
 STATE, SITE = "_lora_lite_state", "_lora_lite_site"
 DEFAULT = "default"
+WRAPPED = "module"
+"""Under this name torch's wrappers of data-parallel training keep the model."""
 
 
 class ModelState:
@@ -23,9 +26,12 @@ class ModelState:
 
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
-        self.active: Chosen = ()
-        self.rows: Rows | None = None
-        self.row_cache: dict[tuple[Rows, int, torch.device], dict[str, RowGroup]] = {}
+        self.selected: tuple[Chosen, Rows | None] = (), None
+        """What acts on the next call: adapters, or one per row. One attribute, so that a call in another thread reads
+        both at once."""
+        self.here = PerThread()
+        """What each thread knows of the call that it runs."""
+        self.row_cache: dict[tuple[Names, int, torch.device], dict[str, RowGroup]] = {}
         """Index tensors of recent row selections."""
         self.row_epoch = 0
         """Counts `ll.rows` blocks: what one of them stacked is not used by the next."""
@@ -33,49 +39,30 @@ class ModelState:
         """Base parameters that required a gradient before the first attach; detach gives it back."""
         self.held: list[str] = []
         """Paths of the norms whose running figures are held, see `held`."""
+        self.parameters: tuple[str, ...] = ()
+        """Names of the parameters of the model's forward."""
         self.merged: Merged | None = None
         self.vocabulary: dict[str, int] = {}
         """Rows of the adapted embeddings and heads when they were adapted, see `call.vocabulary`."""
-        self.batch: int | None = None
-        """Batch size of the running root call."""
-        self.in_call = False
-        """A call of the whole model is running."""
-        self.call_grad = False
-        """Whether the running root call was entered with gradients enabled."""
+        self.said: dict[int, Said] = {}
+        """Thread -> what its `with ll.prompt(...)` and `with ll.context(...)` blocks say."""
+        self.begun: dict[tuple[str, int], Begun] = {}
+        """(wording of positions, cache) -> what the last call left for one that continues that cache."""
+        self.waiting: weakref.WeakSet[Running] = weakref.WeakSet()
+        """Threads with selections that wait for a recomputation, which the autograd engine may run in a thread of its
+        own."""
         self.gradless: dict[str, bool | None] = {}
         """Paths of layers that ran without a gradient in a training call -> whether a reentrant checkpoint cut it off
         there; None: the model's own `no_grad`, see `call.recompute`."""
-        self.newly_gradless: list[str] = []
-        """Those of them that were seen first in the present root call."""
-        self.fed: set[str] = set()
-        """Paths of awaited layers that ran with a gradient in the present root call."""
         self.cut_noted = False
         """Whether the model's own `no_grad` was warned about."""
-        self.prompt: Prompt | None = None
-        """What `ll.prompt` says, see `call.positions`."""
-        self.context: dict[str, Tensor] = {}
-        """What `ll.context` says."""
-        self.call: Call | None = None
-        """What the running root call has of its own, where an adapter asks for it."""
-        self.previous: Tensor | None = None
-        """Tokens of the last call, where the next one may show that they were a prompt growing without a cache."""
-        self.begun: dict[str, Begun] = {}
-        """Wording of positions -> what its last call left for one that continues the same cache."""
-        self.memo: Memo | None = None
-        """What pages keep from one step of cached decoding to the next, see `view.kept`; None where nothing may be
-        kept."""
-        self.decoding: tuple[weakref.ref[object], Memo] | None = None
-        """(weak reference to the key-value cache that is being continued, its memo)."""
-        self.pending: list[Selection] = []
-        """Selections under which checkpointed forwards ran and wait for their recomputation."""
-        self.pending_done = False
         self.compiled_checkpoint = False
         """A compiler traced a hook inside a checkpoint."""
         self.compiled_checkpoint_noted = False
         self.links: Links | None = None
         """The ways from the model down to its adapted layers, see `call.acting`."""
         self.watch: Any = None
-        """What listens to the running call, see `call.acting`."""
+        """What listens to a running call, of one thread at a time, see `call.acting`."""
         self.unhooked: dict[bool, list[str]] = {}
         """Training or not -> paths of adapted layers that did not run in the first such call since an adapter was
         added, while other code read their weight."""
@@ -83,11 +70,52 @@ class ModelState:
         """Training calls since."""
         self.scope_thread: int | None = None
         self.scope_depth = 0
+        self.changing: int | None = None
+        """The thread that is changing adapters; calls in other threads wait for it."""
+
+    @property
+    def active(self) -> Chosen:
+        """The adapters that act on the next call."""
+        return self.selected[0]
+
+    @property
+    def rows(self) -> Rows | None:
+        """One adapter per row of the next call, inside a `with ll.rows(...)` block."""
+        return self.selected[1]
+
+    def select(self, active: Chosen, rows: Rows | None = None) -> None:
+        """Choose what acts from now on, in the rest of this thread's own call too."""
+        now = self.here.now
+        if now.selection is not None:
+            now.selection = (active, rows, *now.selection[2:])
+        self.selected = active, rows
+
+    def said_here(self) -> Said:
+        """What this thread's blocks say, or those of the one thread that has any, as around a thread that generates."""
+        if self.here.now.said is not None or not self.said:
+            return self.here.now.said or Said()
+        if len(self.said) > 1:
+            raise SelectionError(
+                "several threads are inside a `with ll.prompt(...)` or `with ll.context(...)` block of this model, and "
+                "this one is not: which of them is meant cannot be told. Open the block in the thread that calls the "
+                "model."
+            )
+        return next(iter(self.said.values()))
 
     def __getstate__(self) -> dict[str, object]:
         # a copy is in no call and no scope of the original
-        kept = ("records", "active", "row_epoch", "base_trainable", "held", "merged", "vocabulary")
-        return {**ModelState().__dict__, **{k: self.__dict__[k] for k in kept}}
+        kept = ("records", "row_epoch", "base_trainable", "held", "parameters", "merged", "vocabulary")
+        return {**{k: self.__dict__[k] for k in kept}, "selected": (self.active, None)}
+
+    def __setstate__(self, data: dict[str, object]) -> None:
+        self.__init__()
+        self.__dict__.update(data)
+
+
+def acting_names(state: ModelState) -> dict[str, None]:
+    """The adapters that act on the next call, or on some row of it."""
+    rows = () if state.rows is None else state.rows.names
+    return dict.fromkeys((*(name for name, _ in state.active), *(name for name in rows if name is not None)))
 
 
 def check_module(model: object) -> None:
@@ -111,9 +139,9 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         elif (
             type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-            and "module" in model._modules
+            and WRAPPED in model._modules
         ):
-            model = model._modules["module"]  # type: ignore[assignment]
+            model = model._modules[WRAPPED]  # type: ignore[assignment]
         else:
             return model
 
@@ -143,13 +171,24 @@ def not_merged(state: ModelState, what: str) -> None:
         raise StateError(f"the model is merged; call ll.unmerge(model) before {what}.")
 
 
-def outside_scope(state: ModelState, what: str) -> None:
-    """Raise inside a `with ll.active(...)` or `with ll.rows(...)` block, whose end would undo or contradict the
-    change."""
-    if state.scope_depth:
+def outside_calls(model: nn.Module, what: str) -> None:
+    """Raise inside a `with ll.active(...)` or `with ll.rows(...)` block, whose end would undo or contradict the change,
+    and while another thread runs a call of the model, which would be half of one kind and half of another."""
+    state: ModelState | None = model.__dict__.get(STATE)
+    if state is not None and state.scope_depth:
         raise SelectionError(
             f"{what} inside a `with ll.active(...)` or `with ll.rows(...)` block would be undone at its end; leave "
             "the block first."
+        )
+    not_called_elsewhere(model, what)
+
+
+def not_called_elsewhere(model: nn.Module, what: str) -> None:
+    """Raise while another thread runs a call of the model."""
+    if any(unwrap(m) is model for m in modules_called_elsewhere()):
+        raise SelectionError(
+            f"{what} while another thread runs a call of this model would change it half way. Wait until that call "
+            "has returned: join the thread, or hold one lock around the calls and around this."
         )
 
 

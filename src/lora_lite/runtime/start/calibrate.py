@@ -26,6 +26,7 @@ from ..call.scope import nobody_acts
 from ..layers.linear import dims
 from ..layers.read import is_quantised
 from ..model.state import STATE
+from ..model.undo import surely
 from ..progress import track
 from .gradients import Gradient
 from .staging import StagedTarget
@@ -357,7 +358,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         if STATE not in model.__dict__:
             yield
             return
-        with nobody_acts(model.__dict__[STATE]):
+        with nobody_acts(model):
             yield
 
 
@@ -365,13 +366,15 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter collects a gradient inside; the flags come back afterwards."""
     flagged = [p for p in model.parameters() if p.requires_grad]
-    for p in flagged:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for p in flagged:
             p.requires_grad_(True)
+
+    with surely(restore):
+        for p in flagged:
+            p.requires_grad_(False)
+        yield
 
 
 def _batches(model: nn.Module, data: Any, labelled: bool = False) -> Iterator[tuple[Any, Tensor | None]]:

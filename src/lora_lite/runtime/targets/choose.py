@@ -68,6 +68,8 @@ def places_of(structure: Structure, variant: type[Variant], cfg: AdapterConfig) 
 
 def _places_apart(structure: Structure, kind: Kind, variant: type[Variant]) -> list[Place]:
     found = [s for s in structure.places if s.kind == kind.name]
+    if kind.named:
+        found = [dataclasses.replace(s, kind=kind.name) for s in structure.composite]
     if not found:
         raise TargetError(f"variant {variant.name!r} stands on {kind.name}, and {kind.absent}")
     return found
@@ -117,6 +119,10 @@ def _raise_none_chosen(left: list[tuple[str, str]], cfg: AdapterConfig) -> NoRet
     cure = "lora_lite adapts linear-like layers; this model has none."
     if left:
         cure = f"Print ll.plan(model, ll.{type(cfg).__name__}()) to see names and roles."
+        if cfg.target_roles is not None:
+            cure += (
+                f" target_roles={cfg.target_roles} with target_kinds={cfg.target_kinds}: target_roles=None takes all."
+            )
     raise TargetError(
         f"the config chooses none of the model's {len(left)} layers "
         f"({', '.join(f'{n} {r}' for r, n in why.most_common(3)) or 'none found'}). {cure}"

@@ -81,6 +81,8 @@ class Structure:
     raw: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     """(path, shape) of parameters with two or more dimensions that no linear-like layer, embedding, norm or bank of
     experts owns."""
+    composite: list[Place] = field(default_factory=list)
+    """Every module with modules inside but the model itself, as wide as the stream: what a config may name."""
     aliases: dict[int, list[str]] = field(default_factory=dict)
     """id of a module -> all its paths, where there are several."""
 
@@ -106,7 +108,22 @@ def describe(model: nn.Module) -> Structure:
     owned = {id(p) for m in layers for p in m.parameters()}
     owned |= {id(t) for m in layers for t in (getattr(m, "weight", None), bias_of(m))}
     raw = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in owned]
-    return Structure(places, d_model, blocks, raw, _aliases(model))
+    return Structure(places, d_model, blocks, raw, _composite(model, blocks, d_model), _aliases(model))
+
+
+def _composite(model: nn.Module, blocks: list[StackBlock], d_model: int | None) -> list[Place]:
+    """Every module with modules inside but the model and lists of modules, as wide as the stream around it."""
+    by_path = {block.path: block for block in blocks}
+    found: list[Place] = []
+    for path, module in model.named_modules():
+        if not path or isinstance(module, (nn.ModuleList, nn.ModuleDict)) or not any(True for _ in module.children()):
+            continue
+        block = next((by_path[p] for p in _above(path) if p in by_path), None)
+        width = d_model if block is None else block.width
+        if width is not None:
+            layer, n = (None, 0) if block is None else (block.index, block.n_layers)
+            found.append(Place(path, module, width, width, layer, "inner", n_layers=n))
+    return found
 
 
 def _places(model: nn.Module, blocks: list[StackBlock], d_model: int | None) -> list[Place]:

@@ -13,30 +13,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.call import Memo
+from ..model.call import Memo, Running
 from ..model.site import Slot, tensors_of
-from ..model.state import SITE, ModelState
+from ..model.state import SITE
 from .cache import cache_of
 
 
-def begin(state: ModelState, model: nn.Module, kwargs: dict[str, Any]) -> None:
+def begin(now: Running, model: nn.Module, kwargs: dict[str, Any]) -> None:
     """Open the memo for a root call: the last one's where the call continues the same cache, otherwise an empty one, or
     none."""
-    state.memo = None
+    now.memo = None
     cache = cache_of(kwargs)
     if cache is None or model.training or torch.is_grad_enabled() or isinstance(cache, (tuple, list)):
-        state.decoding = None
+        now.decoding = None
         return
-    last = state.decoding
+    last = now.decoding
     if last is None or last[0]() is not cache:
-        state.decoding = last = (weakref.ref(cache), {})
-    state.memo = last[1]
+        now.decoding = last = (weakref.ref(cache), {})
+    now.memo = last[1]
 
 
 def memo_of(module: nn.Module) -> Memo | None:
     """The memo of the running root call, None where nothing may be kept."""
     site = module.__dict__.get(SITE)
-    return None if site is None or torch.is_grad_enabled() else site.state.memo
+    return None if site is None or torch.is_grad_enabled() else site.state.here.now.memo
 
 
 def versions(module: nn.Module, slot: Slot) -> tuple[object, ...]:
