@@ -86,7 +86,11 @@ def groups() -> list[Group]:
         Group(
             "Merge and combine",
             "Adapters in the base weights, and adapters made of adapters.",
-            [*named("merge"), ("lora_lite.runtime.merge.MergeReport", MergeReport), *named("unmerge combine")],
+            [
+                *named("merge"),
+                ("lora_lite.runtime.merge.MergeReport", MergeReport),
+                *named("unmerge merge_and_unload combine factors"),
+            ],
         ),
         Group("Count the cost", "On shapes, before anything is trained.", named("cost Cost")),
         Group(

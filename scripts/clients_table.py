@@ -1,4 +1,4 @@
-"""Write docs/results/clients.md: other libraries on adapted models and on exports, and how far each is from the model.
+"""Clients, for docs/results/clients.md: others on adapted models and exports, and how far each is off.
 
 python scripts/clients_table.py             # runs tests/interop/test_clients.py with the packages that are here
 python scripts/clients_table.py MEASURED... # takes what runs elsewhere wrote (LORA_LITE_CLIENTS=MEASURED pytest ...)

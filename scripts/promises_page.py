@@ -78,6 +78,31 @@ SEVEN = (
 )
 KINDS = (
     Promise(
+        "What is attached acts: a target that no call reaches, and a layer that was replaced, are named.",
+        (T + "attached_acts.py",),
+        "at the first call, and refused at the second",
+    ),
+    Promise(
+        "A layer with a forward of its own is tried before it is taken for its parent class.",
+        (T + "subclass_forwards.py",),
+        "refused by name, or exact",
+    ),
+    Promise(
+        "Running figures of the base are held while adapters train.",
+        (T + "base_state.py",),
+        "0 bits differ after a reload and after detach",
+    ),
+    Promise(
+        "A model that is cut in half by a checkpoint says so.",
+        (T + "half_cut.py",),
+        "each half, and each way of cutting",
+    ),
+    Promise(
+        "Numbers of layers count in each stack; a list of one block is a stack.",
+        (T + "stacks.py",),
+        "stages of other widths too",
+    ),
+    Promise(
         "Random steps of every verb give what the saved tensors give.",
         (R + "state_machine.py", T + "random_replay.py"),
         "1e-4 of fp64 formulas after every step",

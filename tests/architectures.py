@@ -76,16 +76,6 @@ class Architecture:
     faults: dict[str, str] = field(default_factory=dict)
 
 
-def _idle(why: str) -> dict[str, str]:
-    """Faults of an architecture some of whose default targets never act."""
-    return dict.fromkeys(("every_target_acts", "gradients_arrive", "merges"), why)
-
-
-SCAN = _idle("the weight of dt_proj is read by the scan, so an adapter there does nothing")
-STRIDES = dict(
-    attaches="after an adapter a convolution's output lies otherwise in memory, and what follows rounds otherwise"
-)
-
 TABLE: dict[str, Architecture] = {}
 
 
@@ -140,7 +130,6 @@ _enter(
         "bloom_slow",
         "BloomForCausalLM",
         dict(hidden_size=32, n_layer=2, n_head=4, vocab_size=64, slow_but_exact=True, pretraining_tp=2),
-        faults=_idle("slow_but_exact cuts the weights of the writers and multiplies with the parts"),
     ),
     A("falcon", "FalconForCausalLM", HEADS),
     A("mpt", "MptForCausalLM", dict(d_model=32, n_heads=4, n_layers=2, vocab_size=64, max_seq_len=32)),
@@ -166,7 +155,6 @@ _enter(
         "phimoe",
         "PhimoeForCausalLM",
         SIZE | KV | EXPERTS,
-        faults=_idle("the router is a linear layer by its class, and returns a tuple after its softmax"),
     ),
     A("gpt_oss", "GptOssForCausalLM", SIZE | KV | EXPERTS | dict(head_dim=8, sliding_window=4)),
     A("granitemoe", "GraniteMoeForCausalLM", SIZE | KV | EXPERTS),
@@ -200,8 +188,8 @@ _enter(
 )
 _enter(
     "state-space and recurrent",
-    A("mamba", "MambaForCausalLM", MAMBA | dict(time_step_rank=4), faults=SCAN),
-    A("falcon_mamba", "FalconMambaForCausalLM", MAMBA | dict(time_step_rank=4), faults=SCAN),
+    A("mamba", "MambaForCausalLM", MAMBA | dict(time_step_rank=4)),
+    A("falcon_mamba", "FalconMambaForCausalLM", MAMBA | dict(time_step_rank=4)),
     A("mamba2", "Mamba2ForCausalLM", MAMBA | dict(num_heads=8, head_dim=8, n_groups=1, chunk_size=8)),
     A(
         "jamba",
@@ -218,7 +206,6 @@ _enter(
             expert_layer_offset=1,
             use_mamba_kernels=False,
         ),
-        faults=SCAN,
     ),
     A("bamba", "BambaForCausalLM", SIZE | KV | MAMBA2 | dict(attn_layer_indices=[1])),
     A("falcon_h1", "FalconH1ForCausalLM", SIZE | KV | MAMBA2 | dict(head_dim=8, mamba_d_ssm=64)),
@@ -371,7 +358,6 @@ _enter(
         dict(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="bottleneck"),
         IMAGE,
         fields=CONV,
-        faults=STRIDES,
     ),
     A(
         "mobilenet_v2",
@@ -379,7 +365,6 @@ _enter(
         dict(depth_multiplier=0.25),
         IMAGE,
         fields=CONV | dict(target_names=(r"expand_1x1\.convolution", r"reduce_1x1\.convolution")),
-        faults=STRIDES,
     ),
     A(
         "segformer",
@@ -426,7 +411,6 @@ _enter(
         ),
         IMAGE,
         fields=CONV,
-        faults=STRIDES,
     ),
     A(
         "levit",
@@ -577,7 +561,6 @@ _enter(
         "WavLMForCTC",
         SPEECH | dict(num_buckets=16, max_bucket_distance=32),
         WAVE,
-        faults=_idle("the attention is a function that reads the weights of its four projections"),
     ),
     A("sew", "SEWForCTC", SPEECH | dict(squeeze_factor=2), WAVE),
     A(
@@ -585,7 +568,6 @@ _enter(
         "UniSpeechSatForXVector",
         SPEECH | dict(tdnn_dim=(16, 16), tdnn_kernel=(3, 2), tdnn_dilation=(1, 2), xvector_output_dim=16),
         WAVE,
-        faults=_idle("the kernels of the x-vector layers are read by a function"),
     ),
     A(
         "wav2vec2_conformer",
@@ -845,7 +827,6 @@ _enter(
         dict(x=(2, 3, 16, 16)),
         quick=True,
         reaches=("down_blocks", "mid_block", "up_blocks"),
-        faults=dict(attaches="a list of one block is taken for no stack, so the middle is left out"),
     ),
     A("mixer", "Mixer", None, dict(x=(2, 3, 32, 32))),
     A("recurrent", "Recurrent", None, dict(input_ids=(2, 7))),

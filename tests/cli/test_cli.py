@@ -104,7 +104,7 @@ def plain(files, tmp_path_factory) -> Run:
 def test_a_run_leaves_adapter_log_and_picture(plain, files, capsys):
     steps = [r for r in plain.log if "loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
-    assert set(steps[0]) == {"step", "time", "loss", "lr", "grad_norm", "tokens"}
+    assert set(steps[0]) == {"step", "time", "loss", "lr", "grad_norm", "tokens", "updates"}
     assert [s for s, _ in plain.evals] == [0, 3, 6]
     assert plain.evals[-1][1] < plain.evals[0][1]
     assert plain.checkpoints == ["checkpoint-4", "checkpoint-6"]

@@ -52,7 +52,7 @@ def test_core_needs_torch_and_safetensors_only():
 
 def test_extras():
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"hf", "cli", "quant", "eval", "docs", "dev"}
+    assert set(extras) == {"hf", "cli", "quant", "eval", "serve", "docs", "dev"}
     assert "lora-lite[hf]" in extras["cli"]
 
 

@@ -96,7 +96,7 @@ def test_the_card_shows_the_last_of_each_figure():
 
 
 def test_a_method_that_peft_does_not_know_leaves_our_file_alone(tmp_path):
-    trainer = fitted(tmp_path, ll.IA3Config())
+    trainer = fitted(tmp_path, ll.KaSAConfig(r=2))
     assert (
         not list((tmp_path / "out").glob("adapter_*")) and "Only lora-lite" in (tmp_path / "out/README.md").read_text()
     )
@@ -169,12 +169,11 @@ def test_peft_chooses_targets_that_a_config_does_not_name(tmp_path):
 @pytest.mark.parametrize(
     "said, word",
     [
-        (peft.IA3Config(), "ll.IA3Config"),
         (peft.LoraConfig(bias="all"), "BitFit"),
         (peft.LoraConfig(trainable_token_indices=[3]), "token rows"),
         (peft.LoraConfig(init_lora_weights="gaussian"), "init_lora_weights"),
     ],
-    ids=["type", "bias", "rows", "start"],
+    ids=["bias", "rows", "start"],
 )
 def test_a_peft_config_that_says_more_is_refused(tmp_path, said, word):
     with pytest.raises(ll.ConfigError, match=word):

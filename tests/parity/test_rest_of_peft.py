@@ -109,20 +109,25 @@ def test_frod():
     compare(mine, theirs, link, tolerance=1e-7)
 
 
-FORMS = [("lora", "lora", "constant"), ("vector", "vector", "vector"), ("constant", "none", "none")]
+FORMS = [("low_rank", "low_rank", "constant"), ("vector", "vector", "vector"), ("constant", "none", "none")]
 
 
 @pytest.mark.parametrize(("matrices", "prompt", "biases"), FORMS)
 def test_glora(matrices, prompt, biases):
     mine, theirs = pair(
         ll.GLoRAConfig(r=4, matrices=matrices, prompt=prompt, biases=biases, dtype="float64"),
-        peft.GloraConfig(r=4, config_A_B=matrices, config_C=prompt, config_D_E=biases),
+        peft.GloraConfig(
+            r=4,
+            config_A_B=matrices.replace("low_rank", "lora"),
+            config_C=prompt.replace("low_rank", "lora"),
+            config_D_E=biases,
+        ),
     )
 
     def link(layer):
         found = {}
         for k, form in zip("ABCDE", (matrices, matrices, prompt, biases, biases), strict=True):
-            if form == "lora":
+            if form == "low_rank":
                 found |= {f"glora_{k}.default.Xd": getattr(layer, f"lora_{k}d")}
                 found |= {f"glora_{k}.default.Xu": getattr(layer, f"lora_{k}u")}
             elif form != "none":

@@ -7,6 +7,7 @@ import ast
 import inspect
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -307,6 +308,24 @@ def test_overrides_stay_out_and_arguments_are_changed():
     assert type(t + 1) is Loud
     changed = _torch.with_tensors(lambda v: v + 1 if isinstance(v, int) else v, ((1, [2]), {"a": 3, "b": "c"}))
     assert changed == ((2, [3]), {"a": 4, "b": "c"})
+
+
+def test_calls_of_other_threads_are_seen():
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self):
+            inside.set()
+            go_on.wait(10)
+
+    module = Waits()
+    thread = threading.Thread(target=module)
+    thread.start()
+    inside.wait(10)
+    assert any(m is module for m in _torch.modules_called_elsewhere())
+    go_on.set()
+    thread.join()
+    assert not any(m is module for m in _torch.modules_called_elsewhere())
 
 
 def test_every_function_has_a_test():

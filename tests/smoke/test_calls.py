@@ -70,7 +70,7 @@ def test_an_output_that_is_no_tensor_raises():
 
     model = nn.Sequential(Strange(12, 20))
     before = Snapshot(model)
-    with pytest.raises(ll.WeightError, match="Strange returns dict.*exclude_names"):
+    with pytest.raises(ll.TargetError, match="does not return one vector for each of its input"):
         ll.attach(model, CFG)
     assert not (d := before.difference(model)), d
 

@@ -30,7 +30,7 @@ class Wide(nn.Module):
         return x
 
 
-DENSE = {"fourierft", "hira", "kradapter", "randlora", "shira", "vblora", "waveft", "whole"}
+DENSE = {"fourierft", "glora", "hira", "kradapter", "randlora", "shira", "vblora", "waveft", "whole"}
 """Methods with tensors as large as a weight by nature: a spectrum, entries one by one, bases, a bank of vectors."""
 
 

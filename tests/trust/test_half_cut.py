@@ -93,6 +93,8 @@ def adapted(variant: type[ll.Variant] | None = None, *how, **fields) -> nn.Modul
         getattr(variant.config(variant=variant.name), "share", None), float
     ):  # a hundredth of 8 x 8 is nothing
         fields = {"share": 0.2, **fields}
+    if "parts" in variant.config.__dataclass_fields__:
+        fields = {"parts": 2, **fields}
     ll.attach(model, variant.config(variant=variant.name, r=2, **fields))
     return model.train()
 

@@ -145,7 +145,7 @@ def test_a_file_that_adapts_one_is_refused_too(name, tmp_path):
     ll.attach(plain, ll.LoRAConfig(r=2, target_kinds=KINDS))
     file = ll.save(plain, tmp_path / "a")
     model = Beside(odd)
-    with pytest.raises(ll.TargetError, match="odd: this"):
+    with pytest.raises(ll.FileError, match="odd: this"):
         ll.load(model, file, base_check="ignore")
     assert not ll.adapters(model)
 
@@ -215,7 +215,7 @@ def test_merged_is_adapted(variant, name):
     try:
         ll.attach(model, variant.config(variant=variant.name, r=2, dtype="float64"))
     except ll.LoraLiteError as e:
-        assert "0" in str(e)
+        assert "0" in str(e) or "target_roles=None takes all" in str(e)
         return
     randomised(model)
     want = _first(model(x))

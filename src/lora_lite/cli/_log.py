@@ -82,7 +82,7 @@ def draw_run(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     for axes, panel in zip(grid[:, 0], shown, strict=True):
         panel(axes, rows)
         axes.grid(alpha=0.25)
-        axes.set_ylim(bottom=0 if axes.get_yscale() == "linear" and axes.get_ylim()[0] < 0 else None)
+        axes.set_ylim(bottom=0 if axes.get_yscale() != "log" and axes.get_ylim()[0] < 0 else None)
     grid[0, 0].set_title(title, fontsize=10)
     grid[-1, 0].set_xlabel("step")
     figure.savefig(path)

@@ -103,7 +103,7 @@ class Api:
         single = isinstance(told, str) or (bool(told) and isinstance(told[0], int))
         prompts = [told] if single else list(told)
         rows = [p if isinstance(p, list) else prompt_ids(p, self.engine.tokenizer) for p in prompts]
-        return await self._answer("text_completion", asked, rows, asked.max_tokens or COMPLETION_TOKENS, request)
+        return await self.answer("text_completion", asked, rows, asked.max_tokens or COMPLETION_TOKENS, request)
 
     async def chat(self, asked: Chat, request: Request) -> Any:
         """The assistant's next turn."""
@@ -112,11 +112,11 @@ class Api:
         if longest is None:
             room = self.max_tokens if self.positions is None else max(self.positions - len(ids), 1)
             longest = min(self.max_tokens, room)
-        return await self._answer("chat.completion", asked, [ids], longest, request)
+        return await self.answer("chat.completion", asked, [ids], longest, request)
 
     # ---- one request
 
-    async def _answer(self, kind: str, asked: Asked, prompts: list[list[int]], longest: int, request: Request) -> Any:
+    async def answer(self, kind: str, asked: Asked, prompts: list[list[int]], longest: int, request: Request) -> Any:
         _check_fields(asked)
         adapter = self._adapter(asked.model)
         self._check_lengths(prompts, longest)

@@ -32,7 +32,7 @@ from ..runtime.layers.read import fingerprint
 from ..runtime.layers.tensors import is_sharded
 from ..runtime.model.record import Record, Target
 from ..runtime.model.site import owned_tensors, tensor_on
-from ..runtime.model.state import not_merged, outside_calls, record_of, state_of, unwrap
+from ..runtime.model.state import not_called_elsewhere, not_merged, record_of, state_of, unwrap
 from ..runtime.model.undo import Undo, all_or_nothing
 from ..runtime.start.staging import filled, modules_of
 from ..runtime.targets.loaded import check_loaded
@@ -191,7 +191,7 @@ def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str,
     check_keys(expected(record), state, "the state dict")
     if any(is_sharded(t) for t in own.values()):
         raise StateError("the model is sharded; load the adapter before sharding, or use torch's set_model_state_dict.")
-    outside_calls(unwrap(model), "ll.load_adapter_state_dict")
+    not_called_elsewhere(unwrap(model), "ll.load_adapter_state_dict")
 
     old = {key: tensor.detach().clone() for key, tensor in own.items()}
 

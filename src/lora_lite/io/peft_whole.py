@@ -63,7 +63,7 @@ def whole_targets(
         d_in, d_out = kind.size(module) or (0, 0)
         targets[path] = make_target(path, d_in, d_out, whole_config(cfg).for_layer("bias" in own), kind.name)
         change = {k: own[k].float().cpu() - there[k].detach().float().cpu() for k in own}
-        values[path] = {"lora_W": kind.as_matrix(module, change["weight"]) * own_scale(module)}
+        values[path] = {"lora_W": kind.as_matrix(module, change["weight"])}
         if "bias" in own:
             values[path]["lora_b"] = change["bias"]
     return targets, values
@@ -91,21 +91,12 @@ def full_values(model: nn.Module, record: Record) -> dict[str, Tensor]:
             w = read_weight(module, target.path, torch.float32)
         else:
             w = kind.as_matrix(module, stored_weight(module).detach()).float()
-        found[f"{target.path}.weight"] = (
-            kind.as_stored(module, w + change["lora_W"] / own_scale(module)).cpu().contiguous()
-        )
+        found[f"{target.path}.weight"] = kind.as_stored(module, w + change["lora_W"]).cpu().contiguous()
         bias = bias_of(module)
         if bias is not None:
             new = bias.detach().float() + change.get("lora_b", 0.0)
             found[f"{target.path}.bias"] = new.cpu().contiguous()
     return found
-
-
-def own_scale(module: nn.Module) -> float:
-    """The factor that an embedding multiplies its rows with (Gemma, BART): a change of the weight passes through it,
-    and a change of the output does not."""
-    scale = getattr(module, "embed_scale", 1.0)
-    return float(scale) if isinstance(scale, (int, float, Tensor)) else 1.0
 
 
 def called(path: str, names: list[str]) -> bool:

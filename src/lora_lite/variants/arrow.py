@@ -81,9 +81,9 @@ class Arrow(Variant):
     @staticmethod
     def forward(layer: Layer[ArrowConfig], x: Tensor, y: Tensor) -> Tensor:
         E, top = layer.cfg.experts, min(layer.cfg.top, layer.cfg.experts)
-        scores = (x @ layer.lora_v.mT).abs() / layer.cfg.temperature
+        scores = (precise(x) @ precise(layer.lora_v).mT).abs() / layer.cfg.temperature
         least = scores.topk(top, -1).values[..., -1:]
-        p = scores.masked_fill(scores < least, -torch.inf).softmax(-1)
+        p = scores.masked_fill(scores < least, -torch.inf).softmax(-1).to(x.dtype)
         z = layer.dropout(x) @ layer.lora_A.flatten(0, 1).mT
         mixed = (p[..., None] * z.view(*z.shape[:-1], E, -1)).flatten(-2)
         return add_lowrank(y, mixed, layer.lora_B.transpose(0, 1).flatten(1))

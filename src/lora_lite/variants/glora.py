@@ -10,17 +10,17 @@ from torch import Tensor
 
 from ..core import AdapterConfig, Layer, ParamSpec, Variant, register
 
-Matrix = Literal["lora", "vector", "constant", "none"]
+Matrix = Literal["low_rank", "vector", "constant", "none"]
 Vector = Literal["vector", "constant", "none"]
-Prompt = Literal["lora", "vector", "none"]
+Prompt = Literal["low_rank", "vector", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GLoRAConfig(AdapterConfig):
     variant: str = "glora"
-    matrices: Matrix = "lora"
+    matrices: Matrix = "low_rank"
     """Form of A and B: low rank, one number per output, one number, or none."""
-    prompt: Prompt = "lora"
+    prompt: Prompt = "low_rank"
     """Form of C."""
     biases: Vector = "constant"
     """Form of D and E."""
@@ -58,7 +58,7 @@ class GLoRA(Variant):
         specs: dict[str, ParamSpec] = {}
         for k, form in forms.items():
             n = d_in if k == "C" else d_out
-            if form == "lora":
+            if form == "low_rank":
                 specs[f"lora_{k}d"] = ParamSpec((n, cfg.r))
                 specs[f"lora_{k}u"] = ParamSpec((cfg.r, 1 if k == "C" else d_in), init="kaiming")
             elif form != "none":
@@ -68,7 +68,7 @@ class GLoRA(Variant):
     @staticmethod
     def forward(layer: Layer[GLoRAConfig], x: Tensor, y: Tensor) -> Tensor:
         cfg, b, dropped = layer.cfg, layer.bias, layer.dropout(x)
-        if cfg.matrices == "lora":
+        if cfg.matrices == "low_rank":
             change = layer.weight * (layer.lora_Ad @ layer.lora_Au) + layer.lora_Bd @ layer.lora_Bu
             y_new = y + dropped @ change.mT
         elif cfg.matrices == "none":
@@ -78,7 +78,7 @@ class GLoRA(Variant):
             y_new = y + W_x * layer.lora_A + dropped.sum(-1, keepdim=True) * layer.lora_B
         shifts: list[Any] = []
         if cfg.prompt != "none":
-            C = (layer.lora_Cd @ layer.lora_Cu)[:, 0] if cfg.prompt == "lora" else layer.lora_C
+            C = (layer.lora_Cd @ layer.lora_Cu)[:, 0] if cfg.prompt == "low_rank" else layer.lora_C
             shifts.append(layer.project(C[None])[0])
         if cfg.biases != "none":
             shifts.append(layer.lora_E.expand(layer.out_features))

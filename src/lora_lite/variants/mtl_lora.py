@@ -37,7 +37,8 @@ class MTLLoRA(Variant):
     """Multi-task LoRA: shared factors, and between them what is the task's own.
 
     y' = y + s Σ_i p_ti B_i Λ_t A drop(x), A (r, d_in) kaiming and B_i (d_out, r) = 0 of all tasks, Λ_t (r, r) = I and
-    p_t = softmax(w_t / T) over the B's, w_t = 0, of task t; s = alpha/r. `ll.context(model, task_ids=[0, 2, ...])`
+    p_t = softmax(w_t / T) over the B's, w_t ~ N(0, 1) of task t (equal
+    weights would keep the B's equal for ever); s = alpha/r. `ll.context(model, task_ids=[0, 2, ...])`
     names the task of each row. The form of `adapters` 1.2, whose own linear layer does not run. r(d_in + n d_out) +
     tasks(r² + n) parameters, r(d_in + d_out + r) multiply-adds per token. Yang et al. 2024, MTL-LoRA: Low-Rank
     Adaptation for Multi-Task Learning, arXiv 2410.09437."""
@@ -54,7 +55,7 @@ class MTLLoRA(Variant):
             "lora_A": ParamSpec((cfg.r, d_in), init="kaiming"),
             "lora_B": ParamSpec((cfg.ups, d_out, cfg.r)),
             "lora_L": ParamSpec((cfg.tasks, cfg.r, cfg.r), init=_eyes, decay=False),
-            "lora_w": ParamSpec((cfg.tasks, cfg.ups), decay=False),
+            "lora_w": ParamSpec((cfg.tasks, cfg.ups), init=_apart, decay=False),
         }
 
     @staticmethod
@@ -73,3 +74,7 @@ class MTLLoRA(Variant):
 
 def _eyes(t: Tensor, g: torch.Generator) -> None:
     t.copy_(torch.eye(t.shape[-1]).expand_as(t))
+
+
+def _apart(t: Tensor, g: torch.Generator) -> None:
+    t.normal_(generator=g)

@@ -11,7 +11,6 @@ from torch import Tensor
 from ...core.errors import FileError, shown
 from ...ops.svd import balanced_factors, bottom_svd
 from ..peft_site import Reading, Site
-from ..peft_whole import own_scale
 
 REFUSED = {
     "layer_replication": "layers that PEFT copies: copy them in the model first, and merge the adapter in PEFT",
@@ -47,7 +46,7 @@ def lora(site: Site) -> Reading:
 
 def _factors(site: Site) -> tuple[Tensor, Tensor]:
     if "lora_embedding_A" in site.tensors:
-        return site.take("lora_embedding_A"), site.take("lora_embedding_B") * own_scale(site.module)
+        return site.take("lora_embedding_A"), site.take("lora_embedding_B")
     A, B = site.take("lora_A.weight").flatten(1), site.take("lora_B.weight").flatten(1)
     if getattr(site.module, "groups", 1) != 1:
         raise FileError(
@@ -151,7 +150,7 @@ def token_rows(site: Site) -> Reading:
     return Reading(
         "token_rows",
         {"token_ids": tuple(ids)},
-        {"lora_rows": (rows - base) * own_scale(site.module), "lora_ids": order},
+        {"lora_rows": rows - base, "lora_ids": order},
     )
 
 

@@ -186,7 +186,7 @@ def _role(path: str) -> str:
     *above, last = path.split(".")
     if not above or above[-1].isdigit():
         return last
-    if above[-1] == "output" and last == "dense" and above[-2:-1] == ["attention"]:
+    if path.endswith("attention.output.dense"):
         return "attention_output"
     return f"{above[-1]}_{last}"
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from ...core.errors import StateError
 from ...ops.orthogonal import shorten, skew
 from ..adapted import Adapted, uniform
-from ..peft_whole import own_scale
 from .products import drawn
 
 Layers = list[Adapted]
@@ -51,7 +50,7 @@ def lora_names(layer: Adapted, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         StateError: PEFT means something else by factors on such a layer.
     """
     if layer.kind.by_number:
-        return {"lora_embedding_A": A, "lora_embedding_B": B / own_scale(layer.module)}
+        return {"lora_embedding_A": A, "lora_embedding_B": B}
     if getattr(layer.module, "groups", 1) != 1:
         raise StateError(f"{layer.path} is a convolution in groups, on which PEFT's LoRA reads all channels")
     kernel: tuple[int, ...] = () if layer.kind.plain_vectors else tuple(layer.kind.stored(layer.module).shape[2:])
@@ -163,7 +162,7 @@ def token_rows(layers: Layers) -> Written:
 
 def trained_rows(layer: Adapted) -> Tensor:
     """The rows of the embedding with the change added."""
-    return layer.stored.mT[layer["lora_ids"]] + layer["lora_rows"] / own_scale(layer.module)
+    return layer.stored.mT[layer["lora_ids"]] + layer["lora_rows"]
 
 
 def whole(layers: Layers) -> Written:

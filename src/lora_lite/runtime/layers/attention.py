@@ -65,6 +65,8 @@ class Attention(Kind):
             return None
         if not hasattr(module, "is_causal") or hasattr(module, "v_head_dim") or _is_cross(module):
             return None
+        if not isinstance(getattr(config, "num_attention_heads", None), int):  # Swin has a list, one number per stage
+            return None
         return int(config.hidden_size), self.heads(module)[1] * self.head_dim(module)  # type: ignore[union-attr]
 
     def heads(self, module: nn.Module) -> tuple[int, int]:
