@@ -450,7 +450,9 @@ def test_folders_of_peft_that_do_not_fit_are_refused(tmp_path):
 
     with pytest.raises(ll.FileError, match="'experts.nothing', which are no fused experts"):
         ll.load(build(), written(target_parameters=["experts.nothing"]))
-    with pytest.raises(ll.FileError, match="holds no lora_A and lora_B|but its factors|has no module|is no layer of this model"):
+    with pytest.raises(
+        ll.FileError, match="holds no lora_A and lora_B|but its factors|has no module|is no layer of this model"
+    ):
         ll.load(build(), written(target_parameters=config["target_parameters"][1:]))
 
 
