@@ -66,8 +66,8 @@ BUGS = [
     Bug(
         "B9: a frozen adapter goes on training",
         "runtime/handle.py",
-        "            if target.specs[short].is_trained:\n                tensor.requires_grad_(bool(value))",
-        "            if target.specs[short].is_trained:\n                tensor.requires_grad_(True)",
+        "                tensor.requires_grad_(bool(value))\n",
+        "                tensor.requires_grad_(True)\n",
         T + "b09_wrong_adapter_trains.py",
     ),
     Bug(
@@ -115,7 +115,7 @@ BUGS = [
     Bug(
         "S1: what is no safetensors file is tried as a pickle",
         "io/load.py",
-        "    return load_native(unwrap(model), path, name, trainable, base_check)\n",
+        "    return load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)\n",
         "    try:\n        return load_native(unwrap(model), path, name, trainable, base_check)\n"
         "    except FileError:\n        import torch\n\n        torch.load(path, weights_only=False)\n        raise\n",
         T + "s1_pickles_are_refused.py",

@@ -135,6 +135,7 @@ def test_the_default_backend():
         torch.testing.assert_close(fast(x()), model(x()), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # what a thread notes of its call
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=strict_export_of_hooks)])
 def test_export(strict):
     model = adapted()
