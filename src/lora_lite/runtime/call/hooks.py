@@ -18,7 +18,7 @@ from ..view.composed import blend
 from ..view.layer import LayerView
 from .acting import note_run
 from .grouped import grouped
-from .recompute import note_gradient, selection_of
+from .recompute import selection_of
 from .rows import row_groups
 from .stand_in import rest, stand_before, step_aside
 
@@ -42,7 +42,7 @@ def pre_hook(
         return None
     if site.has_weight:
         step_aside(layer)  # what an interrupted call has left
-    selection = selection_of(site.state)
+    selection = selection_of(site)
     if not selection[0] and selection[1] is None:
         return None
     key = None if args else first_name(layer, kwargs)
@@ -61,16 +61,11 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
         raise StateError(COPIED)
     site: Site = layer.__dict__[SITE]
     if site.awaited:
-        site.awaited = False
+        note_run(site)
     stood_in = site.has_weight and step_aside(layer)
     if output is None and sys.exc_info()[0] is not None:  # the layer failed, and its exception is on its way
         return None
-    if not torch.compiler.is_compiling():
-        now = site.state.here.now
-        note_run(site, now)
-        if now.grad:
-            note_gradient(site, now)
-    selection = selection_of(site.state)
+    selection = selection_of(site)
     if not selection[0] and selection[1] is None:
         return None
     x = args[0] if args else kwargs[first_name(layer, kwargs)]

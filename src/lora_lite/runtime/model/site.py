@@ -80,7 +80,7 @@ class Site:
         self.slots: dict[str, Slot] = {}
         self.has_input = self.has_weight = False
         self.awaited = False
-        """The running call must call this layer, see `call.vocabulary`."""
+        """Somebody wants to know that it runs, see `call.acting` and `call.vocabulary`."""
         self.found: object = None
         """What its kind found out about the layer, see `Kind.inspect`, once it was"""
         self.inspected = True
