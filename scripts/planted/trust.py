@@ -19,7 +19,7 @@ BUGS = [
         "runtime/check.py",
         "    if dead:\n",
         "    if False:\n",
-        T + "b02_trains_nothing.py -k weight_a_function",
+        "tests/contract/test_3_each_case.py -k learn_nothing",
     ),
     Bug(
         "B3: Conv1D is merged as it lies",

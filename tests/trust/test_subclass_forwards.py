@@ -42,6 +42,11 @@ class Capped(nn.Linear):
         return 30 * torch.tanh(super().forward(x) / 30)
 
 
+class CappedFarOut(nn.Linear):
+    def forward(self, x):
+        return 150 * torch.tanh(super().forward(x) / 150)
+
+
 class Named(nn.Linear):
     def forward(self, x):
         return {"logits": super().forward(x)}
@@ -100,6 +105,7 @@ STRANGE = {
     "top-k router": lambda: TopK(12, 6),
     "cosine router": lambda: Cosine(12, 6),
     "capped head": lambda: Capped(12, 6),
+    "head capped far out": lambda: CappedFarOut(12, 6),
     "dictionary": lambda: Named(12, 6),
     "gated": lambda: Gated(12, 6),
     "by its attributes": lambda: ByParameters(12, 6),
