@@ -26,6 +26,7 @@ import transformers
 from torch import Tensor, nn
 
 import lora_lite as ll
+from lora_lite.bench import speed
 from lora_lite.testing.case import randomise
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,22 +64,6 @@ def step(model: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def kept(model: nn.Module, x: Tensor) -> int:
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    alive = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (alive.append(t), pack(t))[1], lambda t: t):
-        step(model, x)
-    return sum(seen.values())
-
-
 def timed(f: Callable[[], object]) -> float:
     start = time.process_time()
     f()
@@ -92,7 +77,7 @@ def measure(shape: str, experts: int, implementation: str, method: str, tokens: 
         models["peft"] = theirs(copy.deepcopy(bare))
     x = torch.randn(1, tokens, 1024, requires_grad=True)
     times: dict[str, list[float]] = {name: [] for name in models}
-    bytes_ = {name: kept(model, x) for name, model in models.items()}
+    bytes_ = {name: speed.kept_bytes(model, lambda model=model: step(model, x)) for name, model in models.items()}
     for _ in range(rounds):
         for name, model in models.items():
             times[name].append(timed(lambda model=model: step(model, x)))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,7 @@ class Architecture:
     group: str
     cls: str
     config: dict[str, Any] | None
-    batch: dict[str, tuple[int, ...]] = field(default_factory=lambda: IDS)
+    batch: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: IDS)
     words: dict[str, Callable[[Draw], Any]] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
     reaches: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ def _enter(group: str, *rows: Architecture) -> None:
         TABLE[row.name] = dataclasses.replace(row, group=group)
 
 
-def A(name: str, cls: str, config: dict[str, Any] | None, batch: dict[str, tuple[int, ...]] = IDS, **more: Any):
+def A(name: str, cls: str, config: dict[str, Any] | None, batch: Mapping[str, tuple[int, ...]] = IDS, **more: Any):
     return Architecture(name, "", cls, config, batch, **more)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import importlib
 import json
 import re
 import sys
@@ -96,7 +97,7 @@ class Parsers:
 
 def search(seconds: int, corpus: Path) -> None:
     """Let atheris look for inputs that execute something new."""
-    import atheris
+    atheris: Any = importlib.import_module("atheris")
 
     with atheris.instrument_imports(include=["lora_lite.io", "lora_lite.core", "lora_lite.runtime.targets"]):
         import lora_lite.io.header
@@ -117,7 +118,11 @@ def search(seconds: int, corpus: Path) -> None:
         "-timeout=60",
         "-rss_limit_mb=4000",
     ]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: parsers.try_it(data) and None)
+
+    def one(data: bytes) -> None:
+        parsers.try_it(data)
+
+    atheris.Setup([sys.argv[0], *options, str(corpus)], one)
     atheris.Fuzz()
 
 

@@ -401,7 +401,7 @@ class Program:
         self.enter(name, trainable=False)
         assert set(self.known[name].targets) == places
         for path, delta in want.items():
-            self.near(self.dense(self.known[name], path), torch.as_tensor(delta))
+            self.near(torch.as_tensor(self.dense(self.known[name], path)), torch.as_tensor(delta))
 
     @staticmethod
     def sums(variant: Any) -> bool:
@@ -505,11 +505,15 @@ class Program:
         chosen = self.active if name is None else {name: 1.0}
         if self.merged:
             return False
-        if not chosen or set(chosen) - set(self.known):
+        if not chosen or set(chosen) - set(self.known) or not all(self.affine(n) for n in chosen):
             return self.refused(lambda: ll.merge(self.model, name))
         before = Snapshot(self.model)
         ll.merge(self.model, name)
         self.merged, self.active = before, dict(chosen)
+
+    def affine(self, name: str) -> bool:
+        """Whether a weight can stand for the adapter; mixtures choose by the input."""
+        return ll.get_variant(ll.adapters(self.model)[name].cfg.variant).affine
 
     def step_unmerge(self) -> bool | None:
         if not self.merged:

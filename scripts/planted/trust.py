@@ -19,7 +19,7 @@ BUGS = [
         "runtime/check.py",
         "    if dead:\n",
         "    if False:\n",
-        T + "b02_trains_nothing.py -k weight_a_function",
+        "tests/contract/test_3_each_case.py -k learn_nothing",
     ),
     Bug(
         "B3: Conv1D is merged as it lies",
@@ -116,7 +116,9 @@ BUGS = [
         "S1: what is no safetensors file is tried as a pickle",
         "io/load.py",
         "        return load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)\n",
-        "        import torch\n\n        torch.load(path, weights_only=False)\n",
+        "        import torch\n\n        try:\n            torch.load(path, weights_only=False)\n"
+        "        except Exception:\n            pass\n"
+        "        return load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)\n",
         T + "s1_pickles_are_refused.py",
     ),
     Bug(

@@ -11,8 +11,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 CALL = nn.Module._wrapped_call_impl.__code__
@@ -77,6 +78,26 @@ def frame_of(function: str, package: str, within: int = sys.maxsize) -> FrameTyp
     return None
 
 
+def runs_compiled(module: nn.Module) -> bool:
+    """Whether a module's forward, or the whole of it, runs as compiled code. Relies on the names `_orig_mod` and
+    `_compiled_call_impl`, and on the compiler marking a function that it wraps with `_torchdynamo_orig_callable`."""
+    forward = module.__dict__.get("forward")
+    marked = forward is not None and hasattr(forward, "_torchdynamo_orig_callable")
+    return marked or "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def end_mode(mode: TorchFunctionMode) -> None:
+    """Take a mode off this thread's stack, wherever on it; nothing where it is not there. Relies on the functions that
+    `TorchFunctionMode` enters and leaves by."""
+    if not any(one is mode for one in overrides._get_current_function_mode_stack()):
+        return
+    above = []
+    while (top := overrides._pop_mode()) is not mode:
+        above.append(top)
+    for one in reversed(above):
+        overrides._push_mode(one)
+
+
 def modules_called_elsewhere() -> list[nn.Module]:
     """The modules of which other threads run a call right now. Relies on `sys._current_frames` and on the name of the
     method of `nn.Module` that every call goes through, `_wrapped_call_impl`."""
@@ -89,11 +110,6 @@ def modules_called_elsewhere() -> list[nn.Module]:
                 found.append(frame.f_locals["self"])
             frame = frame.f_back
     return found
-
-
-def compiled_in_place(module: nn.Module) -> bool:
-    """Whether `module.compile()` was called. Relies on `_compiled_call_impl`."""
-    return module._compiled_call_impl is not None
 
 
 def within_compiled() -> bool:
@@ -139,6 +155,11 @@ def is_fake(t: Tensor) -> bool:
     """Whether `t` was made under `fake_mode`, whose module is loaded then."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(t, module.FakeTensor)
+
+
+def makes_fakes() -> bool:
+    """Whether a mode is on in which what is made has no values."""
+    return is_fake(torch.empty(0))
 
 
 def storage_key(t: Tensor) -> int:

@@ -146,11 +146,9 @@ def test_check_names_the_targets_that_learn_nothing():
     ll.attach(model, CFG)
     with pytest.raises(ll.StateError, match="backward did not run"):
         ll.check(model)
-    with pytest.warns(ll.LoraLiteWarning, match=r"'layers.1.down' was never called"):
-        model(x()).square().sum().backward()
-    with pytest.raises(ll.StateError, match=r"'default': 'layers.1.down'.*learns nothing there.*exclude_names"):
-        ll.check(model)
-    model.__dict__["_lora_lite_state"].unhooked.clear()  # as where nothing was watched
+    with pytest.warns(ll.LoraLiteWarning, match=r"'layers\.1\.down' was never called"):
+        y = model(x())
+    y.square().sum().backward()
     with pytest.raises(
         ll.StateError, match=r"'default': 1 of 4 targets got no gradient: 'layers.1.down'.*exclude_names"
     ):

@@ -348,7 +348,7 @@ def test_facts_that_follow_from_others():
     assert wrong(param_specs=frozen).trains is False
     assert wrong(param_specs=refuses_all).trains  # what the page says of other sizes is not known
     assert [v.name for v in ll.variants() if not v.trains and v.name != "myvariant"] == [
-        "ablation", "caa", "pca_steering", "s_steer"
+        "ablation", "arrow", "caa", "pca_steering", "s_steer"
     ]  # fmt: skip
 
     class Inherits(cls):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -84,6 +86,34 @@ def test_a_page_of_other_rows_faults_or_versions_is_noticed(monkeypatch):
     monkeypatch.setattr(promises, "SEVEN", ())
     monkeypatch.setitem(promises.PARTS, "more", (promises.Promise("x", ("tests/trust/test_gone.py::test_x",), ""),))
     assert promises.missing() == ["tests/trust/test_gone.py::test_x"]
+
+
+def test_the_figures_of_the_readme_are_those_measured():
+    """Its comparison with PEFT is written by hand, from the committed measurements."""
+    results = ROOT / "benchmarks" / "results"
+    speed = {
+        r["method"]: r
+        for r in json.loads((results / "speed.json").read_text())["rows"]
+        if (r["size"], r["shape"], r["r"]) == ("S4", "4x128", 8)
+    }
+    mixed = {
+        r["run"]: r["ratio_to_base"]
+        for r in json.loads((results / "mixed_batch.json").read_text())["rows"]
+        if (r["method"], r["tokens"], r["adapters"]) == ("lora", 1, 16)
+    }
+    steps = " / ".join(f"{speed[m]['step_vs_peft']['median']:.2f}" for m in ("lora", "dora", "hra", "boft"))
+    kept = [
+        " / ".join(f"{speed[m][f'{side}_extra_saved_mb']:.0f}" for m in ("dora", "hra", "boft"))
+        for side in ("ours", "peft")
+    ]
+    own = [v for v in ll.variants() if v.__module__.startswith("lora_lite.")]
+    lines = [len(Path(inspect.getfile(v)).read_text().splitlines()) for v in own]
+    text = (ROOT / "README.md").read_text()
+    assert f"| {steps} | 1 |" in text
+    assert f"| {kept[0]} | {kept[1]} |" in text
+    assert f"| {mixed['lora_lite']:.1f} | {mixed['peft']:.1f} |" in text
+    assert f"{statistics.median(lines):.0f} lines in the median" in text
+    assert "more than eighty other methods" in text and 80 < len(lines) - 1 < 100
 
 
 def test_every_method_has_a_family():

@@ -96,7 +96,7 @@ def test_the_card_shows_the_last_of_each_figure():
 
 
 def test_a_method_that_peft_does_not_know_leaves_our_file_alone(tmp_path):
-    trainer = fitted(tmp_path, ll.KaSAConfig(r=2))
+    trainer = fitted(tmp_path, ll.ETHERConfig())
     assert (
         not list((tmp_path / "out").glob("adapter_*")) and "Only lora-lite" in (tmp_path / "out/README.md").read_text()
     )

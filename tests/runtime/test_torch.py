@@ -274,9 +274,12 @@ def test_a_function_whose_forward_runs_knows_whether_a_gradient_is_needed():
 
 def test_compiled_code_is_seen_from_inside_and_from_outside():
     module = nn.Linear(2, 2)
-    assert not _torch.compiled_in_place(module) and not _torch.within_compiled()
+    assert not _torch.runs_compiled(module) and not _torch.within_compiled()
     module.compile(backend="eager")
-    assert _torch.compiled_in_place(module)
+    assert _torch.runs_compiled(module) and _torch.runs_compiled(torch.compile(nn.Linear(2, 2), backend="eager"))
+    other = nn.Linear(2, 2)
+    other.forward = torch.compile(other.forward, backend="eager")
+    assert _torch.runs_compiled(other)
     seen = []
 
     @torch.compiler.disable
@@ -326,6 +329,31 @@ def test_calls_of_other_threads_are_seen():
     go_on.set()
     thread.join()
     assert not any(m is module for m in _torch.modules_called_elsewhere())
+
+
+def test_a_mode_leaves_the_stack_from_wherever_it_stands():
+    from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    below, above = Mode(), Mode()
+    below.__enter__()
+    with above:
+        _torch.end_mode(below)
+        assert _get_current_function_mode_stack() == [above]
+        _torch.end_mode(below)  # it is gone
+        assert _get_current_function_mode_stack() == [above]
+    assert not _get_current_function_mode_stack()
+
+
+def test_a_mode_that_makes_fakes_is_seen():
+    assert not _torch.makes_fakes()
+    with _torch.fake_mode():
+        assert _torch.makes_fakes()
+    with torch.device("meta"):
+        assert not _torch.makes_fakes()
 
 
 def test_every_function_has_a_test():

@@ -99,11 +99,11 @@ def test_named_at_the_first_call_and_refused_at_the_second(reader, tmp_path):
         train(model)
     with pytest.raises(ll.StateError, match=r"'default': 'q' was never called"):
         train(model)
-    with pytest.raises(ll.StateError, match="'q' was never called.*learns nothing"):
+    with pytest.raises(ll.StateError, match="1 of 2 targets got no gradient: 'q'. 'q' was.*learns nothing"):
         ll.check(model)
     with pytest.raises(ll.StateError, match="'q' was never called.*ll.merge"):
         ll.merge(model)
-    with pytest.warns(ll.LoraLiteWarning, match="'default': 'q' never ran"):
+    with pytest.warns(ll.LoraLiteWarning, match="'default': 'q' was never called.*what is saved"):
         ll.save(model, tmp_path / "a")
     ll.detach(model)
     adapted(model, exclude_names=("q",))
@@ -260,6 +260,77 @@ def test_compiled_parts_say_nothing(backend, tmp_path):
     for _ in range(2):
         model(x).sum().backward()
     ll.save(model, tmp_path / "a")
+
+
+def scaled(x: Tensor, w: Tensor) -> Tensor:
+    return torch.relu(x) * 2 @ w
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_function_that_the_model_compiled_is_called_as_before():
+    """Also with fullgraph, which would not take a break in the first call."""
+
+    class Helped(Reads):
+        compiled = staticmethod(torch.compile(scaled, backend="eager", fullgraph=True))
+
+        def forward(self, x):
+            return self.compiled(self.o(self.q(x)), torch.eye(8))
+
+    torch._dynamo.reset()
+    model = adapted(Helped())
+    train(model, 3)
+    ll.check(model)
+
+
+def test_after_the_first_calls_nothing_is_watched():
+    model = adapted(toy())
+    x = torch.randn(2, 3, 12)
+    for training in (True, False):
+        model.train(training)
+        model(x).sum().backward()
+    state = model.__dict__["_lora_lite_state"]
+    sites = [m.__dict__["_lora_lite_site"] for m in model.modules() if "_lora_lite_site" in m.__dict__]
+    assert len(sites) == 4 and not any(site.awaited for site in sites) and state.watch is None
+    model.train()(x)
+    assert not any(site.awaited for site in sites) and state.watch is None
+
+
+def test_the_first_calls_of_two_threads():
+    """Each listens to its own functions, or to none."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    meet = Barrier(2, timeout=20)
+
+    class Meets(Reads):
+        def read(self, x):
+            meet.wait()
+            y = super().read(x)
+            meet.wait()
+            return y
+
+    model = adapted(Meets().eval())
+    with warnings.catch_warnings(record=True) as said, ThreadPoolExecutor(2) as pool:
+        warnings.simplefilter("always")
+        a, b = pool.map(model, (X, X))
+    assert torch.equal(a, b) and sum("'q' was never called" in str(w.message) for w in said) == 1
+
+
+def test_an_interrupted_call_is_not_listened_to_for_ever():
+    """Ctrl-C passes by the hooks."""
+    from torch.overrides import _get_current_function_mode
+
+    class Stopped(Reads):
+        def read(self, x):
+            raise KeyboardInterrupt
+
+    model = adapted(Stopped())
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    model.__class__ = Reads
+    with pytest.warns(ll.LoraLiteWarning, match="'q' was never called"):
+        model(X)
+    assert _get_current_function_mode() is None
 
 
 # ---- layers that were replaced

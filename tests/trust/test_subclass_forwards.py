@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
+from types import MethodType
 
 import pytest
 import torch
@@ -39,6 +40,11 @@ class Cosine(nn.Linear):
 class Capped(nn.Linear):
     def forward(self, x):
         return 30 * torch.tanh(super().forward(x) / 30)
+
+
+class CappedFarOut(nn.Linear):
+    def forward(self, x):
+        return 150 * torch.tanh(super().forward(x) / 150)
 
 
 class Named(nn.Linear):
@@ -99,6 +105,7 @@ STRANGE = {
     "top-k router": lambda: TopK(12, 6),
     "cosine router": lambda: Cosine(12, 6),
     "capped head": lambda: Capped(12, 6),
+    "head capped far out": lambda: CappedFarOut(12, 6),
     "dictionary": lambda: Named(12, 6),
     "gated": lambda: Gated(12, 6),
     "by its attributes": lambda: ByParameters(12, 6),
@@ -407,3 +414,40 @@ def test_packed_layers_are_not_tried():
 
     plan = ll.plan(toy(kind=Spy), ll.LoRAConfig(r=2))
     assert len(plan.targets) == 4
+
+
+class Counts(nn.Linear):
+    """Its forward leaves traces: it counts, draws, and depends on its mode and on a child's."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out)
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        y = super().forward(self.drop(x))
+        return y + torch.randn_like(y) if self.training else y
+
+
+def test_a_trial_leaves_the_layer_alone():
+    layer = Counts(6, 5)
+    layer.weight.data.zero_()  # which shows nothing, so the trial takes another one
+    model, stored = nn.Sequential(layer).train(), layer.weight
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    ll.attach(model, ll.LoRAConfig(r=2))
+    assert torch.equal(torch.rand(2), want)
+    assert layer.training and layer.drop.training and layer.weight is stored and not layer.weight.any()
+    assert not layer.calls.any() and set(vars(layer)) - {"_lora_lite_site"} == set(vars(Counts(6, 5)))
+
+
+def test_a_forward_that_was_put_on_the_layer_is_tried():
+    bent, straight = nn.Linear(6, 6), nn.Linear(6, 6)
+    bent.forward = MethodType(lambda self, x: nn.functional.linear(x, self.weight).relu(), bent)
+    straight.forward = MethodType(lambda self, x: nn.functional.linear(x, self.weight), straight)
+    straight.weight.data.zero_()
+    plan = ll.plan(nn.Sequential(bent, straight), ll.LoRAConfig(r=2))
+    assert [t.path for t in plan.targets] == ["1"]
+    assert "not linear" in dict(plan.unadapted)["0"]

@@ -118,7 +118,12 @@ def step(model: Any, ids: Tensor) -> None:
 
 
 def saved_bytes(model: Any, ids: Tensor) -> int:
-    """Bytes that autograd keeps between forward and backward: unique storages, parameters and buffers not counted."""
+    """What a step keeps between forward and backward."""
+    return kept_bytes(model, lambda: step(model, ids))
+
+
+def kept_bytes(model: Any, run: Callable[[], object]) -> int:
+    """Bytes that autograd keeps in `run`, forward and backward: unique storages, parameters and buffers not counted."""
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
 
@@ -129,7 +134,7 @@ def saved_bytes(model: Any, ids: Tensor) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        step(model, ids)
+        run()
     return sum(seen.values())
 
 

@@ -219,16 +219,7 @@ def place(args: Train) -> tuple[Path, Path | None]:
 def prepared(args: Train, cfg: ll.AdapterConfig, out: Path, resume: Path | None) -> Work:
     """Rows, tokens, steps and rate, before the model is loaded; what should be known of them is said."""
     reader = reader_of(args, args.model)
-    rows = reader.rows(args.data, "train", args.rows, args.seed)
-    held, origin = [], "nothing"
-    if args.eval_rows and args.eval_every:
-        if args.eval_data is not None or args.data == "wordmath":
-            source, n = args.eval_data or args.data, max(1, int(args.eval_rows))
-            held = reader.rows(source, "validation", n, 0)
-            origin = f"{len(held)} rows of {args.eval_data or 'the validation split'}"
-        else:
-            rows, held = held_out(rows, args.eval_rows, args.seed)
-            origin = f"{len(held)} rows held out of {args.data}"
+    rows, held, origin = divided(args, reader)
     pairs = args.trainer == "dpo"
     check_pairs(rows + held, pairs, args.data)
     made = reader.tokens([preferred(row) for row in rows])
@@ -250,11 +241,26 @@ def prepared(args: Train, cfg: ll.AdapterConfig, out: Path, resume: Path | None)
         )
     recommended = ll.get_variant(cfg.variant).lr * (PAIRS_RATE if pairs else 1)
     lr = recommended if args.lr is None else args.lr
-    kept = held if pairs else (evals.rows if evals else [])
+    if pairs:
+        kept = held
+    else:
+        kept = evals.rows if evals else []
     return Work(
         args=args, cfg=cfg, out=out, reader=reader, train=train, evals=kept, seen=made.rows,
         asked=[preferred(row) for row in held or rows], origin=origin, steps=steps, lr=lr, resume=resume,
     )  # fmt: skip
+
+
+def divided(args: Train, reader: Reader) -> tuple[list[Row], list[Row], str]:
+    """(rows to train on, rows to evaluate on, where the latter come from)."""
+    rows = reader.rows(args.data, "train", args.rows, args.seed)
+    if not (args.eval_rows and args.eval_every):
+        return rows, [], "nothing"
+    if args.eval_data is None and args.data != "wordmath":
+        rows, held = held_out(rows, args.eval_rows, args.seed)
+        return rows, held, f"{len(held)} rows held out of {args.data}"
+    held = reader.rows(args.eval_data or args.data, "validation", max(1, int(args.eval_rows)), 0)
+    return rows, held, f"{len(held)} rows of {args.eval_data or 'the validation split'}"
 
 
 def check_pairs(rows: Sequence[Row], wanted: bool, source: str) -> None:

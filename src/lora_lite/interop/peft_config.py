@@ -47,7 +47,11 @@ def our_config(config: Any, model: nn.Module | None) -> ll.AdapterConfig:
             f"peft_config is a {type(config).__name__}; which is not translated. Give the config of ours: "
             f"ll.trainer(TrainerClass, ll.{kind or 'LoRA'}Config(...))."
         )
-    said: dict[str, Any] = config.to_dict()
+    return _lora(config.to_dict(), model)
+
+
+def _lora(said: dict[str, Any], model: nn.Module | None) -> ll.AdapterConfig:
+    """A config of PEFT's LoRA, in one of its kinds and starts."""
     for field, what in UNREAD.items():
         if said.get(field):
             raise ConfigError(f"peft_config sets {field}, which is not translated ({what}).")

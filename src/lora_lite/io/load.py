@@ -16,7 +16,7 @@ from ..runtime.commit import check_attachable
 from ..runtime.handle import Adapter
 from ..runtime.model.state import DEFAULT, unwrap
 from ..runtime.model.surroundings import own_surroundings
-from ..runtime.targets.structure import home_of
+from ..runtime.targets.structure import home_of, transformer_inside
 from .header import read_header
 from .native import BaseCheck, load_native
 from .other_layouts import MLX_WEIGHTS, as_lora, is_other, load_other
@@ -73,6 +73,8 @@ def _home(model: nn.Module, folder: Path, own: Path | None, name: str) -> nn.Mod
     """The model, or the transformer inside a container (a SentenceTransformer) where the layers of a file of ours or of
     a folder of PEFT's are there."""
     model = unwrap(model)
+    if transformer_inside(model)[1] is model:  # no container, and no file is read twice
+        return model
     if own is not None:
         paths = list(read_header(own)["targets"])
     else:

@@ -107,18 +107,17 @@ def _places(names: list[str], paths: list[str]) -> tuple[dict[str, str], str]:
     Raises:
         FileError: the model is none of the parts.
     """
-    known, joined = set(paths), {path.replace(".", "_"): path for path in paths}
+    plain, joined = {path: path for path in paths}, {path.replace(".", "_"): path for path in paths}
     parts: dict[str, dict[str, str | None]] = {}
     for name in names:
-        kohya = next((p for p in KOHYA if name.startswith(p)), "")
-        part = kohya or next((f"{c}." for c in COMPONENTS if name.startswith(f"{c}.")), "")
-        rest = name.removeprefix(part)
-        parts.setdefault(part, {})[name] = joined.get(rest) if kohya else (rest if rest in known else None)
+        part = _part(name)
+        known = joined if part in KOHYA else plain
+        parts.setdefault(part, {})[name] = known.get(name.removeprefix(part))
     fitting = [part for part, found in parts.items() if None not in found.values()]
     if len(fitting) != 1:
         part = max(parts, key=lambda p: sum(v is not None for v in parts[p].values()))
         absent = [n for n, v in parts[part].items() if v is None] or names
-        hint = did_you_mean(absent[0].removeprefix(part), joined if part in KOHYA else known)
+        hint = did_you_mean(absent[0].removeprefix(part), joined if part in KOHYA else plain)
         raise FileError(
             f"{len(absent)} of its names belong to no module of this model: {listing(absent)}.{hint} Load it into the "
             "part of the pipeline that it adapts (pipe.unet, pipe.transformer, pipe.text_encoder)."
@@ -132,6 +131,12 @@ def _places(names: list[str], paths: list[str]) -> tuple[dict[str, str], str]:
             stacklevel=6,
         )
     return {n: p for n, p in parts[fitting[0]].items() if p is not None}, fitting[0].strip(".")
+
+
+def _part(name: str) -> str:
+    """What stands in front of a module's path and says the part of a pipeline; nothing where none is named."""
+    fronts = (*KOHYA, *(f"{c}." for c in COMPONENTS))
+    return next((front for front in fronts if name.startswith(front)), "")
 
 
 def _metadata(meta: dict[str, str], component: str) -> dict[str, Any]:

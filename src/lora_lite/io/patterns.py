@@ -103,7 +103,9 @@ class _Parser:
                 self.at += 1
             elif counted and (counted[1] or counted[3]):
                 least = int(counted[1] or 0)
-                most = (int(counted[3]) if counted[3] else None) if counted[2] else least
+                most = least
+                if counted[2]:
+                    most = int(counted[3]) if counted[3] else None
                 self.at = counted.end()
             else:
                 break

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..core.errors import StateError, listing
-from .call.acting import check_acts
+from .call.acting import check_acts, why_unhooked
 from .model.record import Record
 from .model.site import owned_tensors
-from .model.state import state_of, unwrap
+from .model.state import ModelState, state_of, unwrap
 
 
 @dataclass
@@ -54,8 +54,7 @@ def check(model: nn.Module) -> CheckReport:
     report = CheckReport({}, {})
     for record in trainable:
         gradients = _gradients(model, record)
-        check_acts(state, record, "the adapter learns nothing there")
-        _check_all_learn(record, gradients, record.name in active)
+        _check_all_learn(state, record, gradients, record.name in active)
         report.learning[record.name] = len(gradients)
         report.zero[record.name] = [path for path, own in gradients.items() if not any(_nonzero(g) for g in own)]
     return report
@@ -70,19 +69,24 @@ def _gradients(model: nn.Module, record: Record) -> dict[str, list[Tensor | None
     return found
 
 
-def _check_all_learn(record: Record, gradients: dict[str, list[Tensor | None]], active: bool) -> None:
+def _check_all_learn(
+    state: ModelState, record: Record, gradients: dict[str, list[Tensor | None]], active: bool
+) -> None:
     """Raise where a target has no gradient, or one that is not finite."""
     dead = [path for path, own in gradients.items() if all(g is None for g in own)]
+    consequence = "the adapter learns nothing there"
     if len(dead) == len(gradients):
+        check_acts(state, record, consequence)
         why = "backward did not run, or zero_grad() ran already" if active else "it is not active"
         raise StateError(
             f"adapter {record.name!r}: no target has a gradient ({why}). Call ll.check(model) between loss.backward() "
             "and zero_grad()."
         )
     if dead:
+        cause = "They were not called as modules, or their output is not used; add them to exclude_names."
         raise StateError(
-            f"adapter {record.name!r}: {len(dead)} of {len(gradients)} targets got no gradient: {listing(dead)}. They "
-            "were not called as modules, or their output is not used; add them to exclude_names."
+            f"adapter {record.name!r}: {len(dead)} of {len(gradients)} targets got no gradient: {listing(dead)}. "
+            f"{why_unhooked(state, dead, consequence) or cause}"
         )
     bad = [path for path, own in gradients.items() if not all(g is None or bool(g.isfinite().all()) for g in own)]
     if bad:

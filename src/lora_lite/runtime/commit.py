@@ -196,7 +196,7 @@ def put_on(
     state.records[record.name] = record
     state.select(((record.name, 1.0),))
     state.row_epoch += 1
-    state.links, state.unhooked, state.train_calls = None, {}, 0
+    state.links, state.unhooked, state.train_calls, state.gradless = None, {}, 0, {}
     forget_compiled()
     return Adapter(model, record.name, plan)
 

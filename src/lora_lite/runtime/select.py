@@ -170,7 +170,7 @@ def context(model: nn.Module, **values: Sequence[Any] | Tensor) -> Iterator[None
     if bad is not None:
         raise SelectionError(f"ll.context takes one entry per batch row, as in {bad}=[0, 2]; got {values[bad]!r}.")
     said = state.here.now.said or Said()
-    with _saying(state, said._replace(context={**said.context, **found})):
+    with _saying(state, Said(said.prompt, {**said.context, **found})):
         yield
 
 
@@ -200,7 +200,7 @@ def prompt(model: nn.Module, lengths: Sequence[int] | Tensor | None) -> Iterator
             )
         lengths = found.long()
     said = state.here.now.said or Said()
-    with _saying(state, said._replace(prompt=Prompt(lengths))):
+    with _saying(state, Said(Prompt(lengths), said.context)):
         yield
 
 

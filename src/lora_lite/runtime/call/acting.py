@@ -4,8 +4,8 @@ named."""
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..._torch import compiled_in_place, is_fake, within_compiled
+from ..._torch import end_mode, is_fake, makes_fakes, runs_compiled, within_compiled
 from ...core.errors import LoraLiteWarning, StateError, listing
 from ..layers.kinds import kind_of
 from ..layers.tensors import is_sharded
-from ..model.call import Links, Running
+from ..model.call import Links
 from ..model.held import Seen, look
 from ..model.record import Record
 from ..model.site import Site
 from ..model.state import SITE, STATE, ModelState, acting_names
 
-Step = tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]
+Step = tuple[nn.Module, str, nn.Module]
 LOOKUPS = (F.embedding, torch.embedding, F.embedding_bag)
 ASKS = ("to", "type_as")
 """Functions that take the second tensor's dtype and device, not its values."""
@@ -47,21 +47,17 @@ def begin(model: nn.Module, state: ModelState) -> None:
         state.train_calls += 1
         for name in names if state.unhooked.get(True) and any(m.ran for m in _sites(model, state)) else ():
             check_acts(state, state.records[name], "it would not be trained there")
-    if training not in state.unhooked and now.watch is None and not _is_compiled(model):
-        _inspect(model, state)
-        now.watch = watch = Watch(model, state)
-        watch.__enter__()
+    if training not in state.unhooked and _may_listen(state) and not _is_compiled(model) and not makes_fakes():
+        _listen(model, state)
 
 
 def end(model: nn.Module, state: ModelState, failed: bool) -> list[str]:
     """After it, an exception included: stop listening; the targets whose weights other code read instead of calling
     them."""
-    now = state.here.now
-    watch: Watch | None = now.watch
-    if watch is None:
+    watch: Watch | None = state.watch
+    if watch is None or watch.thread != get_ident():
         return []
-    now.watch = None
-    watch.__exit__(None, None, None)
+    _stop_listening(state)
     if failed:
         return []
     if watch.training:
@@ -89,11 +85,37 @@ def _watch_buffers(before: Seen, after: Seen) -> None:
         )
 
 
-def note_run(site: Site, now: Running) -> None:
-    """A layer's hook runs."""
-    site.ran = True
-    if now.watch is not None:
-        now.watch.ran.add(site.path)
+def _may_listen(state: ModelState) -> bool:
+    """Not while another thread's call is listened to; what a call left that was interrupted goes."""
+    watch: Watch | None = state.watch
+    if watch is not None and watch.thread == get_ident():
+        _stop_listening(state)
+    return state.watch is None
+
+
+def _listen(model: nn.Module, state: ModelState) -> None:
+    _inspect(model, state)
+    for site in _sites(model, state):
+        site.awaited = True
+    state.watch = watch = Watch(model, state)
+    watch.__enter__()
+
+
+def _stop_listening(state: ModelState) -> None:
+    watch, state.watch = state.watch, None
+    end_mode(watch)
+
+
+def note_run(site: Site) -> None:
+    """An awaited layer's hook runs. It is awaited on where no gradient reaches it yet, in a call that has one."""
+    state, now = site.state, site.state.here.now
+    site.ran, site.awaited = True, now.grad and not torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        return
+    if not site.awaited:
+        now.fed.add(site.path)
+    if state.watch is not None:
+        state.watch.ran.add(site.path)
 
 
 def check_acts(state: ModelState, record: Record, consequence: str) -> None:
@@ -102,14 +124,24 @@ def check_acts(state: ModelState, record: Record, consequence: str) -> None:
     Raises:
         StateError: with the targets' names.
     """
-    paths = [p for p in dict.fromkeys(sum(state.unhooked.values(), [])) if p in record.targets]
-    if paths:
-        raise StateError(f"adapter {record.name!r}: {_unhooked_text(paths, consequence)}")
+    if why := why_unhooked(state, list(record.targets), consequence):
+        raise StateError(f"adapter {record.name!r}: {why}")
+
+
+def why_unhooked(state: ModelState, paths: list[str], consequence: str) -> str:
+    """The sentence about those of these layers whose weight was read past their hooks; empty where none was."""
+    read = {path for of_mode in state.unhooked.values() for path in of_mode}
+    found = [path for path in paths if path in read]
+    return _unhooked_text(found, consequence) if found else ""
 
 
 def warn_idle(model: nn.Module, record: Record) -> None:
-    """Say which targets never ran in training while others did: their tensors are what they were at the start."""
+    """Before a file is written: name the targets whose weight was read past their hooks, and those that never ran in
+    training while others did. Their tensors are what they were at the start."""
     state: ModelState = model.__dict__[STATE]
+    if why := why_unhooked(state, list(record.targets), "what is saved of the adapter there does nothing"):
+        warnings.warn(f"adapter {record.name!r}: {why}", LoraLiteWarning, stacklevel=3)
+        return
     sites = {site.path: site for site in _sites(model, state)}
     idle = [path for path in record.targets if path in sites and not sites[path].ran]
     if not idle or not state.train_calls or len(idle) == len(record.targets) or _is_compiled(model):
@@ -137,7 +169,7 @@ def _sites(model: nn.Module, state: ModelState) -> Iterator[Site]:
 
 def _is_compiled(model: nn.Module) -> bool:
     """Whether parts of it run as compiled code, in which no hook can say that it ran."""
-    return any("_orig_mod" in m._modules or compiled_in_place(m) for m in model.modules())
+    return any(runs_compiled(m) for m in model.modules())
 
 
 def _check_present(model: nn.Module, state: ModelState, names: Iterable[str]) -> None:
@@ -167,7 +199,7 @@ def _links(model: nn.Module, state: ModelState) -> Links:
         found[site.path] = site
         while path and path not in steps:
             above, _, name = path.rpartition(".")
-            steps[path] = weakref.ref(modules[above]), name, weakref.ref(modules[path])
+            steps[path] = modules[above], name, modules[path]
             path = above
     lost = {path for record in state.records.values() for path in record.targets if path not in found}
     return Links(list(steps.values()), lost)
@@ -190,7 +222,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, state: ModelState) -> None:
         super().__init__()
-        self.training = state.here.now.grad and model.training
+        self.training, self.thread = state.here.now.grad and model.training, get_ident()
         self.buffers = look(model) if self.training else {}
         self.read: dict[str, None] = {}
         self.ran: set[str] = set()
@@ -198,16 +230,18 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if torch.compiler.is_compiling():
-            return out
-        for i, t in enumerate((*args, *(kwargs or {}).values())):
+        if not torch.compiler.is_compiling():
+            self.note(func, args, kwargs or {}, out)
+        return out
+
+    def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        for i, t in enumerate((*args, *kwargs.values())):
             site = self.weights.get(id(t))
             if site is None or site.path in self.ran or not _takes_values(func, i, out):
                 continue
             looked_up = func in LOOKUPS  # a tied weight is multiplied by the head, and looked up by the embedding
             if looked_up == site.kind.by_number and not within_compiled():
                 self.read[site.path] = None
-        return out
 
 
 def _weights(model: nn.Module, state: ModelState) -> Iterator[tuple[Site, Tensor]]:

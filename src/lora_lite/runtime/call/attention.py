@@ -14,6 +14,7 @@ from ..model.site import Site, Slot
 from ..model.state import SITE
 from ..view.composed import blend
 from ..view.layer import LayerView
+from .acting import note_run
 from .recompute import selection_of
 from .rows import row_groups
 
@@ -50,7 +51,9 @@ def attend(
     kind: Any = site.kind
     _check_sizes(module, site, key, value, more)
     what = Scores(query, key, value, attention_mask)
-    active, rows, call, extent = selection_of(site.state)
+    if site.awaited:
+        note_run(site)
+    active, rows, call, extent = selection_of(site)
     if rows is None:
         chosen = [(site.slots[name], weight) for name, weight in active if weight and name in site.slots]
         return _acted(module, site, chosen, what, call, None, more)

@@ -23,7 +23,7 @@ from ..model.site import Site
 from ..model.state import SITE
 from ..view.expert import adapted
 from .acting import note_run
-from .recompute import note_gradient, selection_of
+from .recompute import selection_of
 from .rows import row_groups
 from .turns import swap_in, swap_out
 
@@ -62,7 +62,7 @@ def _step_aside(owner: nn.Module) -> None:
 def experts_pre_hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the experts run."""
     _step_aside(owner)  # what an interrupted call has left
-    active, rows, *_ = selection_of(_owned(owner)[0].__dict__[SITE].state)
+    active, rows, *_ = selection_of(_owned(owner)[0].__dict__[SITE])
     if rows is None and active:
         _stand_before(owner, active)
 
@@ -73,13 +73,11 @@ def experts_post_hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     _step_aside(owner)
     if output is None:  # an exception is on its way
         return None
-    for site in [bank.__dict__[SITE] for bank in _owned(owner)]:
-        now = site.state.here.now
-        note_run(site, now)
-        if now.grad:
-            note_gradient(site, now)
+    for bank in _owned(owner):
+        if bank.__dict__[SITE].awaited:
+            note_run(bank.__dict__[SITE])
     site: Site = _owned(owner)[0].__dict__[SITE]
-    _, rows, _, extent = selection_of(site.state)
+    _, rows, _, extent = selection_of(site)
     return None if rows is None else _by_rows(owner, site, rows, extent, args, kwargs, output)
 
 

@@ -19,7 +19,7 @@ from ..view.composed import blend
 from ..view.layer import LayerView
 from .acting import note_run
 from .grouped import grouped
-from .recompute import note_gradient, selection_of
+from .recompute import selection_of
 from .rows import row_groups
 from .stand_in import rest, stand_before, step_aside
 
@@ -43,7 +43,7 @@ def pre_hook(
         return None
     if site.has_weight:
         step_aside(layer)  # what an interrupted call has left
-    selection = selection_of(site.state)
+    selection = selection_of(site)
     if not selection[0] and selection[1] is None:
         return None
     key = None if args else first_name(layer, kwargs)
@@ -62,20 +62,29 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
         raise StateError(COPIED)
     site: Site = layer.__dict__[SITE]
     if site.awaited:
-        site.awaited = False
+        note_run(site)
     stood_in = site.has_weight and step_aside(layer)
     if output is None and sys.exc_info()[0] is not None:  # the layer failed, and its exception is on its way
         return None
-    if not torch.compiler.is_compiling():
-        now = site.state.here.now
-        note_run(site, now)
-        if now.grad:
-            note_gradient(site, now)
-    selection = selection_of(site.state)
+    selection = selection_of(site)
     if not selection[0] and selection[1] is None:
         return None
     x = args[0] if args else kwargs[first_name(layer, kwargs)]
-    y = output[0] if isinstance(output, tuple) else output
+    y = _usable(layer, site, x, output[0] if isinstance(output, tuple) else output)
+    if site.kind.stream:
+        _check_width(site, y)
+    if stood_in:
+        selection = (rest(site, selection[0]), *selection[1:])
+    inner_x, inner_y = site.kind.enter(layer, x, y)
+    new = apply_selected(layer, site, inner_x, inner_y, selection)
+    if new is inner_y:
+        return None
+    new = laid_out_as(site.kind.leave(layer, new, y), y)
+    return (new, *output[1:]) if isinstance(output, tuple) else new
+
+
+def _usable(layer: nn.Module, site: Site, x: Tensor, y: Any) -> Tensor:
+    """What a layer returned, if pages can go on from it."""
     if not isinstance(y, Tensor):
         raise SelectionError(
             f"{site.path}: {type(layer).__name__} returns {type(y).__name__}, neither a tensor nor a tuple that "
@@ -87,16 +96,7 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
             "before it would train on wrong gradients. Use a weight-only quantisation that is differentiable "
             "(bitsandbytes, torchao int8 weight-only, quanto)."
         )
-    if site.kind.stream:
-        _check_width(site, y)
-    if stood_in:
-        selection = (rest(site, selection[0]), *selection[1:])
-    inner_x, inner_y = site.kind.enter(layer, x, y)
-    new = apply_selected(layer, site, inner_x, inner_y, selection)
-    if new is inner_y:
-        return None
-    new = laid_out_as(site.kind.leave(layer, new, y), y)
-    return (new, *output[1:]) if isinstance(output, tuple) else new
+    return y
 
 
 def _check_width(site: Site, y: Tensor) -> None:

@@ -6,21 +6,24 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..._torch import backward_is_running, function_cuts, inside_checkpoint, inside_reentrant_checkpoint
 from ...core.errors import LoraLiteWarning, SelectionError, listing
 from ..model.call import Running, Selection
 from ..model.site import Site
 from ..model.state import ModelState, acting_names
+from .batch import values_of
 
 
-def selection_of(state: ModelState) -> Selection:
+def selection_of(site: Site) -> Selection:
     """What acts in the running forward: what its call of the model began with, in whatever thread it runs.
 
     A recomputation in backward may run after the `with` block of its forward and on another thread: it gets the
     selection of the checkpointed forward that waits for it. Two such forwards under different selections cannot be told
     apart, so they raise.
     """
+    state = site.state
     now = state.here.now
     chosen = now.selection or (*state.selected, None, None)
     if torch.compiler.is_compiling():
@@ -28,7 +31,7 @@ def selection_of(state: ModelState) -> Selection:
             state.compiled_checkpoint = True
         return chosen
     if not backward_is_running():
-        if in_checkpoint(now):
+        if _in_checkpoint(site, now):
             _await(state, now, chosen)
         return chosen
     waiting = _waiting(state, now)
@@ -86,47 +89,57 @@ def changed(state: ModelState) -> None:
         )
 
 
-def in_checkpoint(now: Running) -> bool:
+def _in_checkpoint(site: Site, now: Running) -> bool:
     """Whether a checkpointed region is running forward for the first time."""
+    state = site.state
     if torch.is_grad_enabled():
         return inside_checkpoint()
     if now.grad:  # and none here: a reentrant checkpoint, or the model's own no_grad
+        if site.path not in state.gradless:
+            state.gradless[site.path] = function_cuts()
+            now.newly_gradless.append(site.path)
+            site.awaited = True  # it may run again, with a gradient
         return True
     return not now.in_call and inside_reentrant_checkpoint()  # the search is long
 
 
-def note_gradient(site: Site, now: Running) -> None:
-    """A layer runs in a call with gradients: does it have one here?"""
-    if torch.is_grad_enabled():
-        now.fed.add(site.path)
-    elif site.path not in now.cut and (cuts := function_cuts()) is not False:
-        now.cut[site.path] = cuts is True
-
-
-def check_fed(state: ModelState) -> None:
-    """After a training call: name the targets that ran without a gradient.
+def check_fed(state: ModelState, output: Any) -> None:
+    """After a training call in which layers ran without a gradient: name the targets that no gradient reaches.
 
     Raises:
         SelectionError: a reentrant checkpoint cut them off.
     """
     now, names = state.here.now, acting_names(state)
-    trained = [r for n in names if (r := state.records[n]).trainable and r.variant.trains]
-    cut = {p: how for p, how in now.cut.items() if p not in now.fed and any(p in r.targets for r in trained)}
-    lost = [path for path, by_checkpoint in cut.items() if by_checkpoint]
-    if lost:
-        raise SelectionError(
-            "gradient checkpointing with use_reentrant=True runs blocks without gradient because no input of theirs "
-            f"requires one, so {len(lost)} of {len(cut) + len(now.fed)} targets would not train: {listing(lost)}. "
-            "Call model.enable_input_require_grads(), or enable checkpointing with use_reentrant=False."
-        )
-    if cut and not state.cut_noted:
+    trained = {p for n in names if (r := state.records[n]).trainable and r.variant.trains for p in r.targets}
+    cut = {p: state.gradless.get(p) for p in now.newly_gradless if p in trained and p not in now.fed}
+    _check_cut(state, [path for path, by_checkpoint in cut.items() if by_checkpoint], len(trained), output)
+    bare = [path for path, by_checkpoint in cut.items() if by_checkpoint is None]
+    if bare and not state.cut_noted:
         state.cut_noted = True
         warnings.warn(
-            f"{listing(cut)} ran under the model's own torch.no_grad() in a training call, so the adapter does not "
+            f"{listing(bare)} ran under the model's own torch.no_grad() in a training call, so the adapter does not "
             "train there. Leave them out (exclude_names), or let the model run them with gradients.",
             LoraLiteWarning,
             stacklevel=4,
         )
+
+
+def _check_cut(state: ModelState, lost: list[str], n_trained: int, output: Any) -> None:
+    """Raise where a reentrant checkpoint cut these targets off, or the whole output."""
+    whole = n_trained and any(how is not None for how in state.gradless.values()) and not _has_gradient(output)
+    state.gradless = {path: how for path, how in state.gradless.items() if not how}  # what was cut is asked again
+    if not (lost or whole):
+        return
+    what = f"{len(lost)} of {n_trained} targets would not train: {listing(lost)}" if lost else "no adapter would train"
+    raise SelectionError(
+        "gradient checkpointing with use_reentrant=True runs blocks without gradient because no input of theirs "
+        f"requires one, so {what}. Call model.enable_input_require_grads(), or enable checkpointing with "
+        "use_reentrant=False."
+    )
+
+
+def _has_gradient(output: Any) -> bool:
+    return any(isinstance(v, Tensor) and v.requires_grad for v in values_of(output))
 
 
 def _show(selection: Any) -> str:

@@ -36,7 +36,7 @@ def root_pre_hook(
     if not compiling:
         wait_for_change(state)
         now.in_call, now.grad = True, torch.is_grad_enabled()
-        now.fed, now.cut = set(), {}
+        now.fed, now.newly_gradless = set(), []
         memo.begin(now, model, kwargs)
         if state.vocabulary:
             watch_vocabulary(model, state)
@@ -58,8 +58,8 @@ def root_pre_hook(
 
 
 def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Raise when a training call left something without a gradient: targets, by a reentrant checkpoint, or what stands
-    on a head that it did not call. After an exception the call is over, too."""
+    """Raise when a training call left something without a gradient: adapted layers, by a reentrant checkpoint, or what
+    stands on a head that it did not call. Also called when the model failed, to end what was begun."""
     state: ModelState = model.__dict__[STATE]
     now = state.here.now
     if torch.compiler.is_compiling():
@@ -77,8 +77,8 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if had_grad and state.vocabulary and model.training:
         check_head(model, state)
     acting.tell(idle)
-    if had_grad and now.cut and model.training and torch.is_grad_enabled():
-        check_fed(state)
+    if had_grad and state.gradless and model.training and torch.is_grad_enabled():
+        check_fed(state, output)
 
 
 def wait_for_change(state: ModelState) -> None:

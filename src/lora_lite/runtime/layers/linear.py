@@ -16,7 +16,7 @@ from ..model.site import Site
 from ..model.state import SITE
 from .cell import MatrixCell
 from .tensors import FLOATS, bias_of, check_readable, device_of, is_ordinary, is_packed, stored_weight
-from .tried import can_be_tried, has_own_forward, trying, why_not_affine
+from .tried import can_be_tried, has_own_forward, trying, twin_of, why_not_affine
 
 COLUMNS = 512  # of the identity, pushed through a layer at a time
 
@@ -126,9 +126,11 @@ def _zero(module: nn.Module) -> Tensor:
     return torch.zeros(1, (dims(module) or (0, 0))[0], dtype=probe_dtype(module), device=device_of(module))
 
 
-@torch.no_grad()
 def _returns_more(module: nn.Module) -> bool:
-    return _is_tried(module) and not isinstance(module.forward(_zero(module)), Tensor)
+    if not _is_tried(module):
+        return False
+    with trying(module) as twin:
+        return not isinstance(twin.forward(_zero(module)), Tensor)
 
 
 @torch.no_grad()
@@ -137,8 +139,8 @@ def _share_of_bias(module: nn.Module) -> float:
     b = bias_of(module)
     if b is None or not _is_tried(module):
         return 1.0
-    with trying(module):
-        y, b = run_bare(module, _zero(module))[0].double(), b.double()
+    with trying(module) as twin:
+        y, b = run_bare(twin, _zero(module))[0].double(), b.double()
     share = float((y @ b) / (b @ b).clamp_min(1e-30)) if bool(b.any()) else 1.0
     return next((c for c in (0.0, 1.0) if abs(share - c) < 0.01), share)
 
@@ -196,6 +198,7 @@ def column_blocks(module: nn.Module, d_in: int, dtype: torch.dtype) -> Iterator[
 @torch.no_grad()
 def apply_linear(module: nn.Module, v: Tensor) -> Tensor:
     """v Wᵀ through the bare layer, bias set aside. v: (n, d_in) -> (n, d_out) in v's dtype."""
+    module = twin_of(module) if _is_tried(module) else module  # in evaluation, and no trace is left
     probe = v.to(probe_dtype(module), copy=True).requires_grad_()
     with without_bias(module):  # bitsandbytes repacks its weight for inference when a CPU input needs no gradient
         return run_bare(module, probe).to(v.dtype)

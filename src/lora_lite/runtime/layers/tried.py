@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from ..._torch import is_fake
+from ..._torch import is_fake, makes_fakes
 from .tensors import is_ordinary, is_sharded
 
 LOUD = (3.0, 100.0)
@@ -26,27 +27,39 @@ def has_own_forward(module: nn.Module, plain: set[Any]) -> bool:
 
 
 def can_be_tried(module: nn.Module) -> bool:
-    """Whether its weight is an ordinary tensor with values here: not packed, sharded, or on the meta device."""
+    """Whether its weight is an ordinary tensor with values here: not packed, sharded, or on the meta device, and no
+    mode is on in which tensors have none."""
     w = getattr(module, "weight", None)
-    return is_ordinary(w) and isinstance(w, Tensor) and not (w.is_meta or is_sharded(w) or is_fake(w))
+    has_values = isinstance(w, Tensor) and not (w.is_meta or is_sharded(w) or is_fake(w))
+    return has_values and is_ordinary(w) and not makes_fakes()
 
 
 @contextmanager
-def trying(module: nn.Module) -> Iterator[None]:
-    """Inside, the module is in evaluation, draws leave no trace, and a weight that shows nothing (zeros, or values that
-    are not finite) is replaced by a random one."""
-    was, own = module.training, dict(module._parameters)
-    w = own.get("weight")
+def trying(module: nn.Module) -> Iterator[Any]:
+    """A twin of the module in evaluation, which shares its tensors; inside, draws leave no trace. A weight that shows
+    nothing (zeros, or values that are not finite) is replaced by a random one."""
+    twin = twin_of(module)
+    w = twin._parameters.get("weight")
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            module.training = False
-            if w is not None and not 0 < float(w.abs().amax()) < 1e18:
-                g = Generator().manual_seed(0)
-                module._parameters["weight"] = torch.randn(w.shape, generator=g).to(w)  # type: ignore[assignment]
-            yield
-        finally:
-            module.training = was
-            module._parameters.update(own)
+        if w is not None and not 0 < float(w.abs().amax()) < 1e18:
+            g = Generator().manual_seed(0)
+            twin._parameters["weight"] = torch.randn(w.shape, generator=g).to(w)
+        yield twin
+
+
+def twin_of(module: nn.Module) -> Any:
+    """The same layer once more: its own tables, modes and buffers, the same parameters. The layer itself is left
+    alone, so that nothing is to be put back."""
+    twin: Any = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin._parameters = dict(module._parameters)
+    twin._buffers = {k: t if t is None else t.clone() for k, t in module._buffers.items()}
+    twin._modules = {k: m if m is None else twin_of(m) for k, m in module._modules.items()}
+    twin.training = False
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        twin.forward = MethodType(forward.__func__, twin)
+    return twin
 
 
 def why_not_affine(module: nn.Module, d_in: int, dtype: torch.dtype) -> str:
@@ -54,12 +67,12 @@ def why_not_affine(module: nn.Module, d_in: int, dtype: torch.dtype) -> str:
     w: Any = module.weight
     g = Generator().manual_seed(0)
     x = torch.randn(2, 2, 3, d_in, generator=g).to(device=w.device, dtype=dtype)
-    with trying(module):
-        size = float(module.weight.float().square().sum() / max(1, module.weight.numel() // d_in)) ** 0.5  # type: ignore[operator,union-attr]
+    with trying(module) as twin:
+        size = float(twin.weight.float().square().sum() / max(1, twin.weight.numel() // d_in)) ** 0.5
         for loud in LOUD:
             a, b = x * (loud / max(size, 1e-30))
             try:
-                outs = [_parts(module.forward(v)) for v in (0 * a, a, b, a + b, -2 * a)]
+                outs = [_parts(twin.forward(v)) for v in (0 * a, a, b, a + b, -2 * a)]
             except Exception as e:
                 return f"cannot be called with one tensor (..., {d_in}): {_said(e)}"
             if why := _bent([y for y, _ in outs], a.shape[:-1]):
@@ -84,9 +97,9 @@ def scale_of_lookup(module: nn.Module, size: int) -> tuple[float | None, str]:
     g = Generator().manual_seed(0)
     w: Any = module.weight
     ids = torch.randint(0, size, (3, 5), generator=g).to(w.device)
-    with trying(module):
+    with trying(module) as twin:
         try:
-            y, rows = module.forward(ids), module.weight[ids].double()  # type: ignore[operator]
+            y, rows = twin.forward(ids), twin.weight[ids].double()
         except Exception as e:
             return None, f"cannot be called with token ids alone: {_said(e)}"
     if not isinstance(y, Tensor) or y.shape != rows.shape:
@@ -99,10 +112,10 @@ def scale_of_lookup(module: nn.Module, size: int) -> tuple[float | None, str]:
 
 def why_not_the_same(module: nn.Module, parent: Callable[..., Tensor], x: Tensor) -> str:
     """Why it does not do what its parent class would; empty where it does."""
-    with trying(module):
-        want = parent(module, x)
+    with trying(module) as twin:
+        want = parent(twin, x)
         try:
-            y = module.forward(x)
+            y = twin.forward(x)
         except Exception as e:
             return f"cannot be called with one tensor of shape {tuple(x.shape)}: {_said(e)}"
     if not isinstance(y, Tensor) or y.shape != want.shape:

@@ -6,8 +6,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ class Said(NamedTuple):
     """What the `with ll.prompt(...)` and `with ll.context(...)` blocks of a thread say."""
 
     prompt: Prompt | None = None
-    context: Mapping[str, Tensor] = MappingProxyType({})
+    context: Mapping[str, Tensor] = {}  # an empty proxy would be true to a compiler
 
 
 class Rows(NamedTuple):
@@ -117,17 +116,16 @@ def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
 class Links:
     """Every step from the model down to an adapted layer, so that a replaced one is noticed at little cost."""
 
-    def __init__(self, steps: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]], lost: set[str]) -> None:
-        self.steps, self.lost = steps, lost
-        """(parent, name, child), and the paths of targets that are not there any more."""
+    def __init__(self, steps: list[tuple[nn.Module, str, nn.Module]], lost: set[str]) -> None:
+        self.tables = [parent._modules for parent, _, _ in steps]
+        self.names = [name for _, name, _ in steps]
+        self.children: list[nn.Module | None] = [child for _, _, child in steps]
+        self.lost = lost
+        """Paths of targets that are not there any more."""
 
     def hold(self) -> bool:
-        """Whether every child is still where it was."""
-        for parent, name, child in self.steps:
-            holder = parent()
-            if holder is None or holder._modules.get(name) is not child():
-                return False
-        return True
+        """Whether every child is still where it was. A module equals itself alone."""
+        return list(map(dict.get, self.tables, self.names)) == self.children
 
 
 @dataclass
@@ -156,12 +154,9 @@ class Running:
         self.grad = False
         """Whether the call was entered with gradients enabled."""
         self.fed: set[str] = set()
-        """Paths of the layers that ran with a gradient in the last call."""
-        self.cut: dict[str, bool] = {}
-        """Paths of those that ran without -> whether it was because of a reentrant checkpoint that no gradient
-        entered."""
-        self.watch: Any = None
-        """What listens to the call, see `call.acting`."""
+        """Paths of awaited layers that ran with a gradient in the last call."""
+        self.newly_gradless: list[str] = []
+        """Paths of layers that ran without one in it, and in no call before, see `call.recompute`."""
         self.memo: Memo | None = None
         """What pages keep from one step of cached decoding to the next, see `view.kept`; None where nothing may be
         kept."""

@@ -98,7 +98,7 @@ class Site:
         self.has_input = self.has_weight = False
         """whether any does."""
         self.awaited = False
-        """The running call must call this layer, see `call.vocabulary`."""
+        """Somebody wants to know that it runs, see `call.acting` and `call.vocabulary`."""
         self.found: object = None
         """What its kind found out about the layer, see `Kind.inspect`, once it was"""
         self.inspected = True

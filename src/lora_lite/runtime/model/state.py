@@ -4,6 +4,7 @@ deepcopy and pickle."""
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,13 +58,18 @@ class ModelState:
         self.waiting: weakref.WeakSet[Running] = weakref.WeakSet()
         """Threads with selections that wait for a recomputation, which the autograd engine may run in a thread of its
         own."""
+        self.gradless: dict[str, bool | None] = {}
+        """Paths of layers that ran without a gradient in a training call -> whether a reentrant checkpoint cut it off
+        there; None: the model's own `no_grad`, see `call.recompute`."""
         self.cut_noted = False
-        """Whether the latter was warned about."""
+        """Whether the model's own `no_grad` was warned about."""
         self.compiled_checkpoint = False
         """A compiler traced a hook inside a checkpoint."""
         self.compiled_checkpoint_noted = False
         self.links: Links | None = None
         """The ways from the model down to its adapted layers, see `call.acting`."""
+        self.watch: Any = None
+        """What listens to a running call, of one thread at a time, see `call.acting`."""
         self.unhooked: dict[bool, list[str]] = {}
         """Training or not -> paths of adapted layers that did not run in the first such call since an adapter was
         added, while other code read their weight."""
