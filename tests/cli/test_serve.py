@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import os
@@ -26,7 +27,8 @@ uvicorn = pytest.importorskip("uvicorn")
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """(port, model, engine) of a server in this process: a bare base and two adapters."""
+    """(port, model, engine, twin) of a server in this process: a bare base and two adapters; the twin is a copy of the
+    model, which may be asked while the engine's thread is still at the last request."""
     from lora_lite.cli._engine import Engine
     from lora_lite.cli._openai import Api
     from lora_lite.data.tokens import PLAIN
@@ -36,6 +38,7 @@ def served(tmp_path_factory):
     for name, method in (("a", ll.LoRAConfig(r=3, alpha=7)), ("b", ll.IA3Config())):
         ll.attach(model, method, name=name)
         randomise(model, name, seed=1)
+    twin = copy.deepcopy(model)
     engine = Engine(model, tokenizer)
     engine.start()
     app = Api(engine, {"base": None, "a": "a", "b": "b"}, 9, 512).app()
@@ -47,7 +50,7 @@ def served(tmp_path_factory):
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield port, model, engine
+    yield port, model, engine, twin
     server.should_exit = True
     thread.join()
     engine.stop()
@@ -83,7 +86,7 @@ def test_models(served):
 
 
 def test_one_batch_with_the_adapter_that_each_request_names(served):
-    port, model, engine = served
+    port, _, engine, model = served
     asked = [("base", "1+1="), ("a", "hello there"), ("b", "x"), ("a", "2*3="), ("base", "abc"), ("b", "12 and 13")]
     before = len(engine.batches)
 
@@ -121,7 +124,7 @@ def test_a_stream_says_what_the_whole_says(served):
 
 def test_sampling_is_each_rows_own(served):
     """A seed says the same whoever is asked beside it; a small nucleus is the greedy answer; stops end before them."""
-    port, model, _ = served
+    port, *_, model = served
 
     def said(**changes):
         body = {"model": "a", "prompt": "1+1=", "max_tokens": 8, "seed": 5, **changes}
@@ -136,7 +139,7 @@ def test_sampling_is_each_rows_own(served):
 
 
 def test_a_stop_is_never_streamed_in_part(served):
-    port, model, _ = served
+    port, *_, model = served
     want = greedy(model, "a", "1+1=", 8)
     body = {"model": "a", "prompt": "1+1=", "max_tokens": 8, "temperature": 0, "stop": [want[4:7]], "stream": True}
     chunks = [json.loads(e) for e in ask(port, "/v1/completions", body)[1][:-1]]
@@ -162,7 +165,7 @@ def test_what_cannot_be_answered(served, status, param, body):
 
 
 def test_an_error_in_the_model_is_told_and_the_next_request_answered(served, monkeypatch):
-    port, model, _ = served
+    port, model, *_ = served
     body = {"model": "a", "prompt": "1+1=", "max_tokens": 3}
     with monkeypatch.context() as patch:
         patch.setattr(model, "generate", lambda **_: 1 / 0)

@@ -113,6 +113,8 @@ def test_a_process_that_loads_runs_nothing_and_opens_the_files_alone(tmp_path):
     places = []
     for parameter in every_method().args[1]:
         case = parameter.values[0]
+        if not case.variant.__module__.startswith("lora_lite."):  # another test's, which that process has not imported
+            continue
         places.append((str(ll.save(case.random(), tmp_path / case.variant.name)), case.toy is AttentiveToy))
     ll.export(ll.testing.Case(ll.get_variant("lora")).random(), tmp_path / "peft")
     places.append((str(tmp_path / "peft"), False))
