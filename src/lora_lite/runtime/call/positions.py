@@ -263,7 +263,7 @@ def _past(named: Mapping[str, Any], cache: Any, who: str) -> Any:
     """Number of cached tokens before this call."""
     n = None
     silent = next((name for name in STATES if named.get(name) is not None), "")
-    silent = silent or ("" if cache is not None else opaque(named))
+    silent = silent or opaque(named)
     if silent and named.get("cache_position") is None:
         raise SelectionError(
             f"{who}: the model's state ({silent}) does not tell how many tokens came before; use positions='all'."

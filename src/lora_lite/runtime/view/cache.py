@@ -34,7 +34,9 @@ def _is_legacy(value: Any) -> bool:
 
 def opaque(named: Mapping[str, Any]) -> str:
     """The argument that may be a cache and cannot say what it holds: an object of an unknown class, in a call that uses
-    a cache or under a name that says so; empty where there is none."""
+    a cache or under a name that says so; empty where there is none, or beside a cache that can say it."""
+    if cache_of(named) is not None:
+        return ""
     for name, value in named.items():
         of_a_cache = named.get("use_cache") is True or "cache" in name or "past" in name
         if of_a_cache and not isinstance(value, TELLING) and not callable(value):
