@@ -21,6 +21,7 @@ from ..runtime.handle import Adapter
 from ..runtime.layers.kinds import kind_of
 from ..runtime.layers.tensors import bias_of
 from ..runtime.model.record import Record, Target
+from ..runtime.model.surroundings import own_surroundings
 from ..runtime.plan import tied_targets
 from ..runtime.start.staging import filled
 from ..runtime.targets.choose import add_shared
@@ -60,7 +61,7 @@ def attach_peft(
     Raises:
         FileError: the type is not read, a field asks for what is not read, or a tensor fits nothing.
     """
-    with reading(where):
+    with own_surroundings(), reading(where):
         record, values, same = _Reader(model, config, {_short(k): t for k, t in tensors.items()}, where).read(name)
         own = [(path, t) for path, t in record.targets.items() if not t.tied]
         keyed = {t.key(short): values[path][short] for path, t in own for short in t.specs}
