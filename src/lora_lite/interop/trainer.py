@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lora_lite as ll
 
@@ -84,8 +84,7 @@ class _Inside(_Base):
             super().__init__(model, *args, **kwargs)
             return
         self._adapt(model)  # type: ignore[attr-defined]
-        with _quantised_base_allowed(model):
-            super().__init__(model, *args, **kwargs)
+        super().__init__(model, *args, **kwargs)
 
 
 class AdapterMixin(_Base):
@@ -114,8 +113,11 @@ class AdapterMixin(_Base):
             self._reference = Reference()
         if self._way == "argument":
             kwargs["ref_model"] = self._reference
-        with _tensors_kept(model), _without_beta(self._said_args, self._way == "beta") as beta:
+        self._stored = _stored(model)
+        with _without_beta(self._said_args, self._way == "beta") as beta:
             super().__init__(model, *args, **kwargs)
+        _uncast(self._stored)
+        self._stored = []
         if self._way == "beta":
             self.beta = self.beta if beta is None else beta
         if self._way == "attribute" or (self._way == "beta" and self.beta):
@@ -133,6 +135,7 @@ class AdapterMixin(_Base):
     def _adapt(self, model: nn.Module) -> None:
         """Attach what is to be attached, and let the reference follow."""
         self._check_has_adapter(model)
+        _uncast(self._stored)  # before the reference copies them
         fresh = self._to_attach is not None
         if fresh:
             home = new_home(model)
@@ -294,35 +297,15 @@ def _loaded(name: str) -> nn.Module:
     return made.from_pretrained(name)
 
 
-@contextmanager
-def _quantised_base_allowed(model: nn.Module) -> Iterator[None]:
-    """Trainer refuses quantised models unless they say that a PEFT adapter is loaded. Say so while it is constructed,
-    and only where gradients do pass."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not getattr(model, "is_quantized", False) or quantizer is None:
-        yield
-        return
-    if not quantizer.is_trainable:
-        raise StateError(
-            f"the base is quantised by {type(quantizer).__name__}, which passes no gradients, so adapters in it "
-            "cannot be trained; load it with bitsandbytes or another quantiser that can."
-        )
-    before = getattr(model, "_hf_peft_config_loaded", False)
-    flagged: Any = model
-    flagged._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        flagged._hf_peft_config_loaded = before
-
-
-@contextmanager
-def _tensors_kept(model: Any) -> Iterator[None]:
-    """TRL casts every trainable parameter of a quantised model to bfloat16; the adapter's precision is the config's."""
+def _stored(model: Any) -> list[tuple[nn.Parameter, Tensor]]:
+    """What the trainable adapters of a model hold."""
     found = trainable(model) if isinstance(model, nn.Module) else []
-    kept = [(p, p.data) for _, handle in found for p in handle.parameters()]
-    yield
-    for p, data in kept:
+    return [(p, p.data) for _, handle in found for p in handle.parameters()]
+
+
+def _uncast(stored: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """TRL casts every trainable parameter of a quantised model to bfloat16; the adapter's precision is the config's."""
+    for p, data in stored:
         if p.dtype != data.dtype:
             p.data = data.to(p.device)
 
