@@ -95,6 +95,20 @@ def test_the_card_shows_the_last_of_each_figure():
     assert "| loss | 1.5 |" in text and "| eval_loss | 2.25 |" in text and "2.5 |" not in text
 
 
+def test_the_card_names_the_command_that_trained_it(tmp_path, monkeypatch):
+    """Without folders of this machine, and without what nobody else should read."""
+    model = tiny_llm.model()
+    ll.attach(model, LORA)
+    script = tmp_path / "train me.py"
+    script.touch()
+    words = ["--lr", "1e-3", "--hub_token", "hf_abc", "--API-KEY=sk-1", "-q", f"--data={tmp_path}/rows.jsonl", "/a/b"]
+    monkeypatch.setattr("sys.argv", [str(script), *words])
+    said = "python 'train me.py' --lr 1e-3 --hub_token ... --API-KEY=... -q --data=rows.jsonl b"
+    assert f"```bash\n{said}\n```" in card(model, True)
+    monkeypatch.setattr("sys.argv", ["-c"])
+    assert "bash" not in card(model, True)
+
+
 def test_a_method_that_peft_does_not_know_leaves_our_file_alone(tmp_path):
     trainer = fitted(tmp_path, ll.ETHERConfig())
     assert (
