@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from torch.utils.data import Dataset
 import lora_lite as ll
 import tiny_llm
 from lora_lite.interop.card import card
+from lora_lite.interop.reference import Reference
 from lora_lite.interop.trainer import adapter_trainer
 from lora_lite.testing.case import randomise
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 LORA = ll.LoRAConfig(r=3, alpha=7)
 IDS = torch.arange(5, 14)[None]
@@ -107,6 +110,35 @@ def test_the_card_names_the_command_that_trained_it(tmp_path, monkeypatch):
     assert f"```bash\n{said}\n```" in card(model, True)
     monkeypatch.setattr("sys.argv", ["-c"])
     assert "bash" not in card(model, True)
+
+
+def test_what_is_pushed_to_the_hub(tmp_path, monkeypatch):
+    """What `save_model` leaves: no optimiser, and no copy that a reference is."""
+    pushed: dict[str, set[str]] = {}
+
+    def create_repo(*_, **__):
+        return SimpleNamespace(repo_id="me/mine")
+
+    def upload_folder(*_, repo_id, folder_path, **__):
+        pushed[repo_id] = {p.name for p in Path(folder_path).iterdir()}
+
+    for name, fake in (("create_repo", create_repo), ("upload_folder", upload_folder)):
+        monkeypatch.setattr(huggingface_hub.HfApi, name, fake)
+        monkeypatch.setattr(transformers.trainer, name, fake, raising=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llm.save(tmp_path / "base"))
+    ll.attach(model, LORA)
+    randomise(model, seed=1)
+    trainer = ll.trainer(transformers.Trainer)(
+        model=model, args=arguments(tmp_path / "out"), processing_class=tiny_llm.tokenizer()
+    )
+    trainer._reference = Reference()
+    trainer._reference.follow(model, fresh=False)
+    trainer.push_to_hub(dataset_tags="sums")
+    files = {"adapter.safetensors", "adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert files | {"tokenizer.json", "training_args.bin"} <= pushed["me/mine"]
+    assert "reference" not in pushed["me/mine"] and not [n for n in pushed["me/mine"] if n.startswith("model")]
+    trainer.save_model(tmp_path / "checkpoint", _internal_call=True)
+    assert (tmp_path / "checkpoint" / "reference" / "adapter.safetensors").is_file()
 
 
 def test_a_method_that_peft_does_not_know_leaves_our_file_alone(tmp_path):

@@ -223,8 +223,9 @@ class AdapterMixin(_Base):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the folder of every trainable adapter, and nothing of the base."""
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
-        write_folder(self.model, folder, self, compact=not _internal_call)
-        if self._reference is not None and _internal_call and self.args.should_save:
+        checkpoint = _internal_call and output_dir is not None  # push_to_hub names no folder
+        write_folder(self.model, folder, self, compact=not checkpoint)
+        if self._reference is not None and checkpoint and self.args.should_save:
             self._reference.save(folder)
         if getattr(self.args, "push_to_hub", False) and not _internal_call:
             self.push_to_hub(commit_message="Model save")
