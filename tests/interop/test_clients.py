@@ -232,7 +232,7 @@ from vllm.lora.request import LoRARequest
 base, folders = sys.argv[1], json.loads(sys.argv[2])
 llm = LLM(base, enforce_eager=True, dtype="float32", block_size=32, skip_tokenizer_init=True, enable_lora=True,
           max_lora_rank=8, max_model_len=64, max_num_seqs=4, gpu_memory_utilization=0.1, max_logprobs=90)
-params = SamplingParams(max_tokens=1, temperature=0, logprobs=85, detokenize=False)
+params = SamplingParams(max_tokens=1, temperature=0, logprobs=80, detokenize=False)
 found = {}
 for i, (name, folder) in enumerate(folders.items()):
     asked, request = [{"prompt_token_ids": [5, 9, 30, 11, 7, 42, 8]}], LoRARequest(name, i + 1, folder)

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 
 WORKER = str(Path(__file__).with_name("ranks_worker.py"))
 PATHS = os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)])
-CLOSE = 1e-7
-"""Of tensors that plain gradient descent moves by 0.1: half a unit in their last place."""
+CLOSE = 2e-7
+"""Of tensors near 1 that plain gradient descent moves by 0.1: two units in their last place; measured 9e-8."""
 ENV = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
