@@ -418,6 +418,13 @@ BUGS = [
         TRAINER + " -k five_and_five",
     ),
     Bug(
+        "an engine's checkpoint holds the base",
+        "interop/engines.py",
+        "exclude_frozen_parameters=True",
+        "exclude_frozen_parameters=False",
+        TRAINER + " -k what_trains",
+    ),
+    Bug(
         "another config resumes",
         "interop/folder.py",
         "        if other:\n",

@@ -81,8 +81,14 @@ def test_zero_3(tmp_path):
     run(1, "plain", tmp_path / "one", 4)
     run(2, "zero3", tmp_path / "two", 4)
     record("deepspeed", "ZeRO-3, two processes, four steps", apart(tmp_path / "one", tmp_path / "two"), CLOSE)
-    names = {p.name for p in (tmp_path / "two" / "checkpoint-4").iterdir()}
+    folder = tmp_path / "two" / "checkpoint-4"
+    names = {p.name for p in folder.iterdir()}
     assert "adapter.safetensors" in names and not any(n.startswith("model") for n in names)
+    for path in (folder / "global_step4").glob("*model_states.pt"):
+        assert not torch.load(path, weights_only=False)["frozen_param_fragments"], "the base lies in the checkpoint"
+    run(2, "zero3", tmp_path / "then", 4, tmp_path / "two" / "checkpoint-2")
+    difference = apart(tmp_path / "two", tmp_path / "then")
+    record("deepspeed", "ZeRO-3, resumed half way", difference, CLOSE)
 
 
 @needs("transformers", "5.0", "tensor parallelism on a CPU")

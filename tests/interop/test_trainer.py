@@ -3,9 +3,12 @@ schedule, penalty, groups."""
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch.utils.data import Dataset
 import lora_lite as ll
 import tiny_llm
 from lora_lite.core import registry
+from lora_lite.interop.engines import leave_base_out
 from lora_lite.interop.trainer import adapter_trainer, load_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -235,6 +239,27 @@ def test_sft_trainer(tmp_path):
     assert any(not torch.equal(before[k], after[k]) for k in before)
     assert not list((tmp_path / "checkpoint-2").glob("model*"))
     assert (tmp_path / "checkpoint-2" / "adapter.safetensors").is_file()
+
+
+class Engine:
+    """What of DeepSpeed's engine a trainer uses."""
+
+    def save_checkpoint(self, folder, tag=None, exclude_frozen_parameters=False):
+        return folder, exclude_frozen_parameters
+
+    def load_checkpoint(self, folder, load_module_strict=True):
+        return folder, load_module_strict
+
+
+def test_an_engine_saves_and_loads_what_trains():
+    for prepared in (Engine(), (torch.nn.Linear(1, 1), Engine())):
+        accelerator = SimpleNamespace(prepare=lambda prepared=prepared: prepared)
+        leave_base_out(accelerator)
+        found: Any = accelerator.prepare()
+        engine = found[1] if isinstance(found, tuple) else found
+        assert "exclude_frozen_parameters" in inspect.signature(engine.save_checkpoint).parameters
+        assert engine.save_checkpoint("here") == ("here", True)
+        assert engine.load_checkpoint("here", load_module_strict=True) == ("here", False)
 
 
 def quantised(folder):

@@ -18,7 +18,8 @@ from ..core.errors import ConfigError, StateError
 from ..runtime.model.state import state_of
 from . import reference
 from .card import card, fields
-from .folder import CARD, copy_adapters, load_checkpoint, write_folder
+from .engines import leave_base_out
+from .folder import CARD, copy_adapters, load_checkpoint, load_steps, write_folder
 from .homes import homes, new_home, trainable
 from .peft_config import our_config
 from .reference import Reference
@@ -123,6 +124,8 @@ class AdapterMixin(_Base):
         if self._way == "attribute" or (self._way == "beta" and self.beta):
             self.ref_model = self._reference
         merged_for_servers(self, self.model)
+        if getattr(self, "is_deepspeed_enabled", False):
+            leave_base_out(self.accelerator)
 
     def _check_has_adapter(self, model: Any) -> None:
         if self._to_attach is None and not (isinstance(model, nn.Module) and trainable(model)):
@@ -225,8 +228,8 @@ class AdapterMixin(_Base):
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         checkpoint = _internal_call and output_dir is not None  # push_to_hub names no folder
         write_folder(self.model, folder, self, compact=not checkpoint)
-        if self._reference is not None and checkpoint and self.args.should_save:
-            self._reference.save(folder)
+        if self._reference is not None and checkpoint:
+            self._reference.save(folder, writer=self.args.should_save)
         if getattr(self.args, "push_to_hub", False) and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
@@ -252,6 +255,11 @@ class AdapterMixin(_Base):
         load_checkpoint(self.model if model is None else model, resume_from_checkpoint)
         if self._reference is not None:
             self._reference.load(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and getattr(self, "is_deepspeed_enabled", False):  # its engine has loaded the tensors
+            load_steps(self.model, checkpoint)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
