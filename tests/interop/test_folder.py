@@ -205,6 +205,13 @@ def test_peft_config_is_attached_as_ours(tmp_path, said, cfg):
     assert ll.adapters(theirs)["default"].targets == ll.adapters(model)["default"].targets
 
 
+def test_two_configs_are_one_too_many(tmp_path):
+    model = tiny_llm.model()
+    with pytest.raises(ll.ConfigError, match="leave one out"):
+        ll.trainer(transformers.Trainer, LORA)(model=model, args=arguments(tmp_path), peft_config=LORA)
+    assert not ll.adapters(model)
+
+
 def test_peft_chooses_targets_that_a_config_does_not_name(tmp_path):
     model = tiny_llm.model()
     ll.trainer(transformers.Trainer)(model=model, args=arguments(tmp_path), peft_config=peft.LoraConfig(r=3))

@@ -100,6 +100,10 @@ class AdapterMixin(_Base):
         check_trainer(self.trainer_class)
         self._to_attach = self.adapter_cfg
         if kwargs.get("peft_config") is not None:
+            if self.adapter_cfg is not None:
+                raise ConfigError(
+                    "two configs are said: ll.trainer(TrainerClass, cfg) and peft_config=; leave one out."
+                )
             self._to_attach = kwargs.pop("peft_config")
         self._reference: Reference | None = None
         self._scheduled_optimizer: Any = None
