@@ -102,7 +102,7 @@ class AdapterMixin(_Base):
         if kwargs.get("peft_config") is not None:
             if self.adapter_cfg is not None:
                 raise ConfigError(
-                    "two configs are said: ll.trainer(TrainerClass, cfg) and peft_config=; leave one out."
+                    "two configs are said, ll.trainer(TrainerClass, cfg) and peft_config=...; leave one out."
                 )
             self._to_attach = kwargs.pop("peft_config")
         self._reference: Reference | None = None
