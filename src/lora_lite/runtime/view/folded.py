@@ -125,7 +125,7 @@ def _by_columns(f: Composed, cell: Cell, w: Tensor, dtype: torch.dtype) -> Itera
 
 
 def _rows_apart(f: Composed, w: Tensor, dtype: torch.dtype) -> int:
-    """How many rows of W the pages can be given apart from the rest, 0 where they cannot: tried on one random column."""
+    """How many rows of W the pages can be given apart from the rest, 0 where none: tried on one random column."""
     maps = f.feature_maps()
     if maps is None or w.stride(1) != 1:
         return 0
