@@ -834,8 +834,8 @@ BUGS = [
     Bug(
         "merging multiplies a bias into every column",
         "runtime/view/folded.py",
-        "new = (y - zero if bool(zero.any()) else y).mT",
-        "new = y.mT",
+        "new = (new - zero if bool(zero.any()) else new).mT",
+        "new = new.mT",
         "tests/contract/test_5_merge.py -k bitfit-merge_equals",
     ),
     Bug(
