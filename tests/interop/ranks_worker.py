@@ -1,7 +1,8 @@
 """One process of a run under torchrun: trains an adapter for some steps, from a checkpoint or not, and saves it.
 
-ranks_worker.py ENGINE OUT STEPS [CHECKPOINT or - [dora]], ENGINE being plain, zero3 (ll.trainer on transformers' Trainer),
-or fsdp2 (a loop, which exports too). All processes together see four rows a step, the same ones however many there are.
+ranks_worker.py ENGINE OUT STEPS [CHECKPOINT or - [dora]], ENGINE being plain, zero3 (ll.trainer on transformers'
+Trainer), or fsdp2 (a loop, which exports too). All processes together see four rows a step, the same ones however many
+there are.
 """
 
 from __future__ import annotations

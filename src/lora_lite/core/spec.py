@@ -40,8 +40,8 @@ class ParamSpec:
     Args:
         shape: its shape; never `()`, since FSDP refuses 0-dim parameters (use `(1,)`).
         init: "zeros", "ones", "kaiming" (U(±1/√last dim)), "normal" (N(0, 1)), "normal:STD", "constant:VALUE", "empty"
-            (filled by the variant's `init`), or a callable `(tensor, generator)` that fills in place. One that takes the
-            tensor alone finds torch's global generator seeded for this tensor.
+            (filled by the variant's `init`), or a callable `(tensor, generator)` that fills in place. One that takes
+            the tensor alone finds torch's global generator seeded for this tensor.
         trainable: False makes a parameter that no optimiser sees.
         as_buffer: True makes a buffer: saved, never trained.
         decay: False asks for weight decay 0 in `adapter.param_groups` (gains, rotations, magnitudes).

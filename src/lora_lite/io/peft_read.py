@@ -42,7 +42,7 @@ TOKENS = "token_adapter."
 AUTOMATIC = ("classifier", "score", "qa_outputs")
 """What PEFT itself adds to modules_to_save for a task, whether the model has it or not."""
 UNREAD = {
-    "LILY": " PEFT averages its router over all tokens of a batch, so that one row changes another: no method here does.",
+    "LILY": " PEFT averages its router over all tokens of a batch: one row changes another, which no method here does.",
     "XLORA": " It mixes other adapters; load those, and mix them with ll.combine or molora.",
     "SHADOW": " It is a second model beside the base.",
 }
