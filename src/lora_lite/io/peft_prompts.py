@@ -15,7 +15,7 @@ from ..core.registry import get_variant
 from ..runtime.layers.attention import Attention
 from ..runtime.model.record import Record, Target
 from ..runtime.plan import plan
-from .adapted import Adapted
+from .adapted import Adapted, uniform
 
 Said = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -244,6 +244,7 @@ def written_prompt(model: nn.Module, record: Record, layers: list[Adapted]) -> W
     """
     every = [x.path for x in plan(model, type(record.cfg)(variant=record.cfg.variant)).targets]
     own = [x.path for x in layers]
+    uniform(layers, "r")
     config, tensors = PROMPT_WRITERS[record.cfg.variant](layers)
     top = config["peft_type"] == "ADAPTION_PROMPT"
     if own != (every[len(every) - len(own) :] if top else every):
