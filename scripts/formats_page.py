@@ -107,6 +107,10 @@ def of_prompts() -> Iterator[Row]:
             want, got, _ = peft_prompts.written(method, folder)
             kind = json.loads((Path(folder) / "adapter_config.json").read_text())["peft_type"]
         yield {"way": "written", "what": kind, "error": relative(got, want)}
+    with tempfile.TemporaryDirectory() as folder:
+        _, want, theirs, again = peft_prompts.poly(folder)
+    yield {"way": "written", "what": "POLY", "error": relative(theirs, want)}
+    yield {"way": "read", "what": "POLY", "error": relative(again, want)}
 
 
 def written() -> Iterator[Row]:

@@ -83,7 +83,7 @@ def by_us(outputs: dict[str, Tensor]) -> None:
             ll.export(model, folder, format=format)
             places.append(loadable(folder))
         with torch.no_grad():
-            outputs |= dict.fromkeys(places, model(IDS))
+            outputs.update(dict.fromkeys(places, model(IDS)))
 
 
 def loadable(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import peft
 import torch
+from torch import nn
 
 import lora_lite as ll
 import tiny_llm
@@ -79,3 +80,35 @@ def written(method, folder):
     ll.export(model, folder)
     theirs = peft.PeftModel.from_pretrained(tiny_llm.model(), folder).eval()
     return want, theirs_on(theirs, **({"task_ids": torch.tensor(TASKS)} if many else {})), many
+
+
+class Two(nn.Module):
+    """Two linear layers, whose mixtures ask for the rows' tasks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 8, bias=False)
+
+    def forward(self, x):
+        return self.down(self.up(x).tanh())
+
+
+ROWS = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(4))
+
+
+def poly(folder):
+    """Export a random mixture of ours. Returns the bare output, ours, PEFT's, and ours loaded again."""
+    model = Two().eval()
+    bare = model(ROWS)
+    cfg = ll.PolyConfig(r=3, alpha=5, tasks=3, skills=2, splits=2, target_names=".*", alpha_pattern={"up": 2})
+    ll.attach(model, cfg)
+    randomise(model)
+    ll.export(model, folder)
+    theirs = peft.PeftModel.from_pretrained(Two(), folder).eval()
+    for layer in (theirs.base_model.model.up, theirs.base_model.model.down):
+        layer.forward = lambda x, own=layer.forward: own(x, task_ids=torch.tensor(TASKS))
+    again = Two().eval()
+    ll.load(again, folder)
+    with torch.no_grad(), ll.context(model, task_ids=TASKS), ll.context(again, task_ids=TASKS):
+        return bare.detach(), model(ROWS), theirs(ROWS), again(ROWS)

@@ -20,8 +20,8 @@ BUGS = [
     Bug(
         "a start of one argument does not know its adapter's seed",
         "core/spec.py",
-        "torch.manual_seed(generator.initial_seed())",
-        "torch.manual_seed(0)",
+        "own.manual_seed(generator.initial_seed())",
+        "own.manual_seed(0)",
         MISTAKES + " -k one_argument",
     ),
     Bug(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_lite as ll
 import tiny_llm
-from peft_prompts import OURS, THEIRS, R, X, ours_on, saved, written
+from peft_prompts import OURS, THEIRS, R, X, ours_on, poly, saved, written
 
 
 def check(got, want):
@@ -78,3 +78,12 @@ def test_types_that_are_no_method_here_say_why(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ll.FileError, match="averages its router over all tokens"):
         ll.load(tiny_llm.model(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mixture_of_tasks_both_ways(tmp_path):
+    bare, want, theirs, again = poly(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "POLY"
+    assert (want - bare).abs().max() > 0.1
+    for got in (theirs, again):
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-6)

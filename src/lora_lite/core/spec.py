@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -103,14 +104,15 @@ class ParamSpec:
 def _fill_by(fill: Callable[..., object], t: Tensor, generator: Generator) -> None:
     """Let an author's function fill the tensor, with the generator where it takes one."""
     try:
-        takes = inspect.signature(fill).parameters
+        takes: list[inspect.Parameter] = list(inspect.signature(fill).parameters.values())
     except ValueError:  # of a function that is not Python's
-        takes = {}
-    if "generator" in takes:
+        takes = []
+    if any(p.name == "generator" for p in takes):
         fill(t, generator=generator)
-    elif len([p for p in takes.values() if p.default is p.empty]) > 1:
+    elif len([p for p in takes if p.default is inspect.Parameter.empty]) > 1:
         fill(t, generator)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
+        own: Any = torch.random
+        with own.fork_rng(devices=[]):
+            own.manual_seed(generator.initial_seed())
             fill(t)
