@@ -21,6 +21,7 @@ from ..runtime.handle import Adapter
 from ..runtime.layers.kinds import kind_of
 from ..runtime.layers.tensors import bias_of
 from ..runtime.model.record import Record, Target
+from ..runtime.model.surroundings import own_surroundings
 from ..runtime.plan import tied_targets
 from ..runtime.start.staging import filled
 from ..runtime.targets.choose import add_shared
@@ -67,7 +68,7 @@ def attach_peft(
     Raises:
         FileError: the type is not read, a field asks for what is not read, or a tensor fits nothing.
     """
-    with reading(where):
+    with own_surroundings(), reading(where):
         named = {_short(k): t for k, t in tensors.items()}
         if config.get("peft_type") in PROMPTS:
             record, values, same = read_prompt(model, config, named, name)

@@ -66,14 +66,22 @@ def attach(
         undo(as_it_was(model))
         return _attach(model, cfg, calibration_data, name, reference_weights)
 
-    with own_surroundings():
-        return all_or_nothing(steps)
+    return all_or_nothing(steps)
 
 
 def _attach(
     model: nn.Module, cfg: AdapterConfig, calibration_data: Any, name: str, reference_weights: str | Path | None
 ) -> Adapter:
     """The steps of `attach`."""
+    with own_surroundings():
+        record, staged, the_plan = _staged(model, cfg, calibration_data, name, reference_weights)
+    return commit(model, record, staged, trainable=True, plan=the_plan)
+
+
+def _staged(
+    model: nn.Module, cfg: AdapterConfig, calibration_data: Any, name: str, reference_weights: str | Path | None
+) -> tuple[Record, list[StagedTarget], Plan]:
+    """The adapter, started and not yet on the model."""
     the_plan = plan(model, with_a_seed(cfg))
     cfg, variant = the_plan.cfg, get_variant(the_plan.cfg.variant)
     _check_data(variant, calibration_data)
@@ -92,7 +100,7 @@ def _attach(
         if reference_weights is not None:
             own = [view for view in staged if view.cfg.variant == cfg.variant]
             the_plan.notes.append(str(start_from_reference(model, own, reference_weights)))
-        return commit(model, record, staged, trainable=True, plan=the_plan)
+    return record, staged, the_plan
 
 
 def with_a_seed(cfg: AdapterConfig) -> AdapterConfig:

@@ -28,6 +28,7 @@ from .model.kind import Hooks, Kind
 from .model.record import Record
 from .model.site import Site, Slot, base_parameters, owned_tensors, place
 from .model.state import SITE, STATE, ModelState, check_module, not_merged, outside_calls, record_of, state_of, unwrap
+from .model.surroundings import own_surroundings
 from .model.undo import Undo, all_or_nothing, restoring
 from .start.staging import StagedTarget
 from .state_dicts import after_state_dict, before_load_state_dict, savers
@@ -138,7 +139,8 @@ def change(model: nn.Module, what: str, steps: Callable[[Undo], T]) -> T:
         if state is not None:
             state.changing = threading.get_ident()  # from here on, calls in other threads wait
         outside_calls(model, what)
-        done = steps(undo)
+        with own_surroundings():
+            done = steps(undo)
         go_on()
         return done
 
