@@ -78,7 +78,7 @@ def test_a_dict_gives_the_config_of_its_method():
     cfg = ll.DeLoRAConfig(r=3, strength=5, rank_pattern={"0": 2})
     assert ll.AdapterConfig.from_dict(cfg.to_dict()) == cfg
     with pytest.raises(ll.ConfigError, match="no variant is called 'lorra'.*'lora'"):
-        ll.AdapterConfig.from_dict({"variant": "lorra"})
+        ll.attach(model(), ll.AdapterConfig.from_dict({"variant": "lorra"}))
 
 
 class Tree(nn.Module):

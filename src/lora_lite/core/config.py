@@ -24,6 +24,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+CLASSES: dict[str, type[AdapterConfig]] = {}
+"""Method -> its config class, which `register` enters."""
 MAX_RANK = 1 << 20
 MAX_INT = 1 << 63
 LITERAL = re.compile(r"(?:[\w-]|\\?\.)*")
@@ -198,10 +200,8 @@ class AdapterConfig:
     def from_dict(cls, data: Mapping[str, Any], unknown: list[str] | None = None) -> AdapterConfig:
         """Read `to_dict` data; `AdapterConfig` itself gives the config class of the method that they name. Unknown keys
         raise, or are appended to `unknown` when a list is given."""
-        if cls is AdapterConfig and isinstance(data.get("variant"), str) and data["variant"]:
-            from .registry import get_variant  # which imports this file
-
-            cls = get_variant(data["variant"]).config
+        if cls is AdapterConfig:
+            cls = CLASSES.get(str(data.get("variant")), cls)
         fields = {f.name for f in dataclasses.fields(cls)}
         for key in data:
             if key not in fields:

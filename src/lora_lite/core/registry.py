@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar, cast
 
-from .config import AdapterConfig, stay_as_it_is
+from .config import CLASSES, AdapterConfig, stay_as_it_is
 from .errors import ConfigError, did_you_mean
 from .variant import Derived, Variant, forward_of
 
@@ -43,7 +43,7 @@ def register(cls: T) -> T:
     if not page.title:
         paragraph = (page.__doc__ or name).strip().split("\n\n")[0]
         page.title = " ".join(paragraph.split()).rstrip(".")
-    _TABLE[name] = page
+    _TABLE[name], CLASSES[name] = page, page.config
     return cls
 
 
