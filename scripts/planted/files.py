@@ -32,6 +32,13 @@ BUGS = [
         "tests/io/test_store.py -k selection_is_as_before",
     ),
     Bug(
+        "a plain trainer takes an adapted quantised model for a bare one",
+        "runtime/state_dicts.py",
+        "model.__dict__.setdefault(cls.NAME, cls(model))",
+        "pass",
+        TRAINER + " -k 'quantised_base and plain'",
+    ),
+    Bug(
         "packed rows are let through",
         "interop/refused.py",
         'if positions != "all":',
@@ -425,6 +432,13 @@ BUGS = [
         'handle.record.steps = int(head.get("steps") or 0)',
         "pass",
         TRAINER + " -k five_and_five",
+    ),
+    Bug(
+        "an engine's checkpoint holds the base",
+        "interop/engines.py",
+        "exclude_frozen_parameters=True",
+        "exclude_frozen_parameters=False",
+        TRAINER + " -k what_trains",
     ),
     Bug(
         "another config resumes",

@@ -48,16 +48,23 @@ BUGS = [
     Bug(
         "dropout without its scale in the backward pass",
         "ops/dropout.py",
-        "return (g * ctx.saved_tensors[0]).mul(ctx.scale), None, None",
-        "return g * ctx.saved_tensors[0], None, None",
+        "return g * ctx.saved_tensors[0].view(torch.uint8).to(g.dtype) * ctx.scale, None, None",
+        "return g * ctx.saved_tensors[0].view(torch.uint8).to(g.dtype), None, None",
         DROP,
     ),
-    Bug("dropout drops the share that it should keep", "ops/dropout.py", ".bernoulli_(1 - p)", ".bernoulli_(p)", DROP),
+    Bug("dropout drops the share that it should keep", "ops/dropout.py", "] >= t).view(", "] < t).view(", DROP),
+    Bug(
+        "one mask in 256 drops another share than p",
+        "ops/dropout.py",
+        "t = (torch.rand((), device=x.device) + p * steps).floor() + least",
+        "t = torch.tensor(p * steps).floor() + least",
+        DROP + " -k exactly_p",
+    ),
     Bug(
         "A's gradient sees the undropped input",
         "ops/dropout.py",
-        "d = (x * mask).mul(ctx.scale)",
-        "d = x.mul(ctx.scale)",
+        "d = x * mask.view(torch.uint8).to(x.dtype) * ctx.scale",
+        "d = x * ctx.scale",
         DROP,
     ),
     Bug(

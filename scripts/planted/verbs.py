@@ -329,6 +329,13 @@ BUGS = [
         C + "test_5_merge.py -k bitfit-merge_equals",
     ),
     Bug(
+        "rows are merged apart whose features are mixed",
+        "runtime/view/folded.py",
+        "if torch.equal(torch.cat([maps(column[None, part], part)[0] for part in _parts(w, n)]), whole):",
+        "if True:",
+        R + "test_merge.py -k rows_apart",
+    ),
+    Bug(
         "only the first block of columns is merged",
         "runtime/view/folded.py",
         "for start in range(0, w.shape[1], n):",

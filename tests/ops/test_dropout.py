@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_lite.ops.dropout import dropout
+from lora_lite.ops.dropout import dropout, keep_mask
 from lora_lite.ops.lowrank import lowrank_update, shrink
 
 
@@ -62,6 +62,26 @@ def test_share_of_dropped_entries_and_none_without_gradients():
     for d in (plain, dropout(x, 0.3)):
         assert abs((d == 0).float().mean() - 0.3) < 0.01
         assert d.max() == pytest.approx(1 / 0.7)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.002, 0.1, 0.999])
+def test_every_entry_is_dropped_with_exactly_p(p):
+    """The share of one mask is a multiple of 1/256, or of 1/65536; that of many masks is p."""
+    torch.manual_seed(0)
+    x = torch.empty(331, 101)
+    shares = torch.tensor([1 - keep_mask(x, p).double().mean() for _ in range(200)], dtype=torch.float64)
+    sigma = (p * (1 - p) / x.numel() / 200) ** 0.5 + (0.5 / 256 / 200**0.5 if p == 0.1 else 1e-6)
+    assert abs(shares.mean() - p) < 4 * sigma
+    assert abs(0.1 - 25 / 256) > 4 * sigma, "the share of t = 25 alone would not do"
+
+
+def test_entries_are_drawn_apart():
+    torch.manual_seed(0)
+    kept = torch.stack([keep_mask(torch.empty(1003), 0.3) for _ in range(400)]).double()
+    assert kept.shape == (400, 1003)
+    neighbours = torch.corrcoef(kept[:, :24].mT)
+    assert (neighbours - torch.eye(24)).abs().max() < 0.25
+    assert not torch.equal(kept[0], kept[1])
 
 
 def test_autocast_takes_the_plain_path():

@@ -34,6 +34,30 @@ def test_wide_layers(method, shape, monkeypatch):
     assert report.change["0"] == pytest.approx(float((W - model[0].weight).norm() / model[0].weight.norm()))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 0.4, "b": 1.0}])
+def test_rows_apart(weights, bias, monkeypatch):
+    """Pages of features take rows of the weight in blocks that hold whole groups: bitwise what columns give."""
+    monkeypatch.setattr(folded, "SMALL", 30)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 90, bias=bias))
+    for name, cfg in (("a", ll.RoadConfig(group_size=8, per_pair=4)), ("b", ll.IA3Config()), ("c", ll.BitFitConfig())):
+        if name != "c" or bias:
+            ll.attach(model, cfg, name=name)
+            randomise(model, name)
+    ll.activate(model, weights | ({"c": 0.7} if bias else {}))
+    seen = []
+    by_rows = folded._by_rows
+    monkeypatch.setattr(folded, "_by_rows", lambda f, w, dtype, n: seen.append(n) or by_rows(f, w, dtype, n))
+    ll.merge(model)
+    W = model[0].weight.detach().clone()
+    assert seen == [8], "4 rows, doubled until no pair of outputs is torn; the last block is a short one"
+    ll.unmerge(model)
+    monkeypatch.setattr(folded, "_rows_apart", lambda *a: 0)
+    ll.merge(model)
+    assert torch.equal(model[0].weight, W)
+
+
 def test_a_large_vocabulary(monkeypatch):
     monkeypatch.setattr(folded, "SMALL", 1000)
     monkeypatch.setattr(folded, "LARGE", 2500)

@@ -121,6 +121,34 @@ def test_generation_with_a_static_cache():
     )
 
 
+class Elsewhere(nn.Module):
+    """A language model that calls its cache by a name of its own, and may wrap it so that nobody knows it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(self, input_ids=None, attention_mask=None, remembered=None):
+        cache = remembered[0] if isinstance(remembered, list) else remembered
+        more = {} if cache is None else tiny_models.continuing(self.inner, cache)
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **more)
+
+
+def test_a_cache_is_found_by_what_it_can_do():
+    model, ids = Elsewhere(decoder()), prompts((6, 6))
+    ll.attach(model, ll.DiReFTConfig(r=2, alpha=3, positions="f2+l3"))
+    randomise(model)
+    ids, mask = torch.stack(ids), torch.ones(2, 7, dtype=torch.long)
+    new = torch.tensor([[5], [6]])
+    with torch.no_grad(), ll.prompt(model, (6, 6)):
+        want = model(torch.cat((ids, new), 1), mask).logits[:, -1]
+        cache = model(ids, mask[:, :6]).past_key_values
+        got = model(new, mask, remembered=copy.deepcopy(cache)).logits[:, -1]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    with torch.no_grad(), pytest.raises(ll.SelectionError, match="so 6 came before, but no cache of them was found"):
+        model(new, mask, remembered=[cache])
+
+
 @pytest.mark.parametrize("positions", ["f2+l3", "prompt", "generated"])
 def test_a_prompt_in_chunks(positions):
     model, lengths = adapted(positions), (7, 4)

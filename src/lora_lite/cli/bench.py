@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -13,8 +13,9 @@ import lora_lite as ll
 
 from ._console import Bar, clock, say, table
 
-SECONDS = {"S4": 1.0, "M3": 2.0, "tiny": 0.02}
+SECONDS = {"S4": 1.5, "M3": 3.0, "layer-8b": 60.0, "tiny": 0.05}
 """Rough seconds of one round at 512 tokens, all three models."""
+Words = tuple[str, ...]
 Setting = tuple[str, str, str, int]
 """Method, size, tokens, rank of a row."""
 
@@ -24,21 +25,28 @@ class Bench:
     """Measure speed and memory of the methods on this machine, against PEFT and against the bare base. Whether they
     learn is another command: lora-lite bench learn --help
 
-    Rows that the JSON file holds already are not measured again, so a stopped run goes on where it was.
+    Rows that the JSON file holds already are not measured again, so a stopped run goes on where it was. A goal that a
+    row misses is named, and the exit code is 1. With --device the shapes of Llama-3.2-1B and Llama-3.1-8B are timed
+    there in bf16, eager and compiled.
     """
 
+    aliases: ClassVar = ("size", "method")
     what: Annotated[Literal["speed"], tyro.conf.Positional] = "speed"
-    """What to measure: forward, training step and memory on a small Llama."""
-    methods: tuple[str, ...] = ("lora",)
-    """Methods, or `all` for every method that PEFT has too."""
-    sizes: tuple[str, ...] = ("S4",)
-    """S4 (width 384, 4 layers), M3 (width 768, 3 layers), tiny."""
-    shapes: tuple[str, ...] = ("4x128",)
-    """Rows x tokens of a batch."""
+    """What to measure: forward, training step, one token, verbs and memory on a small Llama, or on one large layer."""
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--method"])] = ("lora",)
+    """Methods, `all` for every method that PEFT has too, or `every` for those besides that have no rival."""
+    sizes: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--size"])] = ()
+    """S4 (width 384, 4 layers; the default), M3 (width 768, 3 layers), layer-8b (one layer of an 8 B Llama: 8 GB of
+    memory and a minute a round), tiny. With --device: llama-3.2-1b, llama-3.1-8b, tiny."""
+    shapes: tuple[str, ...] = ()
+    """Rows x tokens of a batch: 4x128, or 4x512 with --device cuda."""
     ranks: tuple[int, ...] = (8,)
     rounds: int = 9
     """Measured rounds, after one that warms up; at least 2."""
     threads: int = 1
+    device: Literal["cpu", "cuda"] | None = None
+    """Time forward, step and decoding at batch 1 and 64 on this device, in bf16: base, PEFT and ours, eager and
+    compiled. `cpu` is for trying it out, with --size tiny."""
     json: Path | None = None
     """Write the figures here, with versions; rows that are there already are kept."""
     table: Path | None = None
@@ -50,11 +58,16 @@ class Bench:
 
 
 def run(args: Bench) -> int:
+    if args.device is not None:
+        from .bench_device import run_on
+
+        return run_on(args)
     import torch
 
-    from ..bench import report, speed
+    from ..bench import goals, report, speed
 
-    todo = list(speed.settings(chosen(args, speed), args.sizes, args.shapes, args.ranks))
+    sizes, shapes = args.sizes or ("S4",), args.shapes or ("4x128",)
+    todo = list(speed.settings(chosen(args, speed, sizes, shapes, speed.SIZES), sizes, shapes, args.ranks))
     data = read(args.json)
     known = {setting_of(row) for row in data["rows"]}
     rest = [s for s in todo if s not in known]
@@ -72,15 +85,29 @@ def run(args: Bench) -> int:
     torch.set_num_threads(args.threads)
     data["machine"] = speed.machine()
     try:
-        with Bar("bench", len(rest) * (args.rounds + 1)) as bar:
+        with Bar("bench", len(rest) * (args.rounds + 2)) as bar:
             for setting in rest:
-                data["rows"].append(speed.measure(*setting, args.rounds, bar.ticker(" ".join(map(str, setting)))))
+                data["rows"].append(one_row(speed, setting, args.rounds, bar.ticker(" ".join(map(str, setting)))))
                 if args.json is not None:
                     write(args.json, json_module.dumps(data, indent=1) + "\n")
     finally:
         torch.set_num_threads(before)
-    report_on(args, data, set(todo), report)
-    return 0
+    wanted = [row for row in data["rows"] if setting_of(row) in set(todo)]
+    report_on(args, data, wanted, report)
+    for sentence in (lacking := goals.missed(wanted)):
+        say(f"missed: {sentence}")
+    return 1 if lacking else 0
+
+
+def one_row(speed: Any, setting: Setting, rounds: int, tick: Any) -> dict[str, Any]:
+    """A measured row with its goals; where the method refuses this model, what it says."""
+    from ..bench.goals import judged
+
+    try:
+        row = speed.measure(*setting, rounds, tick)
+    except ll.LoraLiteError as e:
+        return {**dict(zip(("method", "size", "shape", "r"), setting, strict=True)), "refused": str(e)}
+    return {**row, "goals": judged(row)}
 
 
 def setting_of(row: dict[str, Any]) -> Setting:
@@ -92,10 +119,14 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def report_on(args: Bench, data: dict[str, Any], wanted: set[Setting], report: Any) -> None:
-    """The wanted rows on the screen; table and picture of all rows where they were asked for."""
-    rows = [report.cells(row) for row in data["rows"] if setting_of(row) in wanted]
+def report_on(args: Bench, data: dict[str, Any], wanted: list[dict[str, Any]], report: Any) -> None:
+    """The wanted rows on the screen; tables and picture of all rows where they were asked for."""
+    rows = [report.cells(row) for row in wanted]
     table(report.COLUMNS, [[c.replace("**", "") for c in row] for row in rows], title="medians [quartiles]")
+    verbs = [report.verb_cells(row) for row in wanted if "ours_attach_ms" in row]
+    if verbs:
+        title = "milliseconds, ours : PEFT's"
+        table(report.VERB_COLUMNS, [[c.replace("**", "") for c in row] for row in verbs], title=title)
     if args.table is not None:
         write(args.table, report.markdown(data))
     if args.plot is None:
@@ -106,8 +137,8 @@ def report_on(args: Bench, data: dict[str, Any], wanted: set[Setting], report: A
         say("no row holds a comparison with PEFT, so there is nothing to draw.")
 
 
-def chosen(args: Bench, speed: Any) -> tuple[str, ...]:
-    """The methods to time.
+def chosen(args: Bench, speed: Any, sizes: Words, shapes: Words, known: Any) -> Words:
+    """The methods to time at `sizes`, which must be among the known ones, and `shapes`.
 
     Raises:
         ConfigError: an unknown method, size or shape, or fewer than two rounds.
@@ -115,16 +146,17 @@ def chosen(args: Bench, speed: Any) -> tuple[str, ...]:
     from ..core.errors import did_you_mean
 
     names = tuple(speed.PAIRS) if "all" in args.methods else args.methods
+    names = tuple(speed.methods()) if "every" in args.methods else names
     for name in names:
         if name not in speed.methods():
             raise ll.ConfigError(
                 f"--methods {name}: cannot be timed here.{did_you_mean(name, speed.methods())} Choose from: all, "
-                f"{', '.join(speed.methods())}."
+                f"every, {', '.join(speed.methods())}."
             )
-    for size in args.sizes:
-        if size not in speed.SIZES:
-            raise ll.ConfigError(f"--sizes {size}: choose from {', '.join(speed.SIZES)}.")
-    for shape in args.shapes:
+    for size in sizes:
+        if size not in known:
+            raise ll.ConfigError(f"--sizes {size}: choose from {', '.join(known)}.")
+    for shape in shapes:
         tokens(shape)
     if args.rounds < 2 or args.threads < 1:
         raise ll.ConfigError("--rounds must be at least 2, for quartiles, and --threads at least 1.")

@@ -86,7 +86,8 @@ class AdapterConfig:
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
     """Regular expression -> alpha for the targets it matches; the last match wins."""
     dropout: float = 0.0
-    """Probability with which `layer.dropout(x)` zeroes an input of the adapter in training."""
+    """Probability with which `layer.dropout(x)` zeroes an input of the adapter in training; the share of one call is
+    a multiple of 1/256 that is right on average."""
     seed: int | None = 0
     """Each target draws from a generator seeded with (seed, its path), whatever `torch.manual_seed` was given; None
     draws the seed itself from torch's global generator at `ll.attach`, and the file keeps what was drawn."""

@@ -3,7 +3,7 @@ swapped-in weights read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,29 @@ class Composed:
             A.append(first)
             B.append(weight * second)
         return torch.cat(A), torch.cat(B, 1)
+
+    def feature_maps(self) -> Callable[[Tensor, slice], Tensor] | None:
+        """What the pages make of y (n, features), given some of the d_out features and which they are; None where one
+        of them is no map of features. Such a map may still mix near features, which `folded` tries."""
+        found: list[tuple[Slot, float, tuple[Tensor, ...]]] = []
+        for slot, weight, view in self.views:
+            if slot.forward is None:
+                continue
+            if slot.by_feature is None or slot.act is None or slot.own_weight:
+                return None
+            vectors = slot.by_feature(view, "output")
+            if vectors is not None:
+                found.append((slot, weight, vectors))
+        if any(v.shape != (self.w.shape[0],) for _, _, vectors in found for v in vectors):
+            return None
+
+        def maps(y: Tensor, features: slice) -> Tensor:
+            for slot, weight, vectors in found:
+                assert slot.act is not None
+                y = blend(y, slot.act(slot.cfg, y, *(v[features].to(y.dtype) for v in vectors)), weight)
+            return y
+
+        return maps
 
 
 def blend(old: Tensor, new: Tensor, weight: float) -> Tensor:

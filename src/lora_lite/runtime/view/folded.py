@@ -31,6 +31,10 @@ def folded(f: Composed, cell: Cell, w: Tensor, dtype: torch.dtype) -> Iterator[t
     """
     with _still():
         turns, pair = _rewrites_input(f, cell, w, dtype), _factors(f, cell, w, dtype)
+        n = 0 if turns or pair is not None else _rows_apart(f, w, dtype)
+    if n:
+        yield from _by_rows(f, w, dtype, n)
+        return
     if pair is None and not turns:
         yield from _by_columns(f, cell, w, dtype)
         return
@@ -118,6 +122,42 @@ def _by_columns(f: Composed, cell: Cell, w: Tensor, dtype: torch.dtype) -> Itera
             new = (y - zero if bool(zero.any()) else y).mT
             change = new - old
         yield part, new, change
+
+
+def _rows_apart(f: Composed, w: Tensor, dtype: torch.dtype) -> int:
+    """How many rows of W the pages can be given apart from the rest, 0 where none: tried on one random column."""
+    maps = f.feature_maps()
+    if maps is None or w.stride(1) != 1:
+        return 0
+    column = torch.randn(w.shape[0], generator=torch.Generator().manual_seed(0), dtype=dtype).to(w.device)
+    whole = maps(column[None], slice(None))[0]
+    n = 1 << max(1, SMALL // w.shape[1]).bit_length() - 1
+    while n < w.shape[0]:
+        if torch.equal(torch.cat([maps(column[None, part], part)[0] for part in _parts(w, n)]), whole):
+            return n
+        n *= 2
+    return 0
+
+
+def _parts(w: Tensor, n: int) -> list[slice]:
+    """Blocks of n rows of W."""
+    return [slice(start, start + n) for start in range(0, w.shape[0], n)]
+
+
+def _by_rows(f: Composed, w: Tensor, dtype: torch.dtype, n: int) -> Iterator[tuple[Part, Tensor, Tensor]]:
+    """Pages that act on every feature by itself, or with its near ones: n rows of W go through them."""
+    maps = f.feature_maps()
+    assert maps is not None
+    room = torch.empty(2, n, w.shape[1], dtype=dtype, device=w.device)
+    for rows in _parts(w, n):
+        old, change = room[:, : w.shape[0] - rows.start]
+        with _still():
+            old.copy_(w[rows])
+            zero = maps(old.new_zeros(1, old.shape[0]), rows)
+            new = maps(old.mT, rows)
+            new = (new - zero if bool(zero.any()) else new).mT
+            torch.sub(new, old, out=change)
+        yield (rows, slice(None)), new, change
 
 
 def _transposed(f: Composed, rows: Tensor) -> Tensor:

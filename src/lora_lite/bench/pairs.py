@@ -1,0 +1,135 @@
+"""What is compared: Llamas from configs, each method of ours at one size, and the same method of PEFT at that size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import lora_lite as ll
+
+SIZES: dict[str, dict[str, Any]] = {
+    "S4": {"hidden_size": 384, "num_hidden_layers": 4, "intermediate_size": 1536, "num_attention_heads": 6},
+    "M3": {"hidden_size": 768, "num_hidden_layers": 3, "intermediate_size": 2048, "num_attention_heads": 12},
+    "layer-8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 1,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 1024,
+    },
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "num_attention_heads": 2},
+}
+VOCABULARY = 8192
+"""Of the sizes that name no other: small beside the layers."""
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Pair = tuple[dict[str, Any], tuple[str, dict[str, Any]]]
+# method -> (our fields, PEFT's config class and arguments): the same method at the same size
+PAIRS: dict[str, Callable[[int], Pair]] = {
+    "lora": lambda r: ({"r": r, "alpha": 2 * r}, ("LoraConfig", {"r": r, "lora_alpha": 2 * r})),
+    "lora+dropout": lambda r: (
+        {"r": r, "alpha": 2 * r, "dropout": 0.1},
+        ("LoraConfig", {"r": r, "lora_alpha": 2 * r, "lora_dropout": 0.1}),
+    ),
+    "dora": lambda r: ({"r": r, "alpha": 2 * r}, ("LoraConfig", {"r": r, "lora_alpha": 2 * r, "use_dora": True})),
+    "hra": lambda r: ({"r": r}, ("HRAConfig", {"r": r})),
+    "boft": lambda r: ({"n_factors": 1}, ("BOFTConfig", {"boft_block_size": 4})),
+    "oft": lambda r: ({}, ("OFTConfig", {"oft_block_size": 32, "use_cayley_neumann": False})),
+    "oft+series": lambda r: ({"neumann_terms": 5}, ("OFTConfig", {"oft_block_size": 32, "use_cayley_neumann": True})),
+    "road": lambda r: ({}, ("RoadConfig", {"variant": "road_1"})),
+    "delora": lambda r: ({"r": r}, ("DeloraConfig", {"r": r})),
+    "ia3": lambda r: ({}, ("IA3Config", {"feedforward_modules": []})),
+    "loha": lambda r: ({"r": r, "alpha": 2 * r}, ("LoHaConfig", {"r": r, "alpha": 2 * r})),
+    "lokr": lambda r: ({"r": r, "alpha": 2 * r}, ("LoKrConfig", {"r": r, "alpha": 2 * r})),
+    "miss": lambda r: ({"r": r}, ("MissConfig", {"r": r})),
+    "gralora": lambda r: ({"r": r, "alpha": 2 * r}, ("GraloraConfig", {"r": r, "alpha": 2 * r, "gralora_k": 2})),
+    "fourierft": lambda r: ({}, ("FourierFTConfig", {"n_frequency": 1000})),
+    "hira": lambda r: ({"r": r}, ("HiraConfig", {"r": r})),
+    "vera": lambda r: ({"r": 256}, ("VeraConfig", {"r": 256})),
+}
+WITHOUT_RANK = ("boft", "oft", "oft+series", "road", "ia3", "fourierft", "vera")
+"""Methods whose size does not depend on r."""
+PEFT_IS_DENSE = ("hra", "boft")
+"""Methods for which PEFT forms chains of d_in x d_in matrices: tens of gigabytes at a layer of an 8 B model, where it
+is not run."""
+
+
+def methods() -> list[str]:
+    """What can be timed: the pairs with PEFT, then every other trained method at linear layers that needs no data."""
+    others = [v.name for v in ll.variants() if v.site == ll.Variant.site and v.trains and not v.needs_data]
+    return [*PAIRS, *(n for n in others if n not in PAIRS)]
+
+
+def has_peft() -> bool:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def base(size: str) -> Any:
+    """A Llama from a config, the same weights in every call, frozen."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCABULARY, **SIZES[size]}
+    return LlamaForCausalLM(LlamaConfig(**shape)).requires_grad_(False)
+
+
+def config(method: str, r: int) -> ll.AdapterConfig:
+    """Our config of a pair; of another method, its default at rank r."""
+    variant = ll.get_variant(method.split("+")[0])
+    fields: dict[str, Any] = PAIRS[method](r)[0] if method in PAIRS else {"r": r}
+    return variant.config(variant=variant.name, **fields)
+
+
+def peft_config(method: str, r: int) -> Any:
+    """PEFT's config of a pair."""
+    import peft
+
+    name, arguments = PAIRS[method](r)[1]
+    return getattr(peft, name)(target_modules=ALL, **arguments)
+
+
+def runs_in_peft(method: str, size: str) -> bool:
+    """Whether PEFT is there, has the method, and can run it at this size."""
+    return method in PAIRS and has_peft() and not (size == "layer-8b" and method in PEFT_IS_DENSE)
+
+
+def ours(size: str, method: str, r: int, model: Any = None) -> Any:
+    """The given model, or a new one of this size, with our adapter."""
+    model = base(size) if model is None else model
+    ll.attach(model, config(method, r))
+    return model
+
+
+def theirs(size: str, method: str, r: int, model: Any = None) -> Any | None:
+    """PEFT's model on the given one, or on a new one; None where it has no such method, is missing, or cannot."""
+    if not runs_in_peft(method, size):
+        return None
+    import peft
+
+    try:
+        return peft.get_peft_model(base(size) if model is None else model, peft_config(method, r))
+    except ValueError:  # a width that its method does not divide
+        return None
+
+
+def all_three(size: str, method: str, r: int) -> dict[str, Any]:
+    """Name -> model in training mode, "peft" only where it runs; each has weights of its own."""
+    bare = base(size)
+    models = {"base": bare, "ours": ours(size, method, r, copy.deepcopy(bare))}
+    rival = theirs(size, method, r, copy.deepcopy(bare)) if runs_in_peft(method, size) else None
+    if rival is not None:
+        models["peft"] = rival
+    return {k: models[k].train() for k in ("base", "peft", "ours") if k in models}
+
+
+def targets(model: nn.Module) -> list[nn.Module]:
+    """The bare linear layers that adapters stand on."""
+    return [m for name, m in model.named_modules() if name.rpartition(".")[2] in ALL]
