@@ -55,6 +55,10 @@ def test_mixtures_have_the_same_sizes():
     assert (cfg.variant, cfg.r, cfg.stride, cfg.experts, cfg.scale) == ("lily", 3, 2, 4, 2.0)
     cfg = our_config(peft.PolyConfig(r=3, n_tasks=4, n_skills=5, n_splits=2, target_modules=["fc1"]), net())
     assert (cfg.variant, cfg.tasks, cfg.skills, cfg.splits, cfg.alpha) == ("poly", 4, 5, 2, 1.0)
+
+
+@pytest.mark.optional_backend("sklearn")
+def test_clusters_have_the_same_numbers():
     cfg = our_config(peft.AdamssConfig(r=9, num_subspaces=3, subspace_rank=2, target_modules=["fc1"]), net())
     assert (cfg.variant, cfg.r, cfg.subspaces, cfg.subspace_rank) == ("adamss", 9, 3, 2)
 
