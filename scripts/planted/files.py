@@ -9,6 +9,8 @@ IO = "tests/io/"
 NATIVE = IO + "test_native.py"
 PEFT = IO + "test_peft_layout.py"
 TYPES = IO + "test_peft_types.py"
+GOLDEN = IO + "test_golden_files.py"
+PROMPTS = IO + "test_peft_prompts.py"
 OTHER = IO + "test_other_layouts.py"
 WRITING = IO + "test_peft_writing.py"
 TRAINER = "tests/interop/test_trainer.py"
@@ -266,6 +268,20 @@ BUGS = [
         "SCALE = 2.0",
         "SCALE = 1.0",
         OTHER + " -k original",
+    ),
+    Bug(
+        "the original's PiSSA is not taken off the base",
+        "interop/upstream.py",
+        "torch.cat((B, -B0), 1)",
+        "torch.cat((B, 0 * B0), 1)",
+        GOLDEN + " -k pissa",
+    ),
+    Bug(
+        "a prefix's keys and values change places",
+        "io/peft_prompts.py",
+        '"lora_K": K, "lora_V": V} for t, K, V in',
+        '"lora_K": K, "lora_V": V} for t, V, K in',
+        PROMPTS + " -k PREFIX_TUNING",
     ),
     Bug(
         "rsLoRA of a folder is not read",

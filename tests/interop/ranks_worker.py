@@ -1,8 +1,8 @@
 """One process of a run under torchrun: trains an adapter for some steps, from a checkpoint or not, and saves it.
 
-ranks_worker.py ENGINE OUT STEPS [CHECKPOINT], ENGINE being plain, zero3 (ll.trainer on transformers' Trainer), fsdp2 (a
-loop), or tensor (loads the model in OUT in parts, and says what `ll.attach` says of it). All processes together see
-four rows a step, the same ones however many there are.
+ranks_worker.py ENGINE OUT STEPS [CHECKPOINT or - [dora]], ENGINE being plain, zero3 (ll.trainer on transformers'
+Trainer), fsdp2 (a loop, which exports too), or tensor (loads the model in OUT in parts, and says what `ll.attach` says
+of it). All processes together see four rows a step, the same ones however many there are.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import lora_lite as ll
 import tiny_llm
 
 engine, out, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-checkpoint = sys.argv[4] if len(sys.argv) > 4 else None
+checkpoint = sys.argv[4] if len(sys.argv) > 4 and sys.argv[4] != "-" else None
 SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LORA = ll.LoRAConfig(r=3, alpha=7)
+LORA = (ll.DoRAConfig if len(sys.argv) > 5 else ll.LoRAConfig)(r=3, alpha=7)
 RATE = 1.0  # of plain gradient descent: AdamW divides gradients by their size, and with it their rounding
 ROWS = torch.randint(4, 60, (16, 9), generator=torch.Generator().manual_seed(1))
 ZERO3 = {
@@ -74,6 +74,7 @@ def by_hand() -> None:
         optimizer.step()
         optimizer.zero_grad()
     tensors = ll.adapter_state_dict(model)  # every process takes part in gathering
+    ll.export(model, out / "peft")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         whole = tiny_llm.model()

@@ -75,6 +75,24 @@ def test_fsdp2(tmp_path):
     record("torch", "FSDP2, one more step on one process and on two", difference, CLOSE)
 
 
+@needs("torch", "2.7", "FSDP2 on a CPU")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_sharded_adapter_is_exported_whole(method, tmp_path):
+    """In a type that asks for the base's weights too; PEFT's layout gives what the file of ours gives."""
+    import lora_lite as ll
+    import tiny_llm
+
+    run(2, "fsdp2", tmp_path, 2, *(["-", "dora"] if method == "dora" else []))
+    ids = torch.arange(4, 24).view(2, 10)
+    found = []
+    for place in (tmp_path / "adapter.safetensors", tmp_path / "peft"):
+        model = tiny_llm.model().eval()
+        ll.load(model, place)
+        found.append(model(ids).logits.detach())
+    assert (found[0] - tiny_llm.model().eval()(ids).logits).abs().max() > 1e-3
+    torch.testing.assert_close(found[1], found[0], atol=2e-6, rtol=0)
+
+
 @pytest.mark.optional_backend("deepspeed")
 def test_zero_3(tmp_path):
     pytest.importorskip("deepspeed")
