@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import lora_lite as ll
 from lora_lite.testing.case import randomise
@@ -98,6 +99,29 @@ def test_changed_tensors_need_no_recompilation():
         again = fast(x())
     assert not torch.allclose(got, again)
     same(again, model(x()))
+
+
+def test_a_selection_is_compiled_once():
+    """Adapters of equal shape, weights and rows: a graph for each selection at its first call, none at a later one."""
+    model, counter = adapted("a", "b"), CompileCounter()
+    fast = torch.compile(model, backend=counter, fullgraph=True)
+    choices = ("a", "b", {"a": 0.5}, None)
+    rows = (["a", None, "b"], ["b", "b", None])
+
+    def each():
+        for choice in choices:
+            ll.activate(model, choice)
+            same(fast(x()), model(x()))
+        for names in rows:
+            with ll.rows(model, names):
+                same(fast(x()), model(x()))
+
+    each()
+    assert counter.frame_count == len(choices) + len(rows)
+    each()
+    randomise(model, "a", seed=5)
+    each()
+    assert counter.frame_count == len(choices) + len(rows), "switching back, and other numbers, compile nothing"
 
 
 def test_training_compiled_equals_training_eager():
