@@ -4,6 +4,7 @@ to its end, since the merged bits are kept nowhere."""
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -159,6 +160,15 @@ VERBS: dict[str, Verb] = {
 }
 
 
+def content(path: Path) -> object:
+    """A file's bytes; of safetensors the header as it is read, whose order its writer draws anew each time."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return data
+    n = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:n]), data[n:]
+
+
 def facts(model: nn.Module, folder: Path) -> tuple[object, ...]:
     """What a verb changes and a snapshot does not see: adapters in their order, who acts, files."""
     state = model.__dict__.get("_lora_lite_state")
@@ -168,7 +178,7 @@ def facts(model: nn.Module, folder: Path) -> tuple[object, ...]:
         selected = state.selected, state.scope_depth, state.changing, state.merged is None, dict(state.said), now.said
         selected = *selected, now.selection, {n: vars(r) for n, r in state.records.items()}
     handles = {n: (a.active, a.trainable) for n, a in ll.adapters(model).items()}
-    files = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = {p.relative_to(folder): content(p) for p in folder.rglob("*") if p.is_file()}
     return list(handles.items()), copy.copy(selected), files
 
 
