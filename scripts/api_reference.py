@@ -81,7 +81,7 @@ def groups() -> list[Group]:
         Group(
             "Save and load",
             "One safetensors file per adapter.",
-            named("save load export adapter_state_dict load_adapter_state_dict"),
+            named("save load AdapterStore export adapter_state_dict load_adapter_state_dict"),
         ),
         Group(
             "Merge and combine",

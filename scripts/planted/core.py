@@ -5,6 +5,7 @@ from __future__ import annotations
 from .bug import Bug
 
 CASES = "tests/contract/test_3_each_case.py"
+MISTAKES = "tests/core/test_mistakes.py"
 MINE = "tests/contract/test_my_variant.py"
 TARGETS = "tests/runtime/test_targets.py"
 
@@ -15,6 +16,20 @@ BUGS = [
         "return self.effective_alpha / self.r",
         "return 1.0",
         "tests/equations/test_lora_starts.py",
+    ),
+    Bug(
+        "a start of one argument does not know its adapter's seed",
+        "core/spec.py",
+        "own.manual_seed(generator.initial_seed())",
+        "own.manual_seed(0)",
+        MISTAKES + " -k one_argument",
+    ),
+    Bug(
+        "from_dict of the base class stays the base class",
+        "core/config.py",
+        'cls = CLASSES.get(str(data.get("variant")), cls)',
+        "pass",
+        MISTAKES + " -k a_dict",
     ),
     Bug(
         "the first matching rank pattern wins",

@@ -115,10 +115,10 @@ BUGS = [
     Bug(
         "S1: what is no safetensors file is tried as a pickle",
         "io/load.py",
-        "        return load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)\n",
-        "        import torch\n\n        try:\n            torch.load(path, weights_only=False)\n"
-        "        except Exception:\n            pass\n"
-        "        return load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)\n",
+        "    return load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)\n",
+        "    import torch\n\n    try:\n        torch.load(path, weights_only=False)\n"
+        "    except Exception:\n        pass\n"
+        "    return load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)\n",
         T + "s1_pickles_are_refused.py",
     ),
     Bug(

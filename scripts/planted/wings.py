@@ -516,6 +516,13 @@ BUGS = [
     ),
     # ---- call
     Bug(
+        "a cache that was not found is taken for none",
+        "runtime/call/positions.py",
+        "            _check_cache_found(self.mask, self.T, self.cache, self.past, who)\n",
+        "",
+        R + "test_positions.py -k what_it_can_do",
+    ),
+    Bug(
         "rows gathered in another order",
         "runtime/call/rows.py",
         "[i * each + k for i, row in enumerate(rows) if row == name for k in range(each)]",

@@ -61,6 +61,12 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
 
 _LATE = {"testing": ".testing", "callbacks": ".interop.callbacks"}
 """Loaded when they are asked for."""
+_ELSEWHERE = {
+    "REGISTRY": " ll.variants() lists the methods, and ll.get_variant(name) is one of them.",
+    "register_config": " A method names its config itself: config = MyConfig beside name, under @ll.register.",
+    "LoraLiteConfig": " Each method has a config of its own: lora_lite.LoRAConfig(r=8, alpha=16).",
+}
+"""Names of the original lora-lite -> what to type."""
 
 
 def __dir__() -> list[str]:
@@ -74,7 +80,7 @@ def __getattr__(name: str) -> object:
         return import_module(_LATE[name], __name__)
     from .core.errors import did_you_mean
 
-    hint = did_you_mean(name, __all__)
+    hint = _ELSEWHERE.get(name) or did_you_mean(name, __all__)
     if any(v.name == name for v in _registered()):
         hint = f" It is a method: attach it with lora_lite.{get_variant(name).config.__name__}(...)."
     raise AttributeError(f"lora_lite has no {name!r}.{hint}")

@@ -106,7 +106,7 @@ def test_one_batch_with_the_adapter_that_each_request_names(served):
 
 
 def test_a_stream_says_what_the_whole_says(served):
-    port, _, _ = served
+    port, *_ = served
     turns = [{"role": "user", "content": "how much is 3+4?"}]
     body = {"model": "a", "messages": turns, "temperature": 0, "n": 2, "max_tokens": 6}
     _, whole = ask(port, "/v1/chat/completions", body)
@@ -120,6 +120,26 @@ def test_a_stream_says_what_the_whole_says(served):
         assert mine[0]["delta"]["role"] == "assistant" and mine[-1]["finish_reason"] == "length" and len(mine) > 3
         said = "".join(m["delta"].get("content", "") for m in mine)
         assert said == whole["choices"][i]["message"]["content"]
+
+
+def test_a_turn_in_parts_is_the_turn_in_one(served):
+    def said(content, **changes):
+        turn = {"role": "user", "content": content, **changes}
+        return ask(served[0], "/v1/chat/completions", {"model": "a", "messages": [turn], "temperature": 0})
+
+    parts = [{"type": "text", "text": "how much "}, {"type": "text", "text": "is 3+4?"}]
+    whole, cut = said("how much is 3+4?"), said(parts)
+    assert whole[1]["choices"] == cut[1]["choices"] and whole[1]["usage"] == cut[1]["usage"] and whole[0] == 200
+    status, wrong = said([{"type": "image_url", "image_url": {"url": "data:"}}])
+    assert status == 400 and "'image_url' is not supported" in wrong["error"]["message"]
+
+
+def test_a_template_that_refuses_is_no_failure_of_the_server(served, monkeypatch):
+    template = "{{ raise_exception('turns must alternate') }}"
+    monkeypatch.setattr(served[2].tokenizer, "chat_template", template)
+    body = {"model": "a", "messages": [{"role": "user", "content": "1"}]}
+    status, said = ask(served[0], "/v1/chat/completions", body)
+    assert status == 400 and "turns must alternate" in said["error"]["message"]
 
 
 def test_sampling_is_each_rows_own(served):

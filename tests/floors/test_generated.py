@@ -33,7 +33,16 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "name", ["readme_tables", "rooms_table", "api_reference", "methods_page", "architectures_page", "promises_page"]
+    "name",
+    [
+        "readme_tables",
+        "rooms_table",
+        "api_reference",
+        "methods_page",
+        "architectures_page",
+        "promises_page",
+        "formats_page",
+    ],
 )
 def test_generated_text_is_current(name, monkeypatch, capsys):
     module = script(name, monkeypatch)
@@ -65,6 +74,7 @@ def test_one_command_writes_all_of_them():
         "cost_tables",
         "architectures_page",
         "promises_page",
+        "formats_page",
     }
     assert all(name in recipe[0] for name in writers)
 
@@ -86,6 +96,23 @@ def test_a_page_of_other_rows_faults_or_versions_is_noticed(monkeypatch):
     monkeypatch.setattr(promises, "SEVEN", ())
     monkeypatch.setitem(promises.PARTS, "more", (promises.Promise("x", ("tests/trust/test_gone.py::test_x",), ""),))
     assert promises.missing() == ["tests/trust/test_gone.py::test_x"]
+
+
+def test_the_page_of_formats_speaks_of_every_type_and_layout(monkeypatch):
+    """All types that are read were measured, none is off, and the README says what the page says."""
+    module = script("formats_page", monkeypatch)
+    _, rows = module.lines_of(module.RESULTS)
+    _, tests = module.lines_of(module.TESTS)
+    read = {r["what"] for r in rows if r["way"] == "read"}
+    assert read | {r["peft_type"] for r in tests if r["outcome"] == "agrees"} >= {*module.TYPES, *module.PROMPTS} - {
+        "POLY"
+    }
+    assert max(r["error"] for r in rows) <= 1e-5
+    assert {r["outcome"] for r in tests} == {"agrees", "refused"}
+    agree = sum(r["outcome"] == "agrees" for r in tests)
+    assert agree >= 0.95 * len(tests) and len(tests) == 331
+    assert f"{len(module.TYPES) + len(module.PROMPTS)} of its 45 types" in (ROOT / "README.md").read_text()
+    assert f"{agree} of the 331 configurations of PEFT's own tests" in (ROOT / "README.md").read_text()
 
 
 def test_the_figures_of_the_readme_are_those_measured():

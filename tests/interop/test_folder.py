@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from torch.utils.data import Dataset
 import lora_lite as ll
 import tiny_llm
 from lora_lite.interop.card import card
+from lora_lite.interop.reference import Reference
 from lora_lite.interop.trainer import adapter_trainer
 from lora_lite.testing.case import randomise
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 LORA = ll.LoRAConfig(r=3, alpha=7)
 IDS = torch.arange(5, 14)[None]
@@ -95,6 +98,49 @@ def test_the_card_shows_the_last_of_each_figure():
     assert "| loss | 1.5 |" in text and "| eval_loss | 2.25 |" in text and "2.5 |" not in text
 
 
+def test_the_card_names_the_command_that_trained_it(tmp_path, monkeypatch):
+    """Without folders of this machine, and without what nobody else should read."""
+    model = tiny_llm.model()
+    ll.attach(model, LORA)
+    script = tmp_path / "train me.py"
+    script.touch()
+    words = ["--lr", "1e-3", "--hub_token", "hf_abc", "--API-KEY=sk-1", "-q", f"--data={tmp_path}/rows.jsonl", "/a/b"]
+    monkeypatch.setattr("sys.argv", [str(script), *words])
+    said = "python 'train me.py' --lr 1e-3 --hub_token ... --API-KEY=... -q --data=rows.jsonl b"
+    assert f"```bash\n{said}\n```" in card(model, True)
+    monkeypatch.setattr("sys.argv", ["-c"])
+    assert "bash" not in card(model, True)
+
+
+def test_what_is_pushed_to_the_hub(tmp_path, monkeypatch):
+    """What `save_model` leaves: no optimiser, and no copy that a reference is."""
+    pushed: dict[str, set[str]] = {}
+
+    def create_repo(*_, **__):
+        return SimpleNamespace(repo_id="me/mine")
+
+    def upload_folder(*_, repo_id, folder_path, **__):
+        pushed[repo_id] = {p.name for p in Path(folder_path).iterdir()}
+
+    for name, fake in (("create_repo", create_repo), ("upload_folder", upload_folder)):
+        monkeypatch.setattr(huggingface_hub.HfApi, name, fake)
+        monkeypatch.setattr(transformers.trainer, name, fake, raising=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llm.save(tmp_path / "base"))
+    ll.attach(model, LORA)
+    randomise(model, seed=1)
+    trainer = ll.trainer(transformers.Trainer)(
+        model=model, args=arguments(tmp_path / "out"), processing_class=tiny_llm.tokenizer()
+    )
+    trainer._reference = Reference()
+    trainer._reference.follow(model, fresh=False)
+    trainer.push_to_hub(dataset_tags="sums")
+    files = {"adapter.safetensors", "adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert files | {"tokenizer.json", "training_args.bin"} <= pushed["me/mine"]
+    assert "reference" not in pushed["me/mine"] and not [n for n in pushed["me/mine"] if n.startswith("model")]
+    trainer.save_model(tmp_path / "checkpoint", _internal_call=True)
+    assert (tmp_path / "checkpoint" / "reference" / "adapter.safetensors").is_file()
+
+
 def test_a_method_that_peft_does_not_know_leaves_our_file_alone(tmp_path):
     trainer = fitted(tmp_path, ll.ETHERConfig())
     assert (
@@ -157,6 +203,13 @@ def test_peft_config_is_attached_as_ours(tmp_path, said, cfg):
     theirs = tiny_llm.model()
     ll.attach(theirs, cfg)
     assert ll.adapters(theirs)["default"].targets == ll.adapters(model)["default"].targets
+
+
+def test_two_configs_are_one_too_many(tmp_path):
+    model = tiny_llm.model()
+    with pytest.raises(ll.ConfigError, match="leave one out"):
+        ll.trainer(transformers.Trainer, LORA)(model=model, args=arguments(tmp_path), peft_config=LORA)
+    assert not ll.adapters(model)
 
 
 def test_peft_chooses_targets_that_a_config_does_not_name(tmp_path):

@@ -144,3 +144,21 @@ def test_a_model_of_ones_own_stays_the_reference(tmp_path):
         train_dataset=datasets.Dataset.from_list(PAIRS), processing_class=tiny_llm.tokenizer(),
     )  # fmt: skip
     assert trainer.ref_model is own
+
+
+@pytest.mark.slow
+def test_a_warm_adapter_on_a_quantised_base_measures_from_itself(tmp_path):
+    """TRL casts it to bf16 on the way, which neither it nor its copy keeps."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    tiny_llm.save(tmp_path / "base", width=128)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    ll.attach(model, LORA)
+    randomise(model, seed=1)
+    want = ll.adapter_state_dict(model)
+    trainer = dpo(tmp_path / "out", model)
+    for name in ("default", "default-reference"):
+        assert all(torch.equal(v, want[k]) for k, v in ll.adapter_state_dict(model, name).items())
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/margins"] == 0

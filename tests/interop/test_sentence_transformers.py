@@ -9,6 +9,7 @@ import torch
 import lora_lite as ll
 import tiny_llm
 from lora_lite.interop.homes import homes
+from measured import record
 
 pytestmark = [
     pytest.mark.slow,
@@ -81,6 +82,8 @@ def test_every_way_to_the_adapter(tmp_path, folder, way):
         assert torch.equal(vector(other), want)
     theirs = fresh()
     theirs.load_adapter(str(tmp_path))
+    if way == "inside":  # as good as any
+        record("sentence-transformers", "load_adapter", float((vector(theirs) - want).abs().max()), 2e-6)
     torch.testing.assert_close(vector(theirs), want, atol=2e-6, rtol=0)
     with pytest.warns(ll.LoraLiteWarning, match="save_pretrained"):
         trainer.model.save(str(tmp_path / "whole"))

@@ -3,8 +3,12 @@ schedule, penalty, groups."""
 
 from __future__ import annotations
 
+import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torch.utils.data import Dataset
 import lora_lite as ll
 import tiny_llm
 from lora_lite.core import registry
+from lora_lite.interop.engines import leave_base_out
 from lora_lite.interop.trainer import adapter_trainer, load_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -236,16 +241,68 @@ def test_sft_trainer(tmp_path):
     assert (tmp_path / "checkpoint-2" / "adapter.safetensors").is_file()
 
 
-def test_quantised_base(tmp_path):
+class Engine:
+    """What of DeepSpeed's engine a trainer uses."""
+
+    def save_checkpoint(self, folder, tag=None, exclude_frozen_parameters=False):
+        return folder, exclude_frozen_parameters
+
+    def load_checkpoint(self, folder, load_module_strict=True):
+        return folder, load_module_strict
+
+
+def test_an_engine_saves_and_loads_what_trains():
+    for prepared in (Engine(), (torch.nn.Linear(1, 1), Engine())):
+        accelerator = SimpleNamespace(prepare=lambda prepared=prepared: prepared)
+        leave_base_out(accelerator)
+        found: Any = accelerator.prepare()
+        engine = found[1] if isinstance(found, tuple) else found
+        assert "exclude_frozen_parameters" in inspect.signature(engine.save_checkpoint).parameters
+        assert engine.save_checkpoint("here") == ("here", True)
+        assert engine.load_checkpoint("here", load_module_strict=True) == ("here", False)
+
+
+def quantised(folder):
+    """A tiny Llama in nf4, with an adapter."""
     bnb = pytest.importorskip("bitsandbytes")
-    tiny_llm.save(tmp_path / "base", width=128)
+    tiny_llm.save(folder / "base", width=128)
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=config)
     assert any(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())
     ll.attach(model, LORA)
+    return model
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["ours", "plain"])
+def test_quantised_base(tmp_path, plain):
+    """A plain Trainer asks whether PEFT has put something on a quantised model that trains."""
+    model = quantised(tmp_path)
+    kind = transformers.Trainer if plain else adapter_trainer()
+    given = {"callbacks": [ll.callbacks.SaveAdapter()]} if plain else {}
     args = arguments(tmp_path / "out", max_steps=2, save_steps=2)
-    t = adapter_trainer()(model=model, args=args, train_dataset=Rows())
+    t = kind(model=model, args=args, train_dataset=Rows(), **given)
     assert not model._hf_peft_config_loaded
-    t.train()
-    assert (tmp_path / "out" / "checkpoint-2" / "adapter.safetensors").is_file()
+    before = ll.adapter_state_dict(model)
+    with pytest.warns(ll.LoraLiteWarning, match="save_pretrained") if plain else nullcontext():
+        t.train()
+    folder = tmp_path / "out" / "checkpoint-2" / ("adapter" if plain else ".")
+    after, fresh = ll.adapter_state_dict(model), quantised(tmp_path)
+    ll.load(fresh, folder, "again")
+    assert all(torch.equal(v, ll.adapter_state_dict(fresh, "again")[k]) for k, v in after.items())
+    assert any(not torch.equal(v, before[k]) for k, v in after.items())
     assert all(p.dtype == torch.float32 for p in ll.adapters(model)["default"].parameters())
+
+
+def test_a_quantised_base_that_nothing_trains_on_is_refused_as_before(tmp_path):
+    model = quantised(tmp_path)
+    ll.adapters(model)["default"].trainable = False
+    with pytest.raises(ValueError, match="purely quantized"):
+        transformers.Trainer(model=model, args=arguments(tmp_path / "out"))
+    ll.adapters(model)["default"].trainable = True
+    model.hf_quantizer = type("Deaf", (), {"is_trainable": False})()
+    with pytest.raises(ll.StateError, match="Deaf, which passes no gradients"):
+        transformers.Trainer(model=model, args=arguments(tmp_path / "out"))
+    ll.detach(model)
+    assert "_hf_peft_config_loaded" not in vars(model)
+    with pytest.raises(ValueError, match="purely quantized"):
+        transformers.Trainer(model=model, args=arguments(tmp_path / "out"))

@@ -294,7 +294,12 @@ class Evil:
     ("content", "words"),
     [
         ({"cfg": {"variant": "lora"}, "state": {}}, "missing"),
-        ({"cfg": {"variant": "pissa"}, "state": {"a.lora_A": torch.ones(2)}}, "other variables"),
+        ({"cfg": {"variant": "pissa"}, "state": {f"{Q}.lora_A": torch.ones(3, 10)}}, "'lora_B' is missing"),
+        ({"cfg": {"variant": "ia3"}, "state": {f"{Q}.lora_g": torch.ones(12), f"{Q}.lora_A": torch.ones(2)}}, "other"),
+        (
+            {"cfg": {"variant": "later"}, "state": {f"{Q}.lora_g": torch.ones(12)}},
+            "'later' of the original is not read",
+        ),
         ({"cfg": {"variant": "lora", "r": 3}, "state": {"no.lora_A": torch.ones(3, 2)}}, "no layer 'no'"),
         ([1], '"cfg" and "state"'),
         ({"cfg": Evil(), "state": {}}, "would run"),

@@ -61,8 +61,8 @@ CASES = {
     "pvera": ("PVERA", {"r": 4, **FC}),
     "supertuning": ("SUPERTUNING", {"share": 0.2, "low_rank": True, "r": 2, "alpha": 5, **FC}),
 }
-APART = {"fourierft", "waveft", "rosa", "alora"}
-"""Written too; tested below."""
+APART = {"fourierft", "waveft", "rosa", "alora", "poly"}
+"""Written too; tested below, and in test_peft_prompts."""
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import lora_lite as ll
+import tiny_models
 from lora_lite.testing.case import randomise
+from neighbours import needs
 from tiny_blocks import decoder, padded, prompts
 
 CALL = (38, 39)
@@ -53,7 +55,7 @@ def test_from_the_last_occurrence_on():
         bare = logits(model, input_ids=ids)
         before = model(input_ids=ids[:, :5], use_cache=True)
     assert torch.equal(got[:, :5], bare[:, :5])
-    want = logits(plain, input_ids=ids[:, 5:], past_key_values=before.past_key_values)
+    want = logits(plain, input_ids=ids[:, 5:], **tiny_models.continuing(plain, before.past_key_values))
     torch.testing.assert_close(got[:, 5:], want, atol=1e-5, rtol=1e-5)
     assert (got[:, 5:] - bare[:, 5:]).abs().max() > 1e-2
 
@@ -93,7 +95,7 @@ def test_a_cache_filled_in_pieces():
     want, cache, got = logits(model, input_ids=ids), None, []
     for piece in (ids[:, :3], ids[:, 3:7], ids[:, 7:]):
         with torch.no_grad():
-            out = model(input_ids=piece, past_key_values=cache, use_cache=True)
+            out = model(input_ids=piece, **tiny_models.continuing(model, cache), use_cache=True)
         cache = out.past_key_values
         got.append(out.logits)
     torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-5, rtol=1e-5)
@@ -105,10 +107,10 @@ def test_an_invocation_that_a_cache_cuts_in_two():
     with torch.no_grad():
         cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
         keys = [copy.deepcopy(cache) for _ in range(2)]
-        got = model(input_ids=ids[:, 5:], past_key_values=cache).logits
+        got = model(input_ids=ids[:, 5:], **tiny_models.continuing(model, cache)).logits
         with ll.active(model, None):
-            bare = model(input_ids=ids[:, 5:], past_key_values=keys[0]).logits
-        want = twin(model)(input_ids=ids[:, 5:], past_key_values=keys[1]).logits
+            bare = model(input_ids=ids[:, 5:], **tiny_models.continuing(model, keys[0])).logits
+        want = twin(model)(input_ids=ids[:, 5:], **tiny_models.continuing(model, keys[1])).logits
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert (got - bare).abs().max() > 1e-2
 
@@ -120,14 +122,14 @@ def test_a_cache_of_the_base_is_continued():
         with ll.active(model, None):
             cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
         other = copy.deepcopy(cache)
-        got = model(input_ids=ids[:, 5:], past_key_values=cache).logits
+        got = model(input_ids=ids[:, 5:], **tiny_models.continuing(model, cache)).logits
         torch.testing.assert_close(got, logits(model, input_ids=ids)[:, 5:], atol=1e-5, rtol=1e-5)
         last = ids[:, 4:5]  # no invocation, and none can be known of
         with pytest.raises(ll.SelectionError, match="no earlier call was seen"):
-            model(input_ids=last, past_key_values=other)
+            model(input_ids=last, **tiny_models.continuing(model, other))
         model(input_ids=row(5, 2)[None], use_cache=True)  # of another cache
         with pytest.raises(ll.SelectionError, match="no earlier call was seen"):
-            model(input_ids=last, past_key_values=other)
+            model(input_ids=last, **tiny_models.continuing(model, other))
 
 
 def test_what_cannot_be_told_raises():
@@ -164,6 +166,7 @@ def test_other_methods_take_these_positions():
     assert torch.equal(got[:, :5], bare[:, :5]) and (got[:, 5:] - bare[:, 5:]).abs().max() > 1e-3
 
 
+@needs("peft", "0.18", "aLoRA")
 def test_parity():
     """PEFT's, with the same tensors: logits and gradients."""
     model, ids = adapted(target_names=("q_proj", "down_proj")), torch.stack([row(9, 1, 5), row(9, seed=1), row(9, 0)])

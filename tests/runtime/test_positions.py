@@ -121,6 +121,34 @@ def test_generation_with_a_static_cache():
     )
 
 
+class Elsewhere(nn.Module):
+    """A language model that calls its cache by a name of its own, and may wrap it so that nobody knows it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(self, input_ids=None, attention_mask=None, remembered=None):
+        cache = remembered[0] if isinstance(remembered, list) else remembered
+        more = {} if cache is None else tiny_models.continuing(self.inner, cache)
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **more)
+
+
+def test_a_cache_is_found_by_what_it_can_do():
+    model, ids = Elsewhere(decoder()), prompts((6, 6))
+    ll.attach(model, ll.DiReFTConfig(r=2, alpha=3, positions="f2+l3"))
+    randomise(model)
+    ids, mask = torch.stack(ids), torch.ones(2, 7, dtype=torch.long)
+    new = torch.tensor([[5], [6]])
+    with torch.no_grad(), ll.prompt(model, (6, 6)):
+        want = model(torch.cat((ids, new), 1), mask).logits[:, -1]
+        cache = model(ids, mask[:, :6]).past_key_values
+        got = model(new, mask, remembered=copy.deepcopy(cache)).logits[:, -1]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    with torch.no_grad(), pytest.raises(ll.SelectionError, match="so 6 came before, but no cache of them was found"):
+        model(new, mask, remembered=[cache])
+
+
 @pytest.mark.parametrize("positions", ["f2+l3", "prompt", "generated"])
 def test_a_prompt_in_chunks(positions):
     model, lengths = adapted(positions), (7, 4)
@@ -487,3 +515,42 @@ def test_under_an_sft_trainer(tmp_path, option, monkeypatch):
     assert all(not torch.equal(before[k], v) for k, v in ll.adapter_state_dict(model).items() if "lora_R" not in k)
     lengths = {n for call in found for n in call.found["prompt"][1].sum(1).tolist()}
     assert lengths == {3, 5, 7}
+
+
+class Remembers(nn.Module):
+    """A block list whose call takes whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(20, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+
+    def forward(self, input_ids, **more):
+        h = self.emb(input_ids)
+        for block in self.layers:
+            h = h + block(h)
+        return h
+
+
+class OfAnotherKind:
+    """A cache of a class that cannot say how many tokens it holds."""
+
+
+@pytest.mark.parametrize("mode", ["prompt", "generated", "f2"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"inference_params": OfAnotherKind(), "use_cache": True},
+        {"my_cache": OfAnotherKind()},
+        {"past": OfAnotherKind()},
+        {"state": [torch.zeros(1, 8, 2)]},
+    ],
+)
+def test_a_cache_that_does_not_tell_how_much_it_holds_is_refused(more, mode):
+    model = Remembers().eval()
+    ll.attach(model, ll.DiReFTConfig(r=2, alpha=3, positions=mode))
+    step = torch.tensor([[7]])
+    with pytest.raises(ll.SelectionError, match=r"does not tell how many tokens came before"):
+        model(step, **more)
+    if mode != "generated":  # these are no caches
+        model(step, use_cache=True, output_hidden_states=False, memory=torch.zeros(1, 5, 8), kind="x", options={"a": 1})

@@ -16,6 +16,7 @@ IDS = torch.arange(10).view(2, 5)
 CONFIGS = {
     "lora": lambda: ll.LoRAConfig(r=3, alpha=7, train_modules=("lm_head",)),
     "hra": lambda: ll.HRAConfig(r=2),
+    "lokr": lambda: ll.LoKrConfig(r=2),  # torch multiplies by a matrix otherwise where it trains
     "shared": lambda: ll.AdapterConfig(variant=shared_methods.bank().name, r=3, alpha=7),
 }
 

@@ -20,8 +20,11 @@ from ._engine import Answer, Engine, Sampling
 
 COMPLETION_TOKENS = 16
 """The longest completion where a request says nothing, as OpenAI has it."""
-UNHEEDED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-"""Fields that change no answer."""
+UNHEEDED = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+    "tool_choice",
+}  # fmt: skip
+"""Fields that change no answer: those of tools do not without `tools`, which are refused."""
 
 
 class Asked(BaseModel):
@@ -46,10 +49,19 @@ class Completion(Asked):
     prompt: str | list[str] | list[int] | list[list[int]]
 
 
+class Turn(BaseModel):
+    """What one side says; fields beside these reach the chat template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
 class Chat(Asked):
     """/v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Turn] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
 
@@ -107,7 +119,7 @@ class Api:
 
     async def chat(self, asked: Chat, request: Request) -> Any:
         """The assistant's next turn."""
-        ids = prompt_ids(asked.messages, self.engine.tokenizer)
+        ids = self._turns(asked.messages)
         longest = asked.max_completion_tokens or asked.max_tokens
         if longest is None:
             room = self.max_tokens if self.positions is None else max(self.positions - len(ids), 1)
@@ -144,6 +156,14 @@ class Api:
         choices = [_whole(kind, i, answer) for i, answer in enumerate(answers)]
         return {**head, "choices": choices, "usage": _usage(answers, asked.n)}
 
+    def _turns(self, turns: list[Turn]) -> list[int]:
+        """The tokens of what was said so far."""
+        said: list[Message] = [{**turn.model_dump(exclude_unset=True), "content": _text(turn)} for turn in turns]
+        try:
+            return prompt_ids(said, self.engine.tokenizer)
+        except Exception as e:  # a template's own, of whatever class
+            raise Refused(400, f"the chat template does not take these turns: {e}", "messages") from None
+
     def _adapter(self, name: str) -> str | None:
         if name not in self.models:
             known = ", ".join(self.models)
@@ -172,6 +192,15 @@ class Api:
             "id": name, "object": "model", "created": self.born, "owned_by": "lora-lite",
             "parent": None if name == base else base,
         }  # fmt: skip
+
+
+def _text(turn: Turn) -> str:
+    """A turn's content, which may come in parts."""
+    parts = turn.content if isinstance(turn.content, list) else [{"type": "text", "text": turn.content or ""}]
+    for part in parts:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise Refused(400, f"a part of type {part.get('type')!r} is not supported; text is.", "messages")
+    return "".join(part["text"] for part in parts)
 
 
 def _check_fields(asked: Asked) -> None:

@@ -24,6 +24,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+CLASSES: dict[str, type[AdapterConfig]] = {}
+"""Method -> its config class, which `register` enters."""
 MAX_RANK = 1 << 20
 MAX_INT = 1 << 63
 LITERAL = re.compile(r"(?:[\w-]|\\?\.)*")
@@ -37,8 +39,19 @@ ELSEWHERE = {
     "layers_to_transform": "layers",
     "rank": "r",
     "lora_r": "r",
+    "lambda0": "strength",
+    "max_rotation_angle": "max_angle",
+    "block_size": "block",
 }
 """Fields as other libraries call them -> ours."""
+OTHERWISE = {
+    "road_variant": '"road_1", "road_2", "road_4" are per_pair=1, 2, 4 of RoadConfig.',
+    "rotate_basis": 'AntiPaSTOConfig turns the input side, "V"; block=1 turns nothing; "U" is not offered.',
+    "variant_kwargs": "They are fields of the method's own config: lora_lite.DeLoRAConfig(r=8, strength=8.0).",
+}
+"""Fields of others whose values are others here too -> what to type."""
+POSITIONS = ("variant", "r", "alpha", "dtype", "target_roles", "target_names", "exclude_names", "layers")
+"""The order in which the original lora-lite took its fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +88,9 @@ class AdapterConfig:
     dropout: float = 0.0
     """Probability with which `layer.dropout(x)` zeroes an input of the adapter in training; the share of one call is
     a multiple of 1/256 that is right on average."""
-    seed: int = 0
-    """Each target draws from a generator seeded with (seed, its path)."""
+    seed: int | None = 0
+    """Each target draws from a generator seeded with (seed, its path), whatever `torch.manual_seed` was given; None
+    draws the seed itself from torch's global generator at `ll.attach`, and the file keeps what was drawn."""
     dequantize: bool = False
     """Allow methods that need the dense weight to read a quantised one."""
 
@@ -84,13 +98,13 @@ class AdapterConfig:
         """Name the field that was meant where other libraries call it otherwise. Raises `ConfigError`."""
         where = cls.__name__
         if args:
-            raise ConfigError(f"{where} takes its fields by name: {where}(r={args[0]!r}).")
+            names = POSITIONS if isinstance(args[0], str) else POSITIONS[1:]
+            typed = ", ".join(f"{name}={value!r}" for name, value in zip(names, args, strict=False))
+            raise ConfigError(f"{where} takes its fields by name: {where}({shown(typed)[1:-1]}).")
         fields = {f.name for f in dataclasses.fields(cls)}
         for name in values:
-            if name in fields:
-                continue
-            hint = f" Here it is called {ELSEWHERE[name]!r}." if name in ELSEWHERE else did_you_mean(name, fields)
-            raise ConfigError(f"{where} has no field {name!r}.{hint}")
+            if name not in fields:
+                raise ConfigError(f"{where} has no field {name!r}.{_meant(name, fields)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -185,14 +199,39 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], unknown: list[str] | None = None) -> AdapterConfig:
-        """Read `to_dict` data. Unknown keys raise, or are appended to `unknown` when a list is given."""
+        """Read `to_dict` data; `AdapterConfig` itself gives the config class of the method that they name. Unknown keys
+        raise, or are appended to `unknown` when a list is given."""
+        if cls is AdapterConfig:
+            cls = CLASSES.get(str(data.get("variant")), cls)
         fields = {f.name for f in dataclasses.fields(cls)}
         for key in data:
             if key not in fields:
                 if unknown is None:
-                    raise ConfigError(f"{cls.__name__} has no field {key!r}.{did_you_mean(str(key), fields)}")
+                    raise ConfigError(f"{cls.__name__} has no field {key!r}.{_meant(str(key), fields)}")
                 unknown.append(str(key))
         return cls(**{k: v for k, v in data.items() if k in fields})
+
+
+class FrozenConfigError(ConfigError, dataclasses.FrozenInstanceError):
+    """A field of a config was written to."""
+
+
+def stay_as_it_is(cfg: AdapterConfig, name: str, value: object = None) -> None:
+    """What setting or deleting a field of any config does."""
+    raise FrozenConfigError(
+        f"a {type(cfg).__name__} stays as it was made, since adapters hold it; make another: "
+        f"dataclasses.replace(cfg, {name}={shown(value)})."
+    )
+
+
+AdapterConfig.__setattr__ = AdapterConfig.__delattr__ = stay_as_it_is  # what frozen dataclasses say is less
+
+
+def _meant(name: str, fields: set[str]) -> str:
+    """What a name that is no field is called here."""
+    if ELSEWHERE.get(name) in fields:
+        return f" Here it is called {ELSEWHERE[name]!r}."
+    return f" {OTHERWISE[name]}" if name in OTHERWISE else did_you_mean(name, fields)
 
 
 @functools.lru_cache(1 << 14)
@@ -211,6 +250,14 @@ def matches(pattern: str, path: str) -> bool:
     """Whether the regular expression matches the whole path or its tail after a dot."""
     # fused experts are targets under `experts.lora_gate_up_proj`, and everybody calls them `experts.gate_up_proj`
     return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", p) for p in {path, path.replace(".lora_", ".")})
+
+
+def anywhere(pattern: str) -> str:
+    """The pattern that matches what this one finds anywhere in a path, as the original lora-lite looks."""
+    front, back = pattern.startswith("^"), pattern.endswith("$")
+    middle = pattern[front : len(pattern) - back]
+    middle = f"(?:{middle})" if "|" in middle else middle
+    return ("" if front else ".*") + middle + ("" if back else ".*")
 
 
 _HINTS: dict[type, dict[str, Any]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar, cast
 
-from .config import AdapterConfig
+from .config import CLASSES, AdapterConfig, stay_as_it_is
 from .errors import ConfigError, did_you_mean
 from .variant import Derived, Variant, forward_of
 
@@ -43,7 +43,7 @@ def register(cls: T) -> T:
     if not page.title:
         paragraph = (page.__doc__ or name).strip().split("\n\n")[0]
         page.title = " ".join(paragraph.split()).rstrip(".")
-    _TABLE[name] = page
+    _TABLE[name], CLASSES[name] = page, page.config
     return cls
 
 
@@ -72,6 +72,7 @@ def _check_facts(page: type[Variant]) -> None:
     config: type = page.config
     if not issubclass(config, AdapterConfig):
         raise ConfigError(f"{page.name}.config must be a dataclass that inherits AdapterConfig.")
+    config.__setattr__ = config.__delattr__ = stay_as_it_is
     if page.needs_data not in ("", "batches", "pairs", "adapters"):
         raise ConfigError(
             f"{page.name}.needs_data must be '', 'batches' or 'pairs' (contrast pairs), or 'adapters', got "

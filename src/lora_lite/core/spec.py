@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -25,6 +27,11 @@ _INITS: dict[str, Callable[[Tensor, Generator], object]] = {
     "normal": lambda t, g: t.normal_(generator=g),
     "empty": lambda t, g: t.zero_(),  # the variant's init fills it
 }
+ELSEWHERE = {
+    "near_zero": "write 'normal:1e-4', or 'zeros', from which the fresh adapter is the base bit for bit",
+    "near_one": "write 'zeros' and use 1 + the tensor, so that the fresh adapter is the base bit for bit",
+}
+"""Starts of the original lora-lite -> what to write here."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ class ParamSpec:
     Args:
         shape: its shape; never `()`, since FSDP refuses 0-dim parameters (use `(1,)`).
         init: "zeros", "ones", "kaiming" (U(±1/√last dim)), "normal" (N(0, 1)), "normal:STD", "constant:VALUE", "empty"
-            (filled by the variant's `init`), or a callable `(tensor, generator)` that fills in place.
+            (filled by the variant's `init`), or a callable `(tensor, generator)` that fills in place. One that takes
+            the tensor alone finds torch's global generator seeded for this tensor.
         trainable: False makes a parameter that no optimiser sees.
         as_buffer: True makes a buffer: saved, never trained.
         decay: False asks for weight decay 0 in `adapter.param_groups` (gains, rotations, magnitudes).
@@ -59,6 +67,8 @@ class ParamSpec:
             raise ConfigError("ParamSpec has shape (); write (1,): sharded training refuses 0-dim parameters.")
         if min(self.shape) < 1:
             raise ConfigError(f"ParamSpec has the empty shape {self.shape}.")
+        if isinstance(self.init, str) and self.init in ELSEWHERE:
+            raise ConfigError(f"init={self.init!r} is no start here: {ELSEWHERE[self.init]}.")
         if isinstance(self.init, str) and self.init.partition(":")[0] not in {*_INITS, "constant"}:
             raise ConfigError(
                 f"unknown init {self.init!r}; use one of {sorted(_INITS)}, 'normal:STD', 'constant:VALUE' or a "
@@ -80,7 +90,7 @@ class ParamSpec:
     def fill(self, t: Tensor, generator: Generator) -> None:
         """Draw the start value into `t`, a CPU tensor in full precision."""
         if callable(self.init):
-            self.init(t, generator)
+            _fill_by(self.init, t, generator)
             return
         name, _, value = self.init.partition(":")
         if name == "constant":
@@ -89,3 +99,20 @@ class ParamSpec:
             t.normal_(std=float(value), generator=generator)
         else:
             _INITS[name](t, generator)
+
+
+def _fill_by(fill: Callable[..., object], t: Tensor, generator: Generator) -> None:
+    """Let an author's function fill the tensor, with the generator where it takes one."""
+    try:
+        takes: list[inspect.Parameter] = list(inspect.signature(fill).parameters.values())
+    except ValueError:  # of a function that is not Python's
+        takes = []
+    if any(p.name == "generator" for p in takes):
+        fill(t, generator=generator)
+    elif len([p for p in takes if p.default is inspect.Parameter.empty]) > 1:
+        fill(t, generator)
+    else:
+        own: Any = torch.random
+        with own.fork_rng(devices=[]):
+            own.manual_seed(generator.initial_seed())
+            fill(t)

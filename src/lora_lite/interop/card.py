@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,9 @@ from torch import nn
 
 from .._version import __version__
 from .homes import trainable
+
+SECRET = re.compile("token|secret|password|key", re.IGNORECASE)
+"""What a flag is called whose value is nobody else's business."""
 
 
 def card(
@@ -59,6 +66,9 @@ def card(
         lines += [
             "Only lora-lite reads it. `ll.export(model, folder)` writes what PEFT reads, where the method allows."
         ]
+    told = command()
+    if told is not None:
+        lines += ["", "## Trained by", "", "```bash", told, "```"]
     figures = _last(history)
     if figures or steps:
         lines += ["", "## Figures", "", "| what | last value |", "| --- | --- |", f"| steps | {steps} |"]
@@ -73,6 +83,31 @@ def base_of(model: nn.Module) -> str | None:
         if name:
             return str(name)
     return None
+
+
+def command() -> str | None:
+    """The command that runs: the script's name and its arguments, without this machine's folders and without secrets.
+    None where no script runs, as in a notebook."""
+    script, *words = sys.argv or [""]
+    if not os.path.isfile(script) or "ipykernel" in script:
+        return None
+    said = ["python"] if script.endswith(".py") else []
+    said.append(Path(script).name)
+    secret = False
+    for word in words:
+        flag, is_set, value = word.partition("=")
+        hides = word.startswith("-") and SECRET.search(flag) is not None
+        if hides and is_set:
+            word = f"{flag}=..."
+        elif secret and not word.startswith("-"):
+            word = "..."
+        elif is_set and os.path.isabs(value):
+            word = f"{flag}={Path(value).name}"
+        elif os.path.isabs(word):
+            word = Path(word).name
+        said.append(word)
+        secret = hides and not is_set
+    return shlex.join(said)
 
 
 def fields(model: nn.Module) -> dict[str, Any]:

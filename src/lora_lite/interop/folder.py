@@ -17,6 +17,8 @@ from ..io import native
 from ..io.header import check_sums, config_from_header
 from ..io.load import adapter_file
 from ..runtime.layers.tensors import is_sharded
+from ..runtime.model.site import owned_tensors
+from ..runtime.model.state import record_of
 from .card import card
 from .homes import trainable
 
@@ -38,15 +40,21 @@ def write_adapters(model: nn.Module, folder: str | os.PathLike[str], compact: bo
     exported = bool(found)
     for home, handle in found:
         sharded = any(is_sharded(p) for p in handle.parameters())
+        write(home, handle.name, folder / adapter_file(handle.name), compact, writer)
         if not writer:
-            if sharded:
-                ll.adapter_state_dict(home, handle.name)  # takes its part in gathering the shards
             continue
-        folder.mkdir(parents=True, exist_ok=True)
-        ll.save(home, folder / adapter_file(handle.name), handle.name, compact=compact)
         own = folder if len(found) == 1 else folder / handle.name
         exported &= not sharded and _exported(home, own, handle.name)
     return exported
+
+
+def write(home: nn.Module, name: str, path: Path, compact: bool, writer: bool) -> None:
+    """Write one adapter; a process that does not write takes its part in gathering the shards."""
+    if writer:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ll.save(home, path, name, compact=compact)
+    elif any(is_sharded(t) for _, _, _, t in owned_tensors(home, record_of(home, name))):
+        ll.adapter_state_dict(home, name)
 
 
 def _exported(home: nn.Module, folder: Path, name: str) -> bool:
@@ -111,7 +119,14 @@ def load_checkpoint(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         native.check_base(home, handle.record, head, "error", str(path))
         native.check_keys(native.expected(handle.record), tensors, str(path))
         check_sums(head, handle.record, tensors, str(path))
-        found.append((home, handle, head, tensors))
-    for home, handle, head, tensors in found:
+        found.append((home, handle, tensors))
+    for home, handle, tensors in found:
         ll.load_adapter_state_dict(home, handle.name, tensors)
+    load_steps(model, folder)
+
+
+def load_steps(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Set the schedules of the trainable adapters to the step of a checkpoint folder."""
+    for _, handle in trainable(model):
+        head, _ = native.read(Path(folder) / adapter_file(handle.name))
         handle.record.steps = int(head.get("steps") or 0)

@@ -42,6 +42,8 @@ def our_config(config: Any, model: nn.Module | None) -> ll.AdapterConfig:
     kind = str(getattr(getattr(config, "peft_type", None), "value", getattr(config, "peft_type", "")))
     if kind in OTHERS:
         return _other(kind, config.to_dict(), model)
+    if kind in BEFORE:
+        return _before(kind, config.to_dict())
     if kind != "LORA":
         raise ConfigError(
             f"peft_config is a {type(config).__name__}; which is not translated. Give the config of ours: "
@@ -82,6 +84,7 @@ def _lora(said: dict[str, Any], model: nn.Module | None) -> ll.AdapterConfig:
 
 
 OTHERS: dict[str, tuple[str, dict[str, str]]] = {
+    "ADAMSS": ("adamss", {"r": "r", "num_subspaces": "subspaces", "subspace_rank": "subspace_rank"}),
     "ADALORA": ("adalora", {"init_r": "r", "target_r": "target_r", "lora_alpha": "alpha"}),
     "BEFT": ("bitfit", {}),
     "BOFT": ("boft", {"boft_block_size": "block_size", "boft_n_butterfly_factor": "n_factors"}),
@@ -93,12 +96,14 @@ OTHERS: dict[str, tuple[str, dict[str, str]]] = {
     "HIRA": ("hira", {"r": "r"}),
     "HRA": ("hra", {"r": "r"}),
     "IA3": ("ia3", {}),
+    "LILY": ("lily", {"r": "r", "stride_A": "stride", "num_B": "experts"}),
     "LN_TUNING": ("whole", {}),
     "LOHA": ("loha", {"r": "r", "alpha": "alpha"}),
     "LOKR": ("lokr", {"r": "r", "alpha": "alpha", "decompose_factor": "factor", "decompose_both": "factor_both"}),
     "MISS": ("miss", {"r": "r"}),
     "OFT": ("oft", {"oft_block_size": "block_size"}),
     "PEANUT": ("peanut", {"r": "r", "depth": "depth", "act_fn": "activation"}),
+    "POLY": ("poly", {"r": "r", "n_tasks": "tasks", "n_skills": "skills", "n_splits": "splits"}),
     "PSOFT": ("psoft", {"r": "r"}),
     "PVERA": ("pvera", {"r": "r", "d_initial": "d_initial"}),
     "RANDLORA": ("randlora", {"r": "r", "randlora_alpha": "alpha"}),
@@ -112,6 +117,28 @@ OTHERS: dict[str, tuple[str, dict[str, str]]] = {
     "WAVEFT": ("waveft", {"n_frequency": "n", "scaling": "strength"}),
 }
 """peft_type -> the method here, and PEFT's fields by the names of ours. Where targets are found is translated alike."""
+BEFORE: dict[str, tuple[str, dict[str, str]]] = {
+    "PROMPT_TUNING": ("prompt_tuning", {"num_virtual_tokens": "r"}),
+    "P_TUNING": ("p_tuning", {"num_virtual_tokens": "r", "encoder_hidden_size": "hidden"}),
+    "PREFIX_TUNING": ("prefix_tuning", {"num_virtual_tokens": "r"}),
+    "MULTITASK_PROMPT_TUNING": (
+        "multitask_prompt_tuning",
+        {"num_virtual_tokens": "r", "num_tasks": "tasks", "num_ranks": "ranks"},
+    ),
+    "CARTRIDGE": ("cartridge", {"num_virtual_tokens": "r", "num_frozen_tokens": "frozen"}),
+    "CPT": (
+        "cpt",
+        {
+            "num_virtual_tokens": "r",
+            "cpt_token_ids": "start_tokens",
+            "cpt_tokens_type_mask": "token_types",
+            "opt_projection_epsilon": "epsilon",
+            "opt_projection_format_epsilon": "format_epsilon",
+        },
+    ),
+    "ADAPTION_PROMPT": ("adaption_prompt", {"adapter_len": "r"}),
+}
+"""The same of what stands before the text, which has no targets to choose."""
 
 
 def _other(kind: str, said: dict[str, Any], model: nn.Module | None) -> ll.AdapterConfig:
@@ -134,6 +161,17 @@ def _other(kind: str, said: dict[str, Any], model: nn.Module | None) -> ll.Adapt
     return method.config(**(fields | lists))
 
 
+def _before(kind: str, said: dict[str, Any]) -> ll.AdapterConfig:
+    """A config of a prompt or a prefix."""
+    if said.get("prefix_projection") or said.get("modules_to_save"):
+        raise ConfigError("peft_config sets prefix_projection or modules_to_save, which are not translated.")
+    name, names = BEFORE[kind]
+    fields = {ours: said[theirs] for theirs, ours in names.items() if said.get(theirs) is not None}
+    if kind == "ADAPTION_PROMPT":  # the topmost blocks
+        fields["layers"] = tuple(range(-said["adapter_layers"], 0))
+    return ll.get_variant(name).config(variant=name, **fields)
+
+
 def _turned(kind: str, said: dict[str, Any]) -> dict[str, Any]:
     """Fields whose values are others here."""
     if kind == "IA3":
@@ -145,6 +183,10 @@ def _turned(kind: str, said: dict[str, Any]) -> dict[str, Any]:
         return {"neumann_terms": terms}
     if kind == "ADALORA":  # which PEFT leaves at 8 below a smaller first rank
         return {"target_r": min(said["target_r"], said["init_r"])}
+    if kind == "POLY":
+        return {"alpha": 1.0}
+    if kind == "LILY":
+        return {"alpha": said.get("scaling", 1.0) * said["r"]}
     if kind == "RANDLORA":
         return {"pairing": "peft"}
     if kind == "PEANUT":

@@ -21,6 +21,7 @@ from ..runtime.call.batch import evaluating
 from ..runtime.model.site import owned_tensors
 from ..runtime.model.state import record_of, state_of
 from ..runtime.twin import frozen_copy
+from .folder import write
 from .homes import homes
 
 SUFFIX = "-reference"
@@ -93,12 +94,10 @@ class Reference(nn.Module):
             for key, tensor in _tensors(home, name):
                 tensor.lerp_(now[key], rate) if tensor.is_floating_point() else tensor.copy_(now[key])
 
-    def save(self, folder: Path) -> None:
-        """Write the frozen copies into a checkpoint."""
+    def save(self, folder: Path, writer: bool = True) -> None:
+        """Write the frozen copies into a checkpoint; every process of a sharded run must call it."""
         for home, original, name in self.copies:
-            path = folder / FOLDER / adapter_file(original)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            ll.save(home, path, name, compact=False)
+            write(home, name, folder / FOLDER / adapter_file(original), compact=False, writer=writer)
 
     def load(self, folder: Path) -> None:
         """Take the frozen copies from a checkpoint.

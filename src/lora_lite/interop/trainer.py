@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lora_lite as ll
 
@@ -18,7 +18,8 @@ from ..core.errors import ConfigError, StateError
 from ..runtime.model.state import state_of
 from . import reference
 from .card import card, fields
-from .folder import CARD, copy_adapters, load_checkpoint, write_folder
+from .engines import leave_base_out
+from .folder import CARD, copy_adapters, load_checkpoint, load_steps, write_folder
 from .homes import homes, new_home, trainable
 from .peft_config import our_config
 from .reference import Reference
@@ -84,8 +85,7 @@ class _Inside(_Base):
             super().__init__(model, *args, **kwargs)
             return
         self._adapt(model)  # type: ignore[attr-defined]
-        with _quantised_base_allowed(model):
-            super().__init__(model, *args, **kwargs)
+        super().__init__(model, *args, **kwargs)
 
 
 class AdapterMixin(_Base):
@@ -100,6 +100,10 @@ class AdapterMixin(_Base):
         check_trainer(self.trainer_class)
         self._to_attach = self.adapter_cfg
         if kwargs.get("peft_config") is not None:
+            if self.adapter_cfg is not None:
+                raise ConfigError(
+                    "two configs are said, ll.trainer(TrainerClass, cfg) and peft_config=...; leave one out."
+                )
             self._to_attach = kwargs.pop("peft_config")
         self._reference: Reference | None = None
         self._scheduled_optimizer: Any = None
@@ -114,13 +118,18 @@ class AdapterMixin(_Base):
             self._reference = Reference()
         if self._way == "argument":
             kwargs["ref_model"] = self._reference
-        with _tensors_kept(model), _without_beta(self._said_args, self._way == "beta") as beta:
+        self._stored = _stored(model)
+        with _without_beta(self._said_args, self._way == "beta") as beta:
             super().__init__(model, *args, **kwargs)
+        _uncast(self._stored)
+        self._stored = []
         if self._way == "beta":
             self.beta = self.beta if beta is None else beta
         if self._way == "attribute" or (self._way == "beta" and self.beta):
             self.ref_model = self._reference
         merged_for_servers(self, self.model)
+        if getattr(self, "is_deepspeed_enabled", False):
+            leave_base_out(self.accelerator)
 
     def _check_has_adapter(self, model: Any) -> None:
         if self._to_attach is None and not (isinstance(model, nn.Module) and trainable(model)):
@@ -133,6 +142,7 @@ class AdapterMixin(_Base):
     def _adapt(self, model: nn.Module) -> None:
         """Attach what is to be attached, and let the reference follow."""
         self._check_has_adapter(model)
+        _uncast(self._stored)  # before the reference copies them
         fresh = self._to_attach is not None
         if fresh:
             home = new_home(model)
@@ -220,9 +230,10 @@ class AdapterMixin(_Base):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the folder of every trainable adapter, and nothing of the base."""
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
-        write_folder(self.model, folder, self, compact=not _internal_call)
-        if self._reference is not None and _internal_call and self.args.should_save:
-            self._reference.save(folder)
+        checkpoint = _internal_call and output_dir is not None  # push_to_hub names no folder
+        write_folder(self.model, folder, self, compact=not checkpoint)
+        if self._reference is not None and checkpoint:
+            self._reference.save(folder, writer=self.args.should_save)
         if getattr(self.args, "push_to_hub", False) and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
@@ -248,6 +259,11 @@ class AdapterMixin(_Base):
         load_checkpoint(self.model if model is None else model, resume_from_checkpoint)
         if self._reference is not None:
             self._reference.load(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and getattr(self, "is_deepspeed_enabled", False):  # its engine has loaded the tensors
+            load_steps(self.model, checkpoint)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -294,35 +310,15 @@ def _loaded(name: str) -> nn.Module:
     return made.from_pretrained(name)
 
 
-@contextmanager
-def _quantised_base_allowed(model: nn.Module) -> Iterator[None]:
-    """Trainer refuses quantised models unless they say that a PEFT adapter is loaded. Say so while it is constructed,
-    and only where gradients do pass."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not getattr(model, "is_quantized", False) or quantizer is None:
-        yield
-        return
-    if not quantizer.is_trainable:
-        raise StateError(
-            f"the base is quantised by {type(quantizer).__name__}, which passes no gradients, so adapters in it "
-            "cannot be trained; load it with bitsandbytes or another quantiser that can."
-        )
-    before = getattr(model, "_hf_peft_config_loaded", False)
-    flagged: Any = model
-    flagged._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        flagged._hf_peft_config_loaded = before
-
-
-@contextmanager
-def _tensors_kept(model: Any) -> Iterator[None]:
-    """TRL casts every trainable parameter of a quantised model to bfloat16; the adapter's precision is the config's."""
+def _stored(model: Any) -> list[tuple[nn.Parameter, Tensor]]:
+    """What the trainable adapters of a model hold."""
     found = trainable(model) if isinstance(model, nn.Module) else []
-    kept = [(p, p.data) for _, handle in found for p in handle.parameters()]
-    yield
-    for p, data in kept:
+    return [(p, p.data) for _, handle in found for p in handle.parameters()]
+
+
+def _uncast(stored: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """TRL casts every trainable parameter of a quantised model to bfloat16; the adapter's precision is the config's."""
+    for p, data in stored:
         if p.dtype != data.dtype:
             p.data = data.to(p.device)
 

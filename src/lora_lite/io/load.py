@@ -15,7 +15,6 @@ from ..core.files import check_path, reading
 from ..runtime.commit import check_attachable
 from ..runtime.handle import Adapter
 from ..runtime.model.state import DEFAULT, unwrap
-from ..runtime.model.surroundings import own_surroundings
 from ..runtime.targets.structure import home_of, transformer_inside
 from .header import read_header
 from .native import BaseCheck, load_native
@@ -49,24 +48,23 @@ def load(
     if base_check not in ("error", "warn", "ignore"):
         raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
     check_attachable(model, name)
-    with own_surroundings():
-        if isinstance(path, Mapping):
-            return _load_tensors(unwrap(model), path, config, name, trainable)
-        check_path(path)
-        if os.path.isdir(path):
-            own = _own_file(Path(path), name)
-            if own is None and not (Path(path) / MLX_WEIGHTS).is_file():
-                model = _home(model, Path(path), None, name)
-            if own is None and (Path(path) / MLX_WEIGHTS).is_file():
-                return load_other(unwrap(model), Path(path) / MLX_WEIGHTS, name, trainable)
-            if own is None:
-                return load_peft(unwrap(model), Path(path), name, trainable)
-            path = own
-        if os.path.basename(path) == WEIGHTS and (Path(path).parent / CONFIG).is_file():
-            return load_peft(unwrap(model), Path(path).parent, name, trainable)
-        if is_other(path):
-            return load_other(unwrap(model), Path(path), name, trainable)
-        return load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)
+    if isinstance(path, Mapping):
+        return _load_tensors(unwrap(model), path, config, name, trainable)
+    check_path(path)
+    if os.path.isdir(path):
+        own = _own_file(Path(path), name)
+        if own is None and not (Path(path) / MLX_WEIGHTS).is_file():
+            model = _home(model, Path(path), None, name)
+        if own is None and (Path(path) / MLX_WEIGHTS).is_file():
+            return load_other(unwrap(model), Path(path) / MLX_WEIGHTS, name, trainable)
+        if own is None:
+            return load_peft(unwrap(model), Path(path), name, trainable)
+        path = own
+    if os.path.basename(path) == WEIGHTS and (Path(path).parent / CONFIG).is_file():
+        return load_peft(unwrap(model), Path(path).parent, name, trainable)
+    if is_other(path):
+        return load_other(unwrap(model), Path(path), name, trainable)
+    return load_native(_home(model, Path(path), Path(path), name), path, name, trainable, base_check)
 
 
 def _home(model: nn.Module, folder: Path, own: Path | None, name: str) -> nn.Module:

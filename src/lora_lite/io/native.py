@@ -133,6 +133,7 @@ def load_native(
     return commit(model, *read_native(model, path, name, base_check), trainable)
 
 
+@own_surroundings()
 def read_native(
     model: nn.Module, path: str | os.PathLike[str], name: str, base_check: BaseCheck
 ) -> tuple[Record, list[StagedTarget]]:
@@ -187,7 +188,6 @@ def _at_hand(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
         return found.detach()
 
 
-@own_surroundings()
 def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str, Tensor]) -> None:
     """Copy tensors of `adapter_state_dict` into an attached adapter, in place; compiled code stays valid.
 
@@ -203,16 +203,16 @@ def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str,
         raise StateError("the model is sharded; load the adapter before sharding, or use torch's set_model_state_dict.")
     not_called_elsewhere(unwrap(model), "ll.load_adapter_state_dict")
 
-    old = {key: tensor.detach().clone() for key, tensor in own.items()}
-
     @torch.no_grad()
     def copy(values: Mapping[str, Tensor]) -> None:
         for key, tensor in own.items():
             tensor.copy_(values[key])
 
     def steps(undo: Undo) -> None:
-        undo(lambda: copy(old))
-        copy(state)
+        with own_surroundings():
+            old = {key: tensor.detach().clone() for key, tensor in own.items()}
+            undo(lambda: copy(old))
+            copy(state)
 
     all_or_nothing(steps)
 

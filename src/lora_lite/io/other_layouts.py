@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.errors import FileError, LoraLiteWarning, did_you_mean, listing, shown
 from ..core.files import opened, parsed, read_tensors, reading
 from ..runtime.handle import Adapter
+from ..runtime.model.surroundings import own_surroundings
 from .peft_read import MAX_CONFIG, PREFIX, attach_peft
 
 Tensors = dict[str, Tensor]
@@ -61,7 +62,7 @@ def load_other(model: nn.Module, path: Path, name: str, trainable: bool) -> Adap
     Raises:
         FileError: a tensor belongs to no module of the model, or a layout's own facts are missing.
     """
-    with reading(path):
+    with own_surroundings(), reading(path):
         with opened(path) as f:
             meta, keys = f.metadata() or {}, list(f.keys())
         paths = [p for p, _ in model.named_modules() if p]

@@ -27,6 +27,7 @@ from ..runtime.view.expert import layer_views
 from .adapted import EXACT, Adapted, adapted_layers, best_factors
 from .peft_experts import Pair, expert_factors, packed
 from .peft_names import tails
+from .peft_prompts import KEYS, PROMPT_WRITERS, written_prompt
 from .peft_read import CONFIG, PREFIX, WEIGHTS
 from .peft_tables.written import EVERYWHERE, TRANSPOSED, WRITERS, Written, lora_names, padded, trained_rows
 from .peft_whole import full_values
@@ -54,6 +55,8 @@ def write_peft(
 ) -> Path:
     """Write the folder. `plain`: as LoRA, whatever the method; q and v, gate and up are then there together."""
     layers = adapted_layers(model, record)
+    if record.cfg.variant in PROMPT_WRITERS:
+        return _write_prompt(model, record, layers, folder, base_model, task_type)
     own = [x for x in layers if x.cfg.variant == record.cfg.variant]
     written, experts = _written(model, record, own, rank, plain)
     config = {"inference_mode": True} | (LORA if written.config["peft_type"] == "LORA" else {}) | written.config
@@ -68,6 +71,30 @@ def write_peft(
     tensors = {f"{PREFIX}{key}": t for key, t in tensors.items()} | {
         f"base_model.{k}": t for k, t in written.shared.items()
     }
+    return _write(folder, config, tensors)
+
+
+def _write_prompt(
+    model: nn.Module,
+    record: Record,
+    layers: list[Adapted],
+    folder: Path,
+    base_model: str | None,
+    task_type: str | None,
+) -> Path:
+    """What stands before the text, whose tensors are the whole model's."""
+    if record.beside:
+        raise refused(record, f"beside it {record.beside[0].cfg.variant!r} stands on {record.beside[0].path}")
+    try:
+        config, tensors = written_prompt(model, record, layers)
+    except StateError as e:
+        raise refused(record, str(e)) from None
+    base = base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    config |= {"inference_mode": True, "task_type": _task(model, task_type), "base_model_name_or_path": base}
+    return _write(folder, config, {k if k in KEYS else f"{PREFIX}{k}": t for k, t in tensors.items()})
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     with replaced_folder(folder, WEIGHTS) as new:
         write_tensors(new / WEIGHTS, tensors, {"format": "pt", "written_by": f"lora_lite {__version__}"})

@@ -21,6 +21,7 @@ from ..runtime.handle import Adapter
 from ..runtime.layers.kinds import kind_of
 from ..runtime.layers.tensors import bias_of
 from ..runtime.model.record import Record, Target
+from ..runtime.model.surroundings import own_surroundings
 from ..runtime.plan import tied_targets
 from ..runtime.start.staging import filled
 from ..runtime.targets.choose import add_shared
@@ -29,6 +30,7 @@ from ..runtime.targets.structure import Structure, describe
 from .native import check_keys, expected
 from .peft_experts import unpacked
 from .peft_names import Matcher
+from .peft_prompts import KEYS, PROMPTS, read_prompt
 from .peft_site import Reading, Site, target_on
 from .peft_tables.lora import token_rows
 from .peft_types import TYPES, Row
@@ -40,6 +42,12 @@ SHARED = "base_model."
 TOKENS = "token_adapter."
 AUTOMATIC = ("classifier", "score", "qa_outputs")
 """What PEFT itself adds to modules_to_save for a task, whether the model has it or not."""
+UNREAD = {
+    "LILY": " PEFT averages its router over all tokens of a batch: one row changes another, which no method here does.",
+    "XLORA": " It mixes other adapters; load those, and mix them with ll.combine or molora.",
+    "SHADOW": " It is a second model beside the base.",
+}
+"""Types of which no method here is the same function."""
 MAX_CONFIG = 16 << 20
 """Bytes of adapter_config.json."""
 MAX_TENSORS = 64
@@ -60,8 +68,12 @@ def attach_peft(
     Raises:
         FileError: the type is not read, a field asks for what is not read, or a tensor fits nothing.
     """
-    with reading(where):
-        record, values, same = _Reader(model, config, {_short(k): t for k, t in tensors.items()}, where).read(name)
+    with own_surroundings(), reading(where):
+        named = {_short(k): t for k, t in tensors.items()}
+        if config.get("peft_type") in PROMPTS:
+            record, values, same = read_prompt(model, config, named, name)
+        else:
+            record, values, same = _Reader(model, config, named, where).read(name)
         own = [(path, t) for path, t in record.targets.items() if not t.tied]
         keyed = {t.key(short): values[path][short] for path, t in own for short in t.specs}
         check_keys(expected(record), keyed, where)
@@ -93,7 +105,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = parsed(text, str(path))
         if not isinstance(config, dict):
             raise FileError(f"{path}: a mapping is expected, not {type(config).__name__}.")
-        row_of(config)
+        if config.get("peft_type") not in list(PROMPTS):
+            row_of(config)
     return config
 
 
@@ -135,7 +148,7 @@ def check_owners(keys: list[str], model: nn.Module) -> None:
 
 def _owner(key: str, modules: Container[str]) -> str:
     """The path of the module to which a tensor belongs: `SHARED` for the whole model, empty for none."""
-    if key.startswith(SHARED):
+    if key.startswith(SHARED) or key in KEYS:
         return SHARED
     path = key
     while path and path not in modules:
@@ -147,9 +160,10 @@ def row_of(config: dict[str, Any]) -> Row:
     """The row of a config's peft_type."""
     found = config.get("peft_type")
     if not isinstance(found, str) or found not in TYPES:
+        merged = f"{did_you_mean(str(found)[:99], TYPES)} Merge the adapter in PEFT and load the merged model."
         raise FileError(
-            f"peft_type {shown(found)} cannot be read.{did_you_mean(str(found)[:99], TYPES)} These can: "
-            f"{', '.join(sorted(TYPES))}. Merge the adapter in PEFT and load the merged model."
+            f"peft_type {shown(found)} cannot be read.{UNREAD.get(str(found), merged)} These can: "
+            f"{', '.join(sorted((*TYPES, *PROMPTS)))}."
         )
     return TYPES[found]
 
@@ -308,6 +322,11 @@ class _Reader:
         if path == SHARED:
             return path
         rest = key[len(path) + 1 :]
+        if path and isinstance(self.modules[path], nn.MultiheadAttention):
+            raise FileError(
+                f"tensor {key!r} changes the weights of {path}, an nn.MultiheadAttention, which multiplies by them "
+                "without calling a layer. Merge the adapter in PEFT and load the merged model."
+            )
         if not path or "base_layer." in rest and not self.config.get("target_parameters"):
             absent = rest.partition(".lora_")[0] if path else key.partition(".lora_")[0]
             raise FileError(f"tensor {key!r} belongs to no layer of this model.{did_you_mean(absent, self.modules)}")

@@ -53,7 +53,9 @@ TYPES: dict[str, Row] = {
     "GLORA": Row("whole", shared.glora),
     "SUPERTUNING": Row("supertuning", shared.supertuning),
     "UNILORA": Row("unilora", shared.unilora, named=True),
+    "POLY": Row("poly", shared.poly),
     "OSF": Row("whole", shared.osf),
     "FROD": Row("whole", shared.frod),
+    "ADAMSS": Row("whole", shared.adamss),
 }
 """peft_type -> how it is read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from .._torch import hook_tables
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, TargetError, WeightError
-from ..core.registry import get_variant
+from ..core.registry import check_config, get_variant
 from ..core.variant import Variant
 from .commit import check_attachable, commit
 from .handle import Adapter
@@ -65,15 +66,23 @@ def attach(
         undo(as_it_was(model))
         return _attach(model, cfg, calibration_data, name, reference_weights)
 
-    with own_surroundings():
-        return all_or_nothing(steps)
+    return all_or_nothing(steps)
 
 
 def _attach(
     model: nn.Module, cfg: AdapterConfig, calibration_data: Any, name: str, reference_weights: str | Path | None
 ) -> Adapter:
     """The steps of `attach`."""
-    the_plan = plan(model, cfg)
+    with own_surroundings():
+        record, staged, the_plan = _staged(model, cfg, calibration_data, name, reference_weights)
+    return commit(model, record, staged, trainable=True, plan=the_plan)
+
+
+def _staged(
+    model: nn.Module, cfg: AdapterConfig, calibration_data: Any, name: str, reference_weights: str | Path | None
+) -> tuple[Record, list[StagedTarget], Plan]:
+    """The adapter, started and not yet on the model."""
+    the_plan = plan(model, with_a_seed(cfg))
     cfg, variant = the_plan.cfg, get_variant(the_plan.cfg.variant)
     _check_data(variant, calibration_data)
     if reference_weights is not None:
@@ -91,7 +100,15 @@ def _attach(
         if reference_weights is not None:
             own = [view for view in staged if view.cfg.variant == cfg.variant]
             the_plan.notes.append(str(start_from_reference(model, own, reference_weights)))
-        return commit(model, record, staged, trainable=True, plan=the_plan)
+    return record, staged, the_plan
+
+
+def with_a_seed(cfg: AdapterConfig) -> AdapterConfig:
+    """The config; where its seed is None, with one from torch's global generator."""
+    check_config(cfg)
+    if cfg.seed is not None:
+        return cfg
+    return dataclasses.replace(cfg, seed=int(torch.randint(1 << 31, ())))
 
 
 def as_it_was(model: nn.Module) -> Callable[[], None]:

@@ -28,9 +28,10 @@ from .model.kind import Hooks, Kind
 from .model.record import Record
 from .model.site import Site, Slot, base_parameters, owned_tensors, place
 from .model.state import SITE, STATE, ModelState, check_module, not_merged, outside_calls, record_of, state_of, unwrap
+from .model.surroundings import own_surroundings
 from .model.undo import Undo, all_or_nothing, restoring
 from .start.staging import StagedTarget
-from .state_dicts import after_state_dict, before_load_state_dict, savers
+from .state_dicts import Trainable, after_state_dict, before_load_state_dict, savers
 from .targets.choose import check_owners
 
 T = TypeVar("T")
@@ -138,7 +139,8 @@ def change(model: nn.Module, what: str, steps: Callable[[Undo], T]) -> T:
         if state is not None:
             state.changing = threading.get_ident()  # from here on, calls in other threads wait
         outside_calls(model, what)
-        done = steps(undo)
+        with own_surroundings():
+            done = steps(undo)
         go_on()
         return done
 
@@ -276,9 +278,10 @@ def _adopt(model: nn.Module, state: ModelState, undo: Undo) -> None:
     """Make a model the root of its adapters, with the hooks of whole calls."""
     if STATE in model.__dict__:
         return
-    undo(lambda: (_remove_root_hooks(model), model.__dict__.pop(STATE, None)))
+    undo(lambda: (_remove_root_hooks(model), model.__dict__.pop(STATE, None), Trainable.take_off(model)))
     state.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
     model.__dict__[STATE] = state
+    Trainable.put_on(model)
     state.held = hold(model, undo)
     model.register_forward_pre_hook(root_pre_hook, with_kwargs=True)
     model.register_forward_hook(root_post_hook, with_kwargs=True, always_call=True)
@@ -360,6 +363,7 @@ def _release(model: nn.Module, state: ModelState, undo: Undo) -> None:
     release(model, state.held, undo)
     undo(restoring(model, *(table for m in (model, *savers(model)) for table in hook_tables(m))))
     del model.__dict__[STATE]
+    Trainable.take_off(model)
     _remove_root_hooks(model)
 
 

@@ -59,7 +59,6 @@ def compacted(
     return dataclasses.replace(record, targets=targets, scheduled=False, train_calls=0), small
 
 
-@own_surroundings()
 def compact(model: nn.Module, name: str | None = None, rank: int | None = None) -> Adapter:
     """Replace an adapter by a smaller one: the live triplets of a finished rank schedule, or the first `rank` ranks of
     a nested method.

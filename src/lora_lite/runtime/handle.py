@@ -86,7 +86,6 @@ class Adapter:
 
         all_or_nothing(steps)
 
-    @own_surroundings()
     def restore_dtype(self) -> None:
         """Cast its tensors back to the config's dtype after a `model.to(dtype)`; the parameters stay the same
         objects."""
@@ -95,11 +94,12 @@ class Adapter:
 
         def steps(undo: Undo) -> None:
             undo(restoring(record))
-            for target, short, _, tensor in owned:
-                dtype = target.specs[short].dtype or target.cfg.torch_dtype
-                if tensor.dtype != dtype:
-                    undo(lambda t=tensor, was=tensor.data: setattr(t, "data", was))
-                    tensor.data = tensor.data.to(dtype)
+            with own_surroundings():
+                for target, short, _, tensor in owned:
+                    dtype = target.specs[short].dtype or target.cfg.torch_dtype
+                    if tensor.dtype != dtype:
+                        undo(lambda t=tensor, was=tensor.data: setattr(t, "data", was))
+                        tensor.data = tensor.data.to(dtype)
             record.cast_noticed = False
 
         all_or_nothing(steps)

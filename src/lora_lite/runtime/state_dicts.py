@@ -1,5 +1,5 @@
-"""What other code does to an adapted model: `load_state_dict`, `save_pretrained`, `resize_token_embeddings`. Done
-right, or said what to type instead."""
+"""What other code does to an adapted model or asks of it: `load_state_dict`, `save_pretrained`, a trainer of quantised
+models. Done right, or said what to type instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .._torch import frame_of
-from ..core.errors import LoraLiteWarning
+from ..core.errors import LoraLiteWarning, StateError
 from .model.record import Record
 from .model.site import adapter_attributes, place
 from .model.state import SITE, STATE, ModelState
@@ -74,6 +74,43 @@ def after_state_dict(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
         LoraLiteWarning,
         stacklevel=2,
     )
+
+
+class Trainable:
+    """Stands on a quantised model where transformers notes that PEFT has put an adapter on it: true for a Trainer,
+    which asks whether anything trains, and false for those who ask whether PEFT is to save and load."""
+
+    NAME = "_hf_peft_config_loaded"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __bool__(self) -> bool:
+        asks = frame_of("validate_quantization_for_training", "transformers.", 1) or frame_of(
+            "__init__", "transformers.trainer", 1
+        )
+        state: ModelState | None = self.model.__dict__.get(STATE)
+        if asks is None or state is None or not any(record.trainable for record in state.records.values()):
+            return False
+        quantizer: Any = self.model.hf_quantizer
+        if not quantizer.is_trainable:
+            raise StateError(
+                f"the base is quantised by {type(quantizer).__name__}, which passes no gradients, so adapters in it "
+                "cannot be trained; load it with bitsandbytes or another quantiser that can."
+            )
+        return True
+
+    @classmethod
+    def put_on(cls, model: nn.Module) -> None:
+        """Where the model is quantised by transformers, and PEFT has not been there."""
+        if getattr(model, "is_quantized", False) and getattr(model, "hf_quantizer", None) is not None:
+            model.__dict__.setdefault(cls.NAME, cls(model))
+
+    @classmethod
+    def take_off(cls, model: nn.Module) -> None:
+        """With the last adapter."""
+        if isinstance(model.__dict__.get(cls.NAME), cls):
+            del model.__dict__[cls.NAME]
 
 
 def savers(model: nn.Module) -> Iterator[nn.Module]:

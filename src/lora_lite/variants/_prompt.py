@@ -19,7 +19,15 @@ class PrefixConfig(AdapterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptConfig(PrefixConfig):
+class OnePromptConfig(PrefixConfig):
+    def validate(self) -> None:
+        super().validate()
+        if self.rank_pattern:
+            raise ConfigError(f"{type(self).__name__}.rank_pattern: one prompt stands before the whole model; set r.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig(OnePromptConfig):
     start_tokens: tuple[int, ...] = ()
     """Token ids whose embeddings the prompt starts with, repeated up to r; none: r random rows of the vocabulary."""
 

@@ -68,8 +68,10 @@ class LoKr(Variant):
             right = layer.lora_W2
         else:
             z, right = z @ layer.lora_W2_b.mT, layer.lora_W2_a
+        # one product of two matrices: torch's own choice would round otherwise where W1 is frozen
+        columns: Tensor = (z.mT.flatten(0, -2) @ W1.mT).unflatten(0, z.mT.shape[:-1])
         rows: Tensor = y.unflatten(-1, (W1.shape[0], -1))
-        return add_lowrank(rows, W1 @ z, right, layer.cfg.scale).flatten(-2)
+        return add_lowrank(rows, columns.mT, right, layer.cfg.scale).flatten(-2)
 
 
 def matrix(name: str, rows: int, columns: int, r: int, factored: bool, start: str) -> dict[str, ParamSpec]:

@@ -10,11 +10,11 @@ from torch import Generator, Tensor
 from torch.nn.functional import linear
 
 from ..core import ConfigError, Layer, ParamSpec, Variant, register
-from ._prompt import PrefixConfig
+from ._prompt import OnePromptConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PTuningConfig(PrefixConfig):
+class PTuningConfig(OnePromptConfig):
     variant: str = "p_tuning"
     hidden: int = 0
     """Width h of the network; 0: that of the model."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.errors import FileError
 from ..peft_site import Reading, Site, difference
 
 NEVER = -1e4
@@ -160,6 +161,16 @@ def supertuning(site: Site) -> Reading:
     return difference(change)
 
 
+def poly(site: Site) -> Reading:
+    """Factors the other way round; their scale is 1/r."""
+    A, B = site.take("poly_lora_A").mT.contiguous(), site.take("poly_lora_B").mT.contiguous()
+    logits = site.take("poly_router.module_logits")
+    splits, skills, r = A.shape[:3]
+    values = {"lora_A": A, "lora_B": B, "lora_l": logits.view(len(logits), splits, skills)}
+    options = {"r": r, "alpha": 1.0, "tasks": len(logits), "skills": skills, "splits": splits}
+    return Reading("poly", options, values)
+
+
 def osf(site: Site) -> Reading:
     """The weight's largest triplets as they are, and its smallest ones trained."""
     U, S, V = (site.take(f"osf_svd_params.{name}_low") for name in "USV")
@@ -179,6 +190,38 @@ def frod(site: Site) -> Reading:
     U = torch.where(lengths > 1e-12, along / lengths, torch.zeros_like(along)).float()
     core = torch.zeros(*size.long().tolist()).index_put(tuple(at.long()), site.take("frod_lambda_s_values"))
     return difference(U @ (core + site.take("frod_lambda_l").diag()) @ V.mT - W)
+
+
+def adamss(site: Site) -> Reading:
+    """Rows of cluster c: B_c A_c Q, Q in the file. Which rows those are PEFT finds anew at each load, by k-means of the
+    left directions of [W b] from a fixed seed."""
+    W, b, Q = site.weight, site.bias, site.take("adamss_newB")
+    whole = W if b is None else torch.cat((W, b[:, None]), 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(site.number("random_seed", default=0)))
+        U, _, V = torch.svd_lowrank(whole, q=len(Q), niter=2)
+    if V.mT.shape != Q.shape or not torch.allclose(V.mT, Q, atol=1e-3):
+        raise FileError(
+            f"{site.path}: the directions in the file are not those of this weight, and its clusters are not kept."
+        )
+    cluster = _clusters(U, min(site.count("num_subspaces", default=5), site.d_out))
+    change = torch.zeros_like(whole)
+    for c in range(int(cluster.max()) + 1):
+        change[cluster == c] = site.take(f"adamss_B.{c}") @ site.take(f"adamss_A.{c}") @ Q
+    return difference(change) if b is None else difference(change[:, :-1].contiguous(), change[:, -1].contiguous())
+
+
+def _clusters(rows: Tensor, n: int) -> Tensor:
+    """scikit-learn's k-means, whose labels no file of PEFT's holds."""
+    try:
+        from sklearn.cluster import KMeans  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise FileError(
+            "the clusters of an ADAMSS adapter are not in the file, and PEFT finds them with scikit-learn: "
+            "pip install scikit-learn."
+        ) from None
+    found = KMeans(n, init="random", n_init=1, max_iter=10, random_state=123456789).fit_predict(rows.numpy())
+    return torch.from_numpy(found).long()
 
 
 def _role(path: str) -> str:

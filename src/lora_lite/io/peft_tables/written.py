@@ -299,6 +299,17 @@ def supertuning(layers: Layers) -> Written:
     return Written(config | ({"r": r, "lora_alpha": r} if r else {}), found)
 
 
+def poly(layers: Layers) -> Written:
+    """Factors the other way round, those of the outputs with the scale beyond 1/r."""
+    names = {"r": "r", "n_tasks": "tasks", "n_skills": "skills", "n_splits": "splits"}
+    config = {theirs: uniform(layers, ours) for theirs, ours in names.items()}
+    found = {}
+    for x in layers:
+        own = {"poly_lora_A": x["lora_A"].mT, "poly_lora_B": (x.cfg.scale * x.cfg.r) * x["lora_B"].mT}
+        found[x.path] = own | {"poly_router.module_logits": x["lora_l"].flatten(1)}
+    return Written({"peft_type": "POLY", **config}, found)
+
+
 WRITERS: dict[str, Callable[[Layers], Written]] = {
     "dora": dora,
     "alora": alora,
@@ -321,6 +332,7 @@ WRITERS: dict[str, Callable[[Layers], Written]] = {
     "pvera": pvera,
     "supertuning": supertuning,
     "rosa": supertuning,
+    "poly": poly,
 }
 """Method -> how it is written; those of low rank need none."""
 EVERYWHERE = ("LN_TUNING", "TRAINABLE_TOKENS", "LORA")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from ...core.config import AdapterConfig, matches
+from ...core.config import AdapterConfig, anywhere, matches
 from ...core.errors import LoraLiteError, TargetError, did_you_mean, listing
 from ...core.registry import get_variant
 from ...core.spec import ParamSpec
@@ -19,20 +20,44 @@ from ..model.record import Target
 from .structure import Place, Structure
 
 
-def count_hits(cfg: AdapterConfig, fields: tuple[str, ...] | None, places: list[Place], what: str) -> dict[str, int]:
-    """Pattern -> number of matches, for the named fields or for all others; a pattern without a match raises."""
+def count_hits(
+    cfg: AdapterConfig, fields: tuple[str, ...] | None, places: list[Place], what: str, others: Sequence[Place] = ()
+) -> dict[str, int]:
+    """Pattern -> number of matches, for the named fields or for all others; a pattern without a match raises.
+
+    Args:
+        others: every layer of the model; one of another kind that the pattern matches is named in the error.
+    """
     names = ("target_names", "exclude_names", "train_modules")
     hits: dict[str, int] = {}
     for name, pattern in cfg.patterns():
         if (name in fields) if fields is not None else (name not in names):
             hits[f"{name} {pattern!r}"] = n = sum(matches(pattern, s.path) for s in places)
             if n == 0:
+                kinds = sorted({s.kind for s in others if matches(pattern, s.path)})
+                if kinds and name == "target_names":
+                    raise TargetError(
+                        f"{name}: {pattern!r} matches layers of the kind {' and '.join(kinds)} only, and the config "
+                        f"takes {' and '.join(cfg.target_kinds)}. To adapt them too: "
+                        f"target_kinds={(*cfg.target_kinds, *kinds)!r}."
+                    )
                 raise TargetError(
                     f"{name}: {pattern!r} matches none of the {len(places)} "
-                    f"{what}.{did_you_mean(pattern, tails(places))} ll.plan(model, ll.{type(cfg).__name__}()) shows "
-                    "all of them."
+                    f"{what}.{_inside(name, pattern, places) or did_you_mean(pattern, tails(places))} "
+                    f"ll.plan(model, ll.{type(cfg).__name__}()) shows all of them."
                 )
     return hits
+
+
+def _inside(name: str, pattern: str, places: list[Place]) -> str:
+    """What a pattern that is found inside paths, and is no end of any, should be."""
+    found = [s.path for s in places if re.search(pattern, s.path)]
+    if not found:
+        return ""
+    return (
+        f" It must match a whole path or its end after a dot; it stands inside {len(found)} paths, such as "
+        f"{found[0]!r}: {name}=({anywhere(pattern)!r},) matches those."
+    )
 
 
 def places_of(structure: Structure, variant: type[Variant], cfg: AdapterConfig) -> list[Place]:
@@ -116,6 +141,8 @@ def _is_named(s: Place, cfg: AdapterConfig) -> bool:
 
 def _raise_none_chosen(left: list[tuple[str, str]], cfg: AdapterConfig) -> NoReturn:
     why = Counter(reason for _, reason in left)
+    if cfg.target_names is not None and not cfg.target_names:
+        raise TargetError("target_names=() names no layer; leave it out, None, for all linear layers of the blocks.")
     cure = "lora_lite adapts linear-like layers; this model has none."
     if left:
         cure = f"Print ll.plan(model, ll.{type(cfg).__name__}()) to see names and roles."

@@ -66,6 +66,8 @@ class LayerView:
 
     def __getattr__(self, name: str) -> Tensor:
         # reached only for names that are not the view's own
+        if name == "_lora_cfg":
+            raise AttributeError("a layer's config is layer.cfg; layer.cfg.scale is alpha / r")
         if not name.startswith("lora_"):
             raise AttributeError(
                 f"a layer view has no {name!r}; it offers lora_*, weight, row_norms(), column_norms(), bias, cfg, "
