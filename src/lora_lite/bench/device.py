@@ -140,11 +140,11 @@ def _measured(unit: Unit, device: str, rounds: int) -> dict[str, Any]:
 
 def build(unit: Unit, device: str) -> Any:
     """The unit's model in bf16 on the device, from its config."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = LlamaForCausalLM._from_config(LlamaConfig(**SIZES[unit.size]), dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES[unit.size]), dtype=torch.bfloat16)
     model.requires_grad_(False)
     if unit.who == "ours":
         ll.attach(model, config(unit.method, unit.r))

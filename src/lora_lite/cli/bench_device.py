@@ -7,14 +7,14 @@ from typing import Any
 
 import lora_lite as ll
 
+from ._bench import chosen, read, write
 from ._console import Bar, say, table
-from .bench import Bench, chosen, read, write
 
 SIZES = {"cuda": ("llama-3.2-1b", "llama-3.1-8b"), "cpu": ("tiny",)}
 SHAPES = {"cuda": ("4x512",), "cpu": ("2x8",)}
 
 
-def run_on(args: Bench) -> int:
+def run_on(args: Any) -> int:
     """All units of the run that the JSON file does not hold yet.
 
     Raises:
@@ -54,7 +54,7 @@ def _keep(data: dict[str, Any], row: dict[str, Any], device: Any) -> None:
     data["rows"] = device.with_ratios([*others, row])
 
 
-def _report(args: Bench, data: dict[str, Any], wanted: set[Any], device: Any) -> int:
+def _report(args: Any, data: dict[str, Any], wanted: set[Any], device: Any) -> int:
     rows = [row for row in data["rows"] if device.key_of(row) in wanted]
     table(device.COLUMNS, [device.cells(row) for row in rows], title="in brackets: over the base in the same mode")
     if args.table is not None:
