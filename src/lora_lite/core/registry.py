@@ -104,10 +104,34 @@ def variants() -> list[type[Variant]]:
 def get_variant(name: str) -> type[Variant]:
     """The method called `name`; raises `ConfigError` with the nearest names otherwise."""
     if name not in _TABLE:
+        known = called(name)
+        if known is not None:
+            raise ConfigError(f"no variant is called {name!r}: {said_as(name, known)}.")
         raise ConfigError(
             f"no variant is called {name!r}.{did_you_mean(name, _TABLE)} Registered: {', '.join(sorted(_TABLE))}."
         )
     return _TABLE[name]
+
+
+def called(name: str) -> type[Variant] | None:
+    """The method that people call `name`, its own name or another one of the same mathematics, however it is spelt:
+    "LoRA-FA", "ETHER+", "mixlora"."""
+    words = {_bare(variant.name): variant for variant in _TABLE.values()}
+    for variant in _TABLE.values():
+        for other in variant.also:
+            words.setdefault(_bare(other), variant)
+    return words.get(_bare(name))
+
+
+def said_as(name: str, variant: type[Variant]) -> str:
+    """What to type for a method that people call `name`: "'MHR' is 'poly' with splits=2 or more"."""
+    how = next((how for other, how in variant.also.items() if _bare(other) == _bare(name)), "")
+    return f"{name!r} is {variant.name!r}" + (f" with {how}" if how else "")
+
+
+def _bare(name: str) -> str:
+    """A name without case, spaces and signs."""
+    return "".join(c for c in name.lower().replace("+", "plus") if c.isalnum())
 
 
 def check_config(cfg: object) -> None:

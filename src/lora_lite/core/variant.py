@@ -3,7 +3,7 @@ default."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -70,6 +70,8 @@ class Variant:
     """arXiv id or another citable source."""
     family: ClassVar[str] = "others"
     """The heading under which docs/methods.md lists it."""
+    also: ClassVar[Mapping[str, str]] = {}
+    """Other names of the same mathematics -> what the config says for them: `{"MHR": "splits=2 or more"}`."""
     site: ClassVar[str] = "linear"
     """Where it hooks: "linear", "block" (the residual stream after a decoder block), "embedding" (the input embedding
     unless named), "attention" (x: queries, y: what they attend to, (B, T, heads · head width) both, before the output

@@ -46,6 +46,7 @@ class MoLORA(Variant):
     config = MoLORAConfig
     paper = "2309.05444"
     family = "mixtures and tasks"
+    also = {"LoRAMoE": "", "MixLoRA": "top=2"}
     affine = False
     lr = 2e-4
 
