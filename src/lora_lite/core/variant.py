@@ -157,7 +157,8 @@ class Variant:
     """`(cfg) -> cfg` of the page on a linear layer that shares the target's weight, such as a tied head: it acts there
     too, with the same tensors."""
     penalty: Callable[[Any], Tensor] | None = None
-    """`(layer) -> scalar` regulariser."""
+    """`(layer) -> scalar` regulariser of the tensors; one that has seen the activations is left by `forward`, with
+    `layer.add_penalty`."""
     shared_specs: Callable[[Any, Any], Shared] | None = None
     """`(targets, cfg)` -> the tensors that all targets share, or a list of `(targets, tensors)`: one entry per group
     that shares some, such as all targets of one `d_in`. Pages read them as `layer.lora_*`, like their own. They stand
