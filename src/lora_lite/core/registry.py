@@ -59,9 +59,16 @@ def _completed(cls: type) -> type[Variant]:
         if member not in there and not member.startswith("__"):
             setattr(cls, member, default)
     page = cast("type[Variant]", cls)
-    if page.weight is not None:
+    if page.weight is not None and not _has_both(page):
         page.forward, page.needs_weight = staticmethod(forward_of(page.weight)), True
     return page
+
+
+def _has_both(page: type) -> bool:
+    """Whether one class of the page writes a `forward` beside its `weight`."""
+    owner = next(base for base in page.__mro__ if "weight" in vars(base))
+    forward = getattr(vars(owner).get("forward"), "__func__", None)
+    return forward is not None and not hasattr(forward, "follows")
 
 
 def _check_facts(page: type[Variant]) -> None:

@@ -46,6 +46,7 @@ def forward_of(weight: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any, T
         W = layer.weight.to(torch.promote_types(torch.float32, y.dtype))
         return y + x @ (weight(layer, W) - W).to(y.dtype).mT
 
+    forward.follows = True  # pyright: ignore[reportFunctionMemberAccess]
     return forward
 
 
@@ -125,7 +126,9 @@ class Variant:
     """`(layer, x) -> x_new`, before the base layer."""
     weight: Callable[[Any, Tensor], Tensor] | None = None
     """`(layer, W (d_out, d_in)) -> W'`, W in fp32 or better, for a method that needs the dense weight anyway: a plain
-    layer then multiplies with W' once. `forward` follows from it, y + x (W' − W)ᵀ, and with it everything else."""
+    layer then multiplies with W' once. `forward` follows from it, y + x (W' − W)ᵀ, and with it everything else. A page
+    that writes `forward` too gives one function in two forms: W' while gradients are taken and nothing is dropped, its
+    `forward` in every other case."""
     prefix: Callable[[Any], tuple[Tensor, Tensor]] | None = None
     """At the attention: `(layer) -> (K, V)`, keys and values (r, d_out), r = `cfg.r`, that every query sees before
     those of the text, whose positions begin after them."""
