@@ -167,8 +167,8 @@ def page(data: dict[str, Any]) -> str:
         f"Our time over PEFT's, from `benchmarks/methods_vs_peft.py`: one {m['processor']} thread, processor time, by "
         f"turns, medians of paired ratios with [quartiles]; torch {m['torch']}, peft {m['peft']}. Step: forward and "
         "backward of two square layers of 768, 256 tokens. Token: one of a generation with a cache, six layers of "
-        "1,024. The same function at the same size on both sides. Measured on a loaded machine of two shared cores: what "
-        "differs by a tenth is noise.",
+        "1,024. The same function at the same size on both sides. Measured on a loaded machine with two shared cores: "
+        "what differs by a tenth is noise.",
         "",
         "| method | step | token |",
         "|---|---|---|",
