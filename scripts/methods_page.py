@@ -13,7 +13,7 @@ from pathlib import Path
 
 import lora_lite as ll
 from lora_lite.cli._console import markdown
-from lora_lite.cli.variants import COLUMNS, RANK, WIDTH, cells, facts
+from lora_lite.cli.variants import COLUMNS, RANK, WIDTH, also_called, cells, facts
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 HEAD = f"""# Methods
@@ -39,7 +39,8 @@ def page() -> str:
         text += markdown(COLUMNS, shown) + "\n"
         for v in methods:
             _, _, about = inspect.cleandoc(v.__doc__ or "").partition("\n\n")
-            text += f"\n### {v.name}\n\n{v.title}. `ll.{v.config.__name__}`\n\n{about.strip()}\n"
+            names = f" Also: {also_called(v)}." if v.also else ""
+            text += f"\n### {v.name}\n\n{v.title}. `ll.{v.config.__name__}`{names}\n\n{about.strip()}\n"
     return text
 
 

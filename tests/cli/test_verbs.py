@@ -89,6 +89,38 @@ def test_cite_and_the_page_of_a_method(told):
     assert code == 2 and "Did you mean 'dora'" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "found", "how"),
+    [
+        ("MHR", "poly", "splits"),
+        ("mixlora", "molora", "top=2"),
+        ("LoRAMoE", "molora", ""),
+        ("KronA", "lokr", "factored=False"),
+        ("LLaMA-Adapter", "adaption_prompt", ""),
+        ("Pfeiffer", "bottleneck", "down_proj"),
+        ("P-Tuning v2", "prefix_tuning", ""),
+        ("ETHER+", "ether_plus", ""),
+        ("LoRA-FA", "lora_fa", ""),
+        ("LN Tuning", "whole", "norm"),
+    ],
+)
+def test_other_names_lead_to_the_page(told, name, found, how):
+    code, text = told("variants", name)
+    assert code == 0 and text.startswith(f"{name!r} is {found!r}") and how in text.splitlines()[0]
+    assert json.loads(told("variants", name, "--json")[1])["name"] == found
+    with pytest.raises(ll.ConfigError, match=f"is '{found}'"):
+        ll.get_variant(name)
+    assert all(other in told("variants")[1] for other in ll.get_variant(found).also)
+
+
+def test_no_name_leads_to_two_methods():
+    from lora_lite.core.registry import called
+
+    for variant in ll.variants():
+        for name in (variant.name, *variant.also):
+            assert called(name) is variant, name
+
+
 def test_plan_says_whether_it_fits(files, told):
     text = told("plan", "--model", files / "tiny", "--length", "16", "--gpu", "24GB")[1]
     assert text.count(" fits (1 x 16 tokens") == 2

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.adamss import layer as adamss_layer
 
 import lora_lite as ll
-from equations.helpers import randomise
+from equations.helpers import Box, randomise
 from parity.against_peft import Two, compare, pair, relative
 
 
@@ -245,3 +245,58 @@ def test_velora(groups):
         return {"lora_A.default.weight": layer.lora_A, "lora_B.default.weight": layer.lora_B}
 
     compare(mine, theirs, link, tolerance=1e-5)
+
+
+def test_xlora():
+    """PEFT's gates of each layer, said by a classifier that reads the last hidden state."""
+    from peft.tuners.xlora.layer import XLoraLinearLayer
+
+    model = Box(24, 36, True, torch.float64)
+    names = ["a", "b", "c"]
+    for i, name in enumerate(names):
+        ll.attach(model, ll.LoRAConfig(r=4, alpha=6, dtype="float64"), name=name)
+        randomise(model, seed=i)
+    experts = [ll.factors(model, name) for name in names]
+    cfg = ll.XLoRAConfig(width=7, top=2, temperature=0.7, dtype="float64")
+    ll.attach(model, cfg, experts, name="mix")
+    randomise(model)
+    up, hidden = model.fc, torch.randn(2, 5, 7, dtype=torch.float64)
+    base = torch.nn.Linear(24, 36, dtype=torch.float64)
+    base.load_state_dict({"weight": up.weight, "bias": up.bias})
+    base = peft.tuners.lora.Linear(base, "a", peft.LoraConfig(), r=4, lora_alpha=4)
+    for name in names[1:]:
+        base.update_layer(name, 4, lora_alpha=4, config=peft.LoraConfig())
+    for one, name in zip(experts, names, strict=True):
+        base.lora_A[name].weight.data, base.lora_B[name].weight.data = (t.detach().clone() for t in one["fc"])
+    base.double().set_adapter(names)
+    config = SimpleNamespace(top_k_lora=2, enable_softmax_topk=False, global_scaling_weight=1)
+    theirs = XLoraLinearLayer(SimpleNamespace(disabled=False), base, base.forward, 0, config)
+    head = [getattr(up, f"lora_{k}@mix") for k in "Gg"]
+    scalings = ((hidden @ head[0].mT + head[1]) / 0.7).softmax(-1)[:, :, None]
+    x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
+    want = theirs.forward(x, scalings=scalings)
+    with ll.context(model, hidden=hidden):
+        got = model(x)
+    w = torch.randn_like(want)
+    at = [torch.autograd.grad((out * w).sum(), [x, *head], retain_graph=True) for out in (got, want)]
+    assert relative(got, want) < 1e-9 and max(relative(a, b) for a, b in zip(*at, strict=True)) < 1e-9
+
+
+def test_monteclora():
+    """Outside of training; there both draw noise, see the equation tests. PEFT's penalty has a term of another sign."""
+    sub = peft.tuners.lora.config.MontecloraConfig(num_samples=4)
+    mine, theirs = pair(
+        ll.MonteCLoRAConfig(r=4, alpha=6, samples=4, dtype="float64"),
+        peft.LoraConfig(r=4, lora_alpha=6, monteclora_config=sub),
+    )
+    mine.eval(), theirs.eval()
+    for path in ("up", "down"):
+        a, b = mine.get_submodule(path), theirs.get_submodule(path)
+        b.lora_A["default"].weight.data, b.lora_B["default"].weight.data = a.lora_A.detach(), a.lora_B.detach()
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    assert relative(mine(x), theirs(x)) < 1e-9
+
+
+def test_miss_bat():
+    mine, theirs = pair(ll.MiSSBatConfig(r=4, dtype="float64"), peft.MissConfig(r=4, init_weights="bat"))
+    compare(mine, theirs, lambda layer: {"miss_block.default": layer.lora_M})

@@ -175,3 +175,21 @@ def test_threads_take_turns():
 def test_the_plan_says_what_is_built():
     assert "adapted weight is built in every call (up to 0.9 KiB in fp32)" in str(ll.plan(toy(), HIRA))
     assert "adapted weight" not in str(ll.plan(toy(), LORA))
+
+
+def test_one_function_in_two_forms(monkeypatch):
+    """FourierFT multiplies with W' while gradients are taken, and by its forward where it drops inputs or not."""
+    model = toy().train()
+    ll.attach(model, ll.FourierFTConfig(n=40, strength=300, dropout=0.0))
+    randomise(model)
+    seen = []
+    model.layers[0].up.register_forward_pre_hook(lambda m, args: seen.append("weight" in m.__dict__))
+    x = torch.randn(3, 5, 12)
+    with_gradient = model(x)
+    with torch.no_grad():
+        without = model(x)
+    torch.testing.assert_close(with_gradient, without, atol=1e-5, rtol=1e-5)
+    ll.detach(model)
+    ll.attach(model, ll.FourierFTConfig(n=40, dropout=0.5))
+    model(x)
+    assert seen == [True, False, False] and not ll.get_variant("fourierft").needs_weight

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import lora_lite as ll
 
 from ..core.errors import did_you_mean
+from ..core.registry import called, said_as
 
 DEFAULT_METHOD = "lora"
 SHARED = ("variant", "seed")
@@ -32,6 +33,9 @@ def chosen_method(argv: Sequence[str]) -> type[ll.Variant]:
         elif word.startswith("--method="):
             name = word.removeprefix("--method=")
     names = [v.name for v in ll.variants()]
+    known = called(name)
+    if name not in names and known is not None:
+        raise ll.ConfigError(f"--method {name}: there is no such method, {said_as(name, known)}.")
     if name not in names:
         raise ll.ConfigError(
             f"--method {name}: there is no such method.{did_you_mean(name, names)} `lora-lite variants` lists all "

@@ -10,6 +10,7 @@ import tyro
 
 import lora_lite as ll
 
+from ..core.registry import called
 from ._console import say
 
 
@@ -24,7 +25,7 @@ class Cite:
 
 
 def run(args: Cite) -> int:
-    variant = ll.get_variant(args.name)
+    variant = called(args.name) or ll.get_variant(args.name)
     on_arxiv = variant.paper.replace(".", "").isdigit()
     if args.json:
         url = f"https://arxiv.org/abs/{variant.paper}" if on_arxiv else None

@@ -14,6 +14,7 @@ import tyro
 
 import lora_lite as ll
 
+from ..core.registry import called, said_as
 from ..runtime.layers.kinds import kind_named
 from ..runtime.targets.choose import add_shared, make_target
 from ._console import markdown, say, stream, table
@@ -31,7 +32,7 @@ class Variants:
     """List the methods: what they do, where they act, what they need, how much they train; or the page of one."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """One method: its formula, options and facts."""
+    """One method by any of its names: its formula, options and facts."""
     markdown: bool = False
     """Print a markdown table (the one of docs/methods.md)."""
     json: bool = False
@@ -40,7 +41,10 @@ class Variants:
 
 def run(args: Variants) -> int:
     if args.name is not None:
-        return show_page(ll.get_variant(args.name), args.json)
+        variant = called(args.name) or ll.get_variant(args.name)
+        if variant.name != args.name and not args.json:
+            say(f"{said_as(args.name, variant)}.")
+        return show_page(variant, args.json)
     found = [facts(v) for v in ll.variants()]
     if args.json:
         for row in found:
@@ -50,6 +54,7 @@ def run(args: Variants) -> int:
     else:
         table(SHORT, lines_of(found))
         say(f"{len(found)} methods. trained: parameters of one {WIDTH}x{WIDTH} layer at r={RANK}.")
+        say("Other names: " + "; ".join(f"{also_called(v)}: {v.name}" for v in ll.variants() if v.also) + ".")
         say("One of them: lora-lite variants NAME. Its options: lora-lite train --method NAME --help")
     return 0
 
@@ -71,7 +76,7 @@ def show_page(variant: type[ll.Variant], as_json: bool) -> int:
     say(f"{variant.name}: {inspect.cleandoc(variant.__doc__ or variant.title)}")
     say()
     shown = dict(zip(COLUMNS[2:], cells(known)[2:], strict=True)) | {"ignores": ", ".join(variant.ignores) or "-"}
-    table(("fact", "value"), list(shown.items()))
+    table(("fact", "value"), [*shown.items(), ("also", also_called(variant) or "-")])
     docs = field_docs(variant.config)
     common = {f.name for f in dataclasses.fields(ll.AdapterConfig)}
     own = [f for f in dataclasses.fields(variant.config) if f.name not in common]
@@ -88,6 +93,7 @@ def facts(variant: type[ll.Variant]) -> dict[str, Any]:
     return {
         "name": variant.name,
         "title": variant.title,
+        "also": dict(variant.also),
         "site": variant.site,
         "merges": variant.affine and not kind_named(variant.site).apart,
         "needs_weight": variant.needs_weight,
@@ -97,6 +103,11 @@ def facts(variant: type[ll.Variant]) -> dict[str, Any]:
         "lr": variant.lr if variant.trains else None,
         "paper": variant.paper,
     }
+
+
+def also_called(variant: type[ll.Variant]) -> str:
+    """Other names of the method: "Polytropon, MHR (splits=2 or more)"."""
+    return ", ".join(f"{name} ({how})" if how else name for name, how in variant.also.items())
 
 
 def trained(variant: type[ll.Variant]) -> int | None:
@@ -120,7 +131,7 @@ def cells(row: dict[str, Any], link: bool = False) -> list[str]:
         paper = f"[{paper}](https://arxiv.org/abs/{paper})"
     return [
         f"`{row['name']}`" if link else row["name"],
-        row["title"],
+        row["title"] + (f"; also {', '.join(row['also'])}" if link and row["also"] else ""),
         row["site"],
         "yes" if row["merges"] else "no",
         ", ".join(needs) or "-",

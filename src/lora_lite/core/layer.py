@@ -130,6 +130,15 @@ class Layer(Protocol[Config]):
         """
         ...
 
+    def add_penalty(self, value: Tensor) -> None:
+        """In a training `forward`: this scalar joins what `ll.penalty` gives after the call, a regulariser that has
+        seen the activations (the load of a router). Nothing happens in evaluation and without gradients.
+
+        Raises:
+            SelectionError: a reentrant checkpoint runs, in which it would have no gradient, or a compiler traces it.
+        """
+        ...
+
     def keys_and_values(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """At the attention: what it makes of hidden states v (n, d_in) without a position: keys and values (n,
         d_out)."""

@@ -59,9 +59,16 @@ def _completed(cls: type) -> type[Variant]:
         if member not in there and not member.startswith("__"):
             setattr(cls, member, default)
     page = cast("type[Variant]", cls)
-    if page.weight is not None:
+    if page.weight is not None and not _has_both(page):
         page.forward, page.needs_weight = staticmethod(forward_of(page.weight)), True
     return page
+
+
+def _has_both(page: type) -> bool:
+    """Whether one class of the page writes a `forward` beside its `weight`."""
+    owner = next(base for base in page.__mro__ if "weight" in vars(base))
+    forward = getattr(vars(owner).get("forward"), "__func__", None)
+    return forward is not None and not hasattr(forward, "follows")
 
 
 def _check_facts(page: type[Variant]) -> None:
@@ -105,10 +112,34 @@ def variants() -> list[type[Variant]]:
 def get_variant(name: str) -> type[Variant]:
     """The method called `name`; raises `ConfigError` with the nearest names otherwise."""
     if name not in _TABLE:
+        known = called(name)
+        if known is not None:
+            raise ConfigError(f"no variant is called {name!r}: {said_as(name, known)}.")
         raise ConfigError(
             f"no variant is called {name!r}.{did_you_mean(name, _TABLE)} Registered: {', '.join(sorted(_TABLE))}."
         )
     return _TABLE[name]
+
+
+def called(name: str) -> type[Variant] | None:
+    """The method that people call `name`, its own name or another one of the same mathematics, however it is spelt:
+    "LoRA-FA", "ETHER+", "mixlora"."""
+    words = {_bare(variant.name): variant for variant in _TABLE.values()}
+    for variant in _TABLE.values():
+        for other in variant.also:
+            words.setdefault(_bare(other), variant)
+    return words.get(_bare(name))
+
+
+def said_as(name: str, variant: type[Variant]) -> str:
+    """What to type for a method that people call `name`: "'MHR' is 'poly' with splits=2 or more"."""
+    how = next((how for other, how in variant.also.items() if _bare(other) == _bare(name)), "")
+    return f"{name!r} is {variant.name!r}" + (f" with {how}" if how else "")
+
+
+def _bare(name: str) -> str:
+    """A name without case, spaces and signs."""
+    return "".join(c for c in name.lower().replace("+", "plus") if c.isalnum())
 
 
 def check_config(cfg: object) -> None:

@@ -3,7 +3,7 @@ default."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -46,6 +46,7 @@ def forward_of(weight: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any, T
         W = layer.weight.to(torch.promote_types(torch.float32, y.dtype))
         return y + x @ (weight(layer, W) - W).to(y.dtype).mT
 
+    forward.follows = True  # pyright: ignore[reportFunctionMemberAccess]
     return forward
 
 
@@ -70,6 +71,8 @@ class Variant:
     """arXiv id or another citable source."""
     family: ClassVar[str] = "others"
     """The heading under which docs/methods.md lists it."""
+    also: ClassVar[Mapping[str, str]] = {}
+    """Other names of the same mathematics -> what the config says for them: `{"MHR": "splits=2 or more"}`."""
     site: ClassVar[str] = "linear"
     """Where it hooks: "linear", "block" (the residual stream after a decoder block), "embedding" (the input embedding
     unless named), "attention" (x: queries, y: what they attend to, (B, T, heads · head width) both, before the output
@@ -123,7 +126,9 @@ class Variant:
     """`(layer, x) -> x_new`, before the base layer."""
     weight: Callable[[Any, Tensor], Tensor] | None = None
     """`(layer, W (d_out, d_in)) -> W'`, W in fp32 or better, for a method that needs the dense weight anyway: a plain
-    layer then multiplies with W' once. `forward` follows from it, y + x (W' − W)ᵀ, and with it everything else."""
+    layer then multiplies with W' once. `forward` follows from it, y + x (W' − W)ᵀ, and with it everything else. A page
+    that writes `forward` too gives one function in two forms: W' while gradients are taken and nothing is dropped, its
+    `forward` in every other case."""
     prefix: Callable[[Any], tuple[Tensor, Tensor]] | None = None
     """At the attention: `(layer) -> (K, V)`, keys and values (r, d_out), r = `cfg.r`, that every query sees before
     those of the text, whose positions begin after them."""
@@ -155,7 +160,8 @@ class Variant:
     """`(cfg) -> cfg` of the page on a linear layer that shares the target's weight, such as a tied head: it acts there
     too, with the same tensors."""
     penalty: Callable[[Any], Tensor] | None = None
-    """`(layer) -> scalar` regulariser."""
+    """`(layer) -> scalar` regulariser of the tensors; one that has seen the activations is left by `forward`, with
+    `layer.add_penalty`."""
     shared_specs: Callable[[Any, Any], Shared] | None = None
     """`(targets, cfg)` -> the tensors that all targets share, or a list of `(targets, tensors)`: one entry per group
     that shares some, such as all targets of one `d_in`. Pages read them as `layer.lora_*`, like their own. They stand

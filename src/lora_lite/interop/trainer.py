@@ -296,7 +296,7 @@ def _has_schedule(handle: ll.Adapter) -> bool:
 
 def _has_penalty(home: nn.Module) -> bool:
     state = state_of(home)
-    return any(state.records[name].variant.penalty for name, _ in state.active)
+    return bool(state.here.now.penalties) or any(state.records[name].variant.penalty for name, _ in state.active)
 
 
 def _loaded(name: str) -> nn.Module:

@@ -109,8 +109,9 @@ def step_record(model: nn.Module, record: Record) -> None:
 
 
 def penalty(model: nn.Module, name: str | None = None) -> Tensor:
-    """Sum of the regularisers of one adapter, or of all active ones: add it to the loss. Zero for methods without
-    any."""
+    """Sum of the regularisers of one adapter, or of all active ones: add it to the loss. Zero for methods without any.
+
+    Those that have seen the activations (the load of a router) are of this thread's last training call of the model."""
     state = state_of(model)
     records = [record_of(model, name)] if name is not None else [state.records[n] for n, _ in state.active]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -120,4 +121,7 @@ def penalty(model: nn.Module, name: str | None = None) -> Tensor:
             for view in layer_views(model, record):
                 for one in matrix_views(view):
                     total = total + record.variant.penalty(one).to(device)
+        for (owner, path), value in state.here.now.penalties.items():
+            if owner == record.name and path in record.targets:
+                total = total + value.to(device)
     return total

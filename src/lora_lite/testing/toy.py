@@ -229,13 +229,16 @@ def pairs(dtype: torch.dtype = torch.float32, n: int = 4) -> list[tuple[dict[str
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-def experts(dtype: torch.dtype = torch.float32, n: int = 3) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """What a method reads that is made of other adapters: path -> (A, B) of each of them, their ranks 2, 3, ..."""
+def experts(
+    dtype: torch.dtype = torch.float32, n: int = 3, sizes: dict[str, tuple[int, int]] | None = None
+) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """What a method reads that is made of other adapters: path -> (A, B) of each of them, their ranks 2, 3, ...; those
+    of the toy, or of layers of other `sizes` (d_in, d_out)."""
     g = torch.Generator().manual_seed(98)
-    sizes = {f"layers.{i}.{name}": size for i in range(2) for name, size in SIZES_OF_LAYERS.items()}
+    sizes = sizes or {f"layers.{i}.{name}": size for i in range(2) for name, size in SIZES_OF_LAYERS.items()}
     return [
         {
-            p: (torch.randn(2 + k, d_in, generator=g), torch.randn(d_out, 2 + k, generator=g))
+            p: (torch.randn(2 + k, d_in, generator=g) / d_in**0.5, torch.randn(d_out, 2 + k, generator=g) / 2)
             for p, (d_in, d_out) in sizes.items()
         }
         for k in range(n)

@@ -4,6 +4,7 @@ from .abba import ABBAConfig as ABBAConfig
 from .ablation import AblationConfig as AblationConfig
 from .adalora import AdaLoRAConfig as AdaLoRAConfig
 from .adamss import AdaMSSConfig as AdaMSSConfig
+from .adapter_fusion import AdapterFusionConfig as AdapterFusionConfig
 from .adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from .alora import ALoRAConfig as ALoRAConfig
 from .antipasto import AntiPaSTOConfig as AntiPaSTOConfig
@@ -20,6 +21,7 @@ from .corda import CorDAConfig as CorDAConfig
 from .cpt import CPTConfig as CPTConfig
 from .deft import DEFTConfig as DEFTConfig
 from .delora import DeLoRAConfig as DeLoRAConfig
+from .denselora import DenseLoRAConfig as DenseLoRAConfig
 from .direft import DiReFTConfig as DiReFTConfig
 from .dora import DoRAConfig as DoRAConfig
 from .dylora import DyLoRAConfig as DyLoRAConfig
@@ -29,6 +31,7 @@ from .eva import EVAConfig as EVAConfig
 from .fourierft import FourierFTConfig as FourierFTConfig
 from .frod import FRoDConfig as FRoDConfig
 from .glora import GLoRAConfig as GLoRAConfig
+from .glora_lycoris import GLoRALycorisConfig as GLoRALycorisConfig
 from .goft import GOFTConfig as GOFTConfig
 from .gralora import GraLoRAConfig as GraLoRAConfig
 from .hira import HiRAConfig as HiRAConfig
@@ -50,7 +53,10 @@ from .loreft import LoReFTConfig as LoReFTConfig
 from .mica import MiCAConfig as MiCAConfig
 from .milora import MiLoRAConfig as MiLoRAConfig
 from .miss import MiSSConfig as MiSSConfig
+from .miss_bat import MiSSBatConfig as MiSSBatConfig
+from .mole import MoLEConfig as MoLEConfig
 from .molora import MoLORAConfig as MoLORAConfig
+from .monteclora import MonteCLoRAConfig as MonteCLoRAConfig
 from .mora import MoRAConfig as MoRAConfig
 from .moslora import MoSLoRAConfig as MoSLoRAConfig
 from .mtl_lora import MTLLoRAConfig as MTLLoRAConfig
@@ -89,8 +95,10 @@ from .unilora import UniLoRAConfig as UniLoRAConfig
 from .vblora import VBLoRAConfig as VBLoRAConfig
 from .velora import VeLoRAConfig as VeLoRAConfig
 from .vera import VeRAConfig as VeRAConfig
+from .visual_prompt_tuning import VisualPromptTuningConfig as VisualPromptTuningConfig
 from .waveft import WaveFTConfig as WaveFTConfig
 from .whole import WholeConfig as WholeConfig
+from .xlora import XLoRAConfig as XLoRAConfig
 
 __all__ = [name for name in dir() if name.endswith("Config")]  # pyright: ignore[reportUnsupportedDunderAll]
 """The config classes and no file: `lora_lite.lora` is not a name."""

@@ -34,6 +34,7 @@ class Ablation(Steering):
     config = AblationConfig
     paper = "2406.11717"
     family = "interventions in the stream"
+    also = {"abliteration": ""}
     ignores = ("r", "alpha", "dropout")
 
     @staticmethod

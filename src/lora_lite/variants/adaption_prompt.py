@@ -31,6 +31,7 @@ class AdaptionPrompt(Variant):
     config = AdaptionPromptConfig
     paper = "2303.16199"
     family = "before the text"
+    also = {"LLaMA-Adapter": ""}
     site = "attention"
     affine = False
     ignores = ("alpha", "dropout")

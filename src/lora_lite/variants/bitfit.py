@@ -28,6 +28,7 @@ class BitFit(Variant):
     config = BitFitConfig
     paper = "2106.10199"
     family = "gains and biases"
+    also = {"BEFT": ""}
     ignores = ("r", "alpha", "dropout")
     norms = True
     lr = 1e-3

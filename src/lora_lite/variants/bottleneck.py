@@ -30,6 +30,11 @@ class Bottleneck(Variant):
     config = BottleneckConfig
     paper = "1902.00751"
     family = "bottlenecks"
+    also = {
+        "Houlsby": "",
+        "Pfeiffer": 'target_names=("down_proj",), activation="relu"',
+        "AdapterPlus": 'target_names=("down_proj",), activation="gelu", learned_scale=True',
+    }
     affine = False
     lr = 1e-3
 

@@ -35,6 +35,7 @@ class Compacter(Variant):
     config = CompacterConfig
     paper = "2106.04647"
     family = "bottlenecks"
+    also = {"PHM": ""}
     affine = False
     lr = 3e-3
 

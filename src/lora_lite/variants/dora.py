@@ -36,6 +36,7 @@ class DoRA(Variant):
     config = DoRAConfig
     paper = "2402.09353"
     family = "low rank"
+    also = {"QDoRA": "on a 4-bit base"}
     lr = 5e-4
 
     @staticmethod

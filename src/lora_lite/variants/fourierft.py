@@ -40,9 +40,9 @@ class FourierFT(Variant):
     start, at the positions lora_at (2, n), drawn once per layer and saved. F⁻¹ is the inverse discrete Fourier
     transform with its factor 1/(d_in d_out), in fp32 at least; its real part is the inverse transform of the Hermitian
     part of C, of which half of the columns do. PEFT starts at N(0, 1) unless told otherwise, far from the base, and
-    uses the same frequencies in all layers of one shape. d_in d_out multiply-adds per token, and d_in d_out log(d_in
-    d_out) once per call. Gao et al. 2024, Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, arXiv
-    2405.03003.
+    uses the same frequencies in all layers of one shape. d_in d_out log(d_in d_out) multiply-adds once per call; in
+    training a plain layer multiplies with W' once, otherwise d_in d_out more per token. Gao et al. 2024,
+    Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, arXiv 2405.03003.
     """
 
     name = "fourierft"
@@ -62,6 +62,10 @@ class FourierFT(Variant):
     def forward(layer: Layer[FourierFTConfig], x: Tensor, y: Tensor) -> Tensor:
         change = layer.once("change", lambda: transformed(layer).to(y.dtype))
         return y + layer.dropout(x) @ change.mT
+
+    @staticmethod
+    def weight(layer: Layer[FourierFTConfig], W: Tensor) -> Tensor:
+        return W + transformed(layer).to(W.dtype)
 
 
 def transformed(layer: Layer[FourierFTConfig]) -> Tensor:

@@ -47,6 +47,7 @@ class LoKr(Variant):
     config = LoKrConfig
     paper = "2309.14859"
     family = "products"
+    also = {"KronA": "factored=False"}
     lr = 1e-3
     width_growth = 0.5
 

@@ -42,6 +42,7 @@ class MiSS(Variant):
     config = MiSSConfig
     paper = "2409.15371"
     family = "products"
+    also = {"Bone": ""}
     ignores = ("alpha",)
     lr = 2e-4
     width_growth = 0.5

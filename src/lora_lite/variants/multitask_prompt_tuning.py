@@ -41,6 +41,7 @@ class MultitaskPromptTuning(Variant):
     config = MultitaskPromptTuningConfig
     paper = "2303.02861"
     family = "before the text"
+    also = {"MPT": ""}
     site = "attention"
     affine = False
     identity_bound = torch.inf

@@ -33,6 +33,7 @@ class PCASteering(Steering):
     config = PCASteeringConfig
     paper = "2310.01405"
     family = "interventions in the stream"
+    also = {"RepE": ""}
     ignores = ("r", "alpha", "dropout")
 
     @staticmethod

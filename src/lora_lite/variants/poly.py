@@ -43,6 +43,7 @@ class Poly(Variant):
     config = PolyConfig
     paper = "2202.13914"
     family = "mixtures and tasks"
+    also = {"Polytropon": "", "MHR": "splits=2 or more"}
     noisy = True
     lr = 5e-4
 

@@ -33,6 +33,7 @@ class PrefixTuning(Variant):
     config = PrefixTuningConfig
     paper = "2101.00190"
     family = "before the text"
+    also = {"P-tuning v2": ""}
     site = "attention"
     affine = False
     identity_bound = torch.inf

@@ -43,6 +43,7 @@ class SuperTuning(Variant):
     config = SuperTuningConfig
     paper = "2607.09287"
     family = "spectral and sparse"
+    also = {"Supra": "low_rank=True"}
     ignores = ("r", "alpha")
     needs_weight = True
     lr = 1e-3

@@ -42,6 +42,7 @@ class TokenRows(Variant):
     config = TokenRowsConfig
     paper = "PEFT's TrainableTokens"
     family = "gains and biases"
+    also = {"TrainableTokens": ""}
     ignores = ("alpha", "dropout")
     site = "embedding"
     lr = 1e-3

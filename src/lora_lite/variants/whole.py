@@ -36,6 +36,7 @@ class Whole(Variant):
     config = WholeConfig
     paper = "2312.11420"
     family = "gains and biases"
+    also = {"LN tuning": 'target_kinds=("norm",)', "full fine-tuning": "", "modules_to_save": ""}
     ignores = ("r", "alpha")
     norms = True
     holds = "modules"

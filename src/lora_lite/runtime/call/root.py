@@ -42,6 +42,7 @@ def root_pre_hook(
             watch_vocabulary(model, state)
         acting.begin(model, state, args, kwargs)
         if now.grad and model.training:
+            now.penalties = {}
             _watch_schedules(state)
             _watch_dtypes(model, state)
             if state.vocabulary:

@@ -47,10 +47,15 @@ def leading(site: Site, chosen: Chosen) -> list[tuple[Slot, float]]:
         slot = site.slots.get(name)
         if slot is None or slot.forward is None:
             continue
-        if slot.weight is None:
+        if slot.weight is None or not _by_weight(slot):
             break
         found.append((slot, strength))
     return found
+
+
+def _by_weight(slot: Slot) -> bool:
+    """Whether the weight is the form in which the page acts here: of two forms, while gradients are taken."""
+    return hasattr(slot.forward, "follows") or (torch.is_grad_enabled() and not slot.cfg.dropout)
 
 
 def rest(site: Site, chosen: Chosen) -> Chosen:

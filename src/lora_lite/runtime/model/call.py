@@ -171,6 +171,8 @@ class Running:
         self.pending: list[Selection] = []
         """Selections under which checkpointed forwards ran and wait for their recomputation."""
         self.pending_done = False
+        self.penalties: dict[tuple[str, str], Tensor] = {}
+        """(adapter, path) -> what its page said of the activations in the last training call."""
 
     @property
     def call(self) -> Call | None:

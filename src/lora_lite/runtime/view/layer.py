@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Generator, Tensor, nn
 
+from ..._torch import backward_is_running
 from ...core.config import AdapterConfig
 from ...core.errors import SelectionError, StateError, WeightError
 from ...core.layer import Layer
@@ -20,7 +21,7 @@ from ..layers.tensors import device_of, is_sharded
 from ..model.call import Call
 from ..model.kind import Kind
 from ..model.site import Site, Slot, tensor_on
-from ..model.state import SITE
+from ..model.state import SITE, ModelState
 from .kept import memo_of, versions
 from .spans import Span, spans
 
@@ -229,6 +230,12 @@ class LayerView:
         value = self._call.context[name]
         return value if self._rows is None else value.index_select(0, self._rows)
 
+    def add_penalty(self, value: Tensor) -> None:
+        """In a training forward: this scalar joins what `ll.penalty` gives after the call."""
+        site: Site | None = self._module.__dict__.get(SITE)
+        if self.training and site is not None:
+            _note_penalty(site.state, (self._slot.name, self.path), value)
+
     def keys_and_values(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """At the attention: what it makes of hidden states v (n, d_in) without a position, keys and values (n,
         d_out)."""
@@ -257,6 +264,27 @@ class LayerView:
     def generator(self, name: str = "init") -> Generator:
         """A CPU generator seeded from (seed, this layer's path, name)."""
         return generator_for(self.cfg.seed, self.path, name)
+
+
+def _note_penalty(state: ModelState, key: tuple[str, str], value: Tensor) -> None:
+    """Add to what a page has said in this call."""
+    if torch.compiler.is_compiling():
+        raise SelectionError(
+            f"{key[1]}: adapter {key[0]!r} has a penalty on what its router does, which compiled code cannot hand to "
+            "ll.penalty; leave the model uncompiled while it trains, or the penalty out of its config."
+        )
+    now = state.here.now
+    if backward_is_running():
+        return
+    if not torch.is_grad_enabled():
+        if now.grad:
+            raise SelectionError(
+                f"{key[1]}: adapter {key[0]!r} has a penalty on what its router does, which a checkpoint with "
+                "use_reentrant=True cuts off from its gradient; use use_reentrant=False."
+            )
+        return
+    before = now.penalties.get(key)
+    now.penalties[key] = value if before is None else before + value
 
 
 class StagedView(LayerView):

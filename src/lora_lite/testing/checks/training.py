@@ -17,7 +17,7 @@ from .suite import check, full_precision, relative, trains
 @check("training", lambda case: trains(case))
 def gradients_reach_the_adapter_only(case: Case) -> None:
     """Every trained tensor gets a finite nonzero gradient, no base parameter gets any, and x gets one."""
-    model = case.random()
+    model = case.random().train(case.variant.noisy)
     x = case.x().requires_grad_()
     model(x).float().square().sum().backward()
     for target, short, _, t in owned_tensors(model, record_of(model)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ...runtime.attach import attach
 from ...runtime.schedule import schedule
 from ..case import Case
-from ..toy import Output, Toy, toy
+from ..toy import Output, Toy, experts, toy
 from .suite import check, full_precision, trains
 
 NARROW, WIDE = 64, 1024
@@ -60,7 +61,10 @@ def first_step(case: Case, d: int) -> float:
         batches = [
             {"x": torch.randn(BATCH, length, d), "labels": torch.randint(0, CLASSES, (BATCH, length))} for _ in "ab"
         ]
-    adapter = attach(model, case.cfg(), batches if case.variant.needs_data else None)
+    data: Any = batches
+    if case.variant.needs_data == "adapters":
+        data = experts(sizes={"layers.0.0": (d, d)})
+    adapter = attach(model, case.cfg(), data if case.variant.needs_data else None)
     optimizer = torch.optim.AdamW(adapter.param_groups(lr=case.variant.lr, weight_decay=0.0), eps=1e-20)
     if case.variant.on_step is not None:
         schedule(model, optimizer, 4)
