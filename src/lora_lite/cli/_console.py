@@ -43,7 +43,7 @@ def say(text: str = "", style: str = "") -> None:
     if stream().isatty():
         from rich.console import Console
 
-        Console(file=stream()).print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+        Console(file=stream()).print(text, style=style or None, markup=False, highlight=False)
     else:
         print(text, file=stream(), flush=True)
 
@@ -54,7 +54,7 @@ def styled(pieces: Sequence[tuple[str, str]]) -> None:
         from rich.console import Console
         from rich.text import Text
 
-        Console(file=stream()).print(Text.assemble(*pieces), soft_wrap=True)
+        Console(file=stream()).print(Text.assemble(*pieces))
     else:
         say("".join(text for text, _ in pieces))
 
@@ -64,7 +64,7 @@ def complain(text: str) -> None:
     if sys.stderr.isatty():
         from rich.console import Console
 
-        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(text, style="red", markup=False, highlight=False)
     else:
         print(text, file=sys.stderr, flush=True)
 

@@ -6,7 +6,10 @@ import dataclasses
 import inspect
 import json
 import math
+import os
+import re
 import shutil
+import textwrap
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -16,13 +19,14 @@ import lora_lite as ll
 
 from ..runtime.layers.kinds import kind_named
 from ..runtime.targets.choose import add_shared, make_target
-from ._console import markdown, say, stream, table
+from ._console import markdown, say, stream, styled, table
 from ._method import field_docs
 
 WIDTH, RANK = 768, 8
-SHORT = ("method", "trained", "needs", "what it does")
-GAPS = 6
-"""Spaces between the columns of the short table."""
+NEEDS = {"needs_weight": "W", "needs_data": "D", "schedule": "S"}
+"""The letters of the short list."""
+NARROWEST = 40
+"""No terminal is taken to be narrower."""
 COLUMNS = ("method", "what it does", "site", "merges", "needs", "trained", "lr", "source")
 
 
@@ -48,18 +52,47 @@ def run(args: Variants) -> int:
     elif args.markdown:
         print(markdown(COLUMNS, [cells(row, link=True) for row in found]))
     else:
-        table(SHORT, lines_of(found))
-        say(f"{len(found)} methods. trained: parameters of one {WIDTH}x{WIDTH} layer at r={RANK}.")
-        say("One of them: lora-lite variants NAME. Its options: lora-lite train --method NAME --help")
+        show_list(found)
     return 0
 
 
-def lines_of(found: list[dict[str, Any]]) -> list[list[str]]:
-    """One line for each method, cut to the width of the terminal."""
-    every = [[row[0], row[5], row[4], row[1]] for row in map(cells, found)]
-    widths = [max(len(name), *(len(row[i]) for row in every)) for i, name in enumerate(SHORT[:3])]
-    room = max(20, shutil.get_terminal_size().columns - sum(widths) - GAPS) if stream().isatty() else 10**6
-    return [[*row, title if len(title) <= room else title[: room - 1].rstrip() + "…"] for *row, title in every]
+def show_list(found: list[dict[str, Any]]) -> None:
+    """One line for each method under the name of its family, cut to the width of the terminal, whole in a pipe."""
+    names = max(len(row["name"]) for row in found)
+    sizes = max(len(cells(row)[5]) for row in found)
+    for family in sorted({row["family"] for row in found}):
+        styled([(f"{family[:1].upper()}{family[1:]}", "bold")])
+        for row in (row for row in found if row["family"] == family):
+            needs = "".join(letter for word, letter in NEEDS.items() if row[word])
+            start = f"  {row['name']:<{names}}  {cells(row)[5]:>{sizes}}  {needs:<{len(NEEDS)}} "
+            styled([(cut(start + row["title"]), "")])
+        say()
+    say(f"{len(found)} methods; the number: trained parameters of one {WIDTH}x{WIDTH} layer at r={RANK}.")
+    say("W: reads the weight. D: starts from data. S: has a schedule.")
+    say("One method: lora-lite variants NAME")
+    say("Its flags:  lora-lite train --method NAME --help")
+
+
+def width() -> int | None:
+    """Columns to write in: those of the terminal, or that COLUMNS names; None in a pipe."""
+    if stream().isatty() or os.environ.get("COLUMNS", "").isdigit():
+        return max(NARROWEST, shutil.get_terminal_size().columns)
+    return None
+
+
+def cut(line: str) -> str:
+    """A line that is not longer than the terminal is wide."""
+    room = width()
+    return line if room is None or len(line) <= room else line[: room - 1].rstrip() + "…"
+
+
+def filled(text: str) -> str:
+    """Paragraphs broken anew where the terminal is narrower than their lines; what is indented stays as it is."""
+    room = width()
+    if room is None or room >= max(map(len, text.splitlines())):
+        return text
+    parts = text.split("\n\n")
+    return "\n\n".join(p if re.search(r"^ ", p, re.M) else textwrap.fill(p, room) for p in parts)
 
 
 def show_page(variant: type[ll.Variant], as_json: bool) -> int:
@@ -68,7 +101,7 @@ def show_page(variant: type[ll.Variant], as_json: bool) -> int:
     if as_json:
         print(json.dumps({**known, "page": inspect.cleandoc(variant.__doc__ or ""), "ignores": list(variant.ignores)}))
         return 0
-    say(f"{variant.name}: {inspect.cleandoc(variant.__doc__ or variant.title)}")
+    say(filled(f"{variant.name}: {inspect.cleandoc(variant.__doc__ or variant.title)}"))
     say()
     shown = dict(zip(COLUMNS[2:], cells(known)[2:], strict=True)) | {"ignores": ", ".join(variant.ignores) or "-"}
     table(("fact", "value"), list(shown.items()))
@@ -93,6 +126,7 @@ def facts(variant: type[ll.Variant]) -> dict[str, Any]:
         "needs_weight": variant.needs_weight,
         "needs_data": variant.needs_data,
         "schedule": variant.on_step is not None,
+        "family": variant.family,
         "trained": trained(variant),
         "lr": variant.lr if variant.trains else None,
         "paper": variant.paper,
@@ -114,7 +148,7 @@ def trained(variant: type[ll.Variant]) -> int | None:
 
 def cells(row: dict[str, Any], link: bool = False) -> list[str]:
     """One line of the table."""
-    needs = [word for word in ("weight", "data") if row[f"needs_{word}"]] + ["schedule"] * row["schedule"]
+    needs = [word.removeprefix("needs_") for word in NEEDS if row[word]]
     paper = row["paper"]
     if link and paper.replace(".", "").isdigit():
         paper = f"[{paper}](https://arxiv.org/abs/{paper})"
