@@ -570,7 +570,7 @@ def test_variants(capsys):
     assert cli.main(["variants", "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows) + 2 and {line.count(" | ") for line in lines if "---" not in line} == {7}
-    assert {f.name for f in dataclasses.fields(variants.Variants)} == {"markdown", "json", "name"}
+    assert {f.name for f in dataclasses.fields(variants.Variants)} == {"markdown", "json", "name", "model"}
 
 
 @pytest.mark.parametrize("columns", [None, 40, 80, 160])

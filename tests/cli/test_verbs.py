@@ -80,11 +80,14 @@ def test_check(files, told):
     assert code == 1 and "it does nothing" in text
 
 
-def test_cite_and_the_page_of_a_method(told):
+def test_cite_and_the_page_of_a_method(files, told):
     assert "eprint = {2402.09353}" in told("cite", "dora")[1]
     text = told("variants", "dora")[1]
     assert text.startswith("dora: ") and "2402.09353" in text
     assert "ignores" in json.loads(told("variants", "ia3", "--json")[1])
+    code, text = told("variants", "dora", "--model", files / "tiny")
+    assert code == 0 and "lora_m  768" in text and "└──" in text and "FLOP" in text
+    assert told("variants", "--model", "demo")[0] == 2
     code, text = told("variants", "dorra")
     assert code == 2 and "Did you mean 'dora'" in text
 

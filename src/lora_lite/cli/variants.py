@@ -21,10 +21,12 @@ from ..runtime.layers.kinds import kind_named
 from ..runtime.targets.choose import add_shared, make_target
 from ._console import markdown, say, stream, styled, table
 from ._method import field_docs
+from ._picture import drawn
 
 WIDTH, RANK = 768, 8
 NEEDS = {"needs_weight": "W", "needs_data": "D", "schedule": "S"}
 """The letters of the short list."""
+TENSORS = ("tensor", "shape", "start", "is")
 NARROWEST = 40
 """No terminal is taken to be narrower."""
 COLUMNS = ("method", "what it does", "site", "merges", "needs", "trained", "lr", "source")
@@ -35,7 +37,9 @@ class Variants:
     """List the methods: what they do, where they act, what they need, how much they train; or the page of one."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """One method: its formula, options and facts."""
+    """One method: its formula, where it hooks, its tensors, facts and options."""
+    model: str | None = None
+    """Of one method also its cost on this model: demo, a folder, a hub id, or a shape such as llama-8b."""
     markdown: bool = False
     """Print a markdown table (the one of docs/methods.md)."""
     json: bool = False
@@ -44,7 +48,9 @@ class Variants:
 
 def run(args: Variants) -> int:
     if args.name is not None:
-        return show_page(ll.get_variant(args.name), args.json)
+        return show_page(ll.get_variant(args.name), args.json, args.model)
+    if args.model is not None:
+        raise ll.ConfigError("--model is for the page of one method; of all: lora-lite plan --model M --compare all.")
     found = [facts(v) for v in ll.variants()]
     if args.json:
         for row in found:
@@ -95,14 +101,23 @@ def filled(text: str) -> str:
     return "\n\n".join(p if re.search(r"^ ", p, re.M) else textwrap.fill(p, room) for p in parts)
 
 
-def show_page(variant: type[ll.Variant], as_json: bool) -> int:
-    """The page of one method: its docstring with the formula, its facts, and its options."""
-    known = facts(variant)
+def show_page(variant: type[ll.Variant], as_json: bool, model: str | None) -> int:
+    """The page of one method: its docstring with the formula, where it hooks, its tensors, facts and options, and what
+    it costs on a model."""
+    known, made = facts(variant), tensors(variant)
+    cost = cost_on(model, variant) if model is not None else None
     if as_json:
-        print(json.dumps({**known, "page": inspect.cleandoc(variant.__doc__ or ""), "ignores": list(variant.ignores)}))
+        page = {"page": inspect.cleandoc(variant.__doc__ or ""), "ignores": list(variant.ignores)}
+        found = {"tensors": [dict(zip(TENSORS, row, strict=True)) for row in made], "picture": drawn(variant)}
+        print(json.dumps({**known, **page, **found, **({"cost": dataclasses.asdict(cost)} if cost else {})}))
         return 0
     say(filled(f"{variant.name}: {inspect.cleandoc(variant.__doc__ or variant.title)}"))
     say()
+    say(drawn(variant))
+    say()
+    if made:
+        table(TENSORS, made, title=f"of one {WIDTH}x{WIDTH} layer at r={RANK}")
+        say()
     shown = dict(zip(COLUMNS[2:], cells(known)[2:], strict=True)) | {"ignores": ", ".join(variant.ignores) or "-"}
     table(("fact", "value"), list(shown.items()))
     docs = field_docs(variant.config)
@@ -112,8 +127,32 @@ def show_page(variant: type[ll.Variant], as_json: bool) -> int:
         say()
         table(("option", "default", "what it does"), [(f.name, f.default, docs.get(f.name, "")) for f in own])
     say()
-    say(f"cost on a model: lora-lite plan --method {variant.name} --cost --model NAME")
+    say(str(cost) if cost else f"cost on a model: lora-lite variants {variant.name} --model llama-8b")
     return 0
+
+
+def cost_on(model: str, variant: type[ll.Variant]) -> ll.Cost:
+    """Memory and operations of a training step of one row of 2,048 tokens."""
+    from .plan import skeleton
+
+    return ll.cost(skeleton(model), variant.config(variant=variant.name, r=RANK))
+
+
+def tensors(variant: type[ll.Variant]) -> list[tuple[str, str, str, str]]:
+    """(tensor, shape, start, who changes it) of one square layer, tensors shared by several layers included; none where
+    the default config does not fit it."""
+    target = example(variant)
+    if target is None:
+        return []
+    return [
+        (
+            name,
+            " x ".join(map(str, spec.shape)),
+            spec.init if isinstance(spec.init, str) and spec.init != "empty" else "by the page",
+            "trained" if spec.is_trained else "not trained",
+        )
+        for name, spec in target.specs.items()
+    ]
 
 
 def facts(variant: type[ll.Variant]) -> dict[str, Any]:
@@ -133,8 +172,8 @@ def facts(variant: type[ll.Variant]) -> dict[str, Any]:
     }
 
 
-def trained(variant: type[ll.Variant]) -> int | None:
-    """Trained parameters of one square layer, tensors shared by several layers included; None where the default config
+def example(variant: type[ll.Variant]) -> Any:
+    """One square layer as the method sees it, with the tensors that several layers share; None where the default config
     does not fit it."""
     try:
         cfg = variant.config(variant=variant.name, r=RANK)
@@ -143,7 +182,13 @@ def trained(variant: type[ll.Variant]) -> int | None:
             add_shared([target], cfg)
     except ll.LoraLiteError:
         return None
-    return sum(math.prod(s.shape) for s in target.specs.values() if s.is_trained)
+    return target
+
+
+def trained(variant: type[ll.Variant]) -> int | None:
+    """Trained parameters of that layer."""
+    target = example(variant)
+    return None if target is None else sum(math.prod(s.shape) for s in target.specs.values() if s.is_trained)
 
 
 def cells(row: dict[str, Any], link: bool = False) -> list[str]:
