@@ -3,11 +3,12 @@
 # merged, exported, converted, compared. Every command is printed before it runs; the first that fails ends the script.
 #
 #   scripts/afternoon.sh [FOLDER]          # in a terminal, piped, or without one
-#   STEPS=20 scripts/afternoon.sh FOLDER   # shorter
+#   STEPS=20 ROWS=200 scripts/afternoon.sh FOLDER   # shorter
 set -euo pipefail
 
 place=${1:-$(mktemp -d)}
 steps=${STEPS:-200}
+rows=${ROWS:-1500}
 python=${PYTHON:-python}
 mkdir -p "$place"
 cd "$place"
@@ -17,11 +18,13 @@ run() {
     "$python" -m lora_lite.cli "$@"
 }
 
-"$python" - >rows.jsonl <<'EOF'
+"$python" - "$rows" >rows.jsonl <<'EOF'
 import json
+import sys
+
 from lora_lite.demo.data import wordmath_rows
 
-for row in wordmath_rows("train", 1500):
+for row in wordmath_rows("train", int(sys.argv[1])):
     print(json.dumps({"instruction": row["prompt"], "input": "", "output": row["completion"]}))
 EOF
 head -n 20 rows.jsonl >asked.jsonl
