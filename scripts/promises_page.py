@@ -57,7 +57,7 @@ SEVEN = (
     ),
     Promise(
         "Every verb happens whole or not at all, wherever it is interrupted.",
-        (C + "4_all_or_nothing.py", R + "interrupted.py", R + "undo.py"),
+        (C + "4_all_or_nothing.py", T + "interrupted.py", R + "undo.py"),
         "an exception at any line: 0 half states",
     ),
     Promise(
@@ -121,7 +121,7 @@ KINDS = (
     Promise("Compacting keeps order, function and selection.", (R + "compact.py",), "the first ranks, 1e-6"),
     Promise(
         "Rows of a batch have the adapter that was named, and `None` is the base.",
-        (R + "rows.py", R + "grouped_rows.py", C + "selection.py"),
+        (R + "rows.py", T + "rows.py", R + "grouped_rows.py", C + "selection.py"),
         "bit-equal to the base",
     ),
     Promise(
@@ -130,6 +130,26 @@ KINDS = (
         "with and without cache, padded left and right",
     ),
     Promise("A thousand adapters on one model.", (R + "many_adapters.py",), "1,000 attached, found, mixed and gone"),
+    Promise(
+        "The n-th adapter costs what the first did, and what comes and goes leaves nothing.",
+        (T + "growth.py",),
+        "calls of functions counted; 200 cycles, 10,000 switches",
+    ),
+    Promise(
+        "A folder of adapters, of which the last used are on the model, answers as each of them alone.",
+        ("tests/io/test_store.py",),
+        "threads take turns; bit for bit",
+    ),
+    Promise(
+        "Threads share a model: each call has its own positions, and a verb waits or raises.",
+        (T + "threads.py",),
+        "120 calls at once, 0 wrong; 11 verbs while a call runs",
+    ),
+    Promise(
+        "Damaged, huge and empty numbers are named or pass; where a model is made does not matter.",
+        (T + "numbers.py",),
+        "NaN and 1e30 in each weight; batches without rows; fp16 bases move",
+    ),
     Promise(
         "The models that people adapt work in the default plan.",
         (T + "architectures.py",),

@@ -487,3 +487,42 @@ def test_under_an_sft_trainer(tmp_path, option, monkeypatch):
     assert all(not torch.equal(before[k], v) for k, v in ll.adapter_state_dict(model).items() if "lora_R" not in k)
     lengths = {n for call in found for n in call.found["prompt"][1].sum(1).tolist()}
     assert lengths == {3, 5, 7}
+
+
+class Remembers(nn.Module):
+    """A block list whose call takes whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(20, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+
+    def forward(self, input_ids, **more):
+        h = self.emb(input_ids)
+        for block in self.layers:
+            h = h + block(h)
+        return h
+
+
+class OfAnotherKind:
+    """A cache of a class that cannot say how many tokens it holds."""
+
+
+@pytest.mark.parametrize("mode", ["prompt", "generated", "f2"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"inference_params": OfAnotherKind(), "use_cache": True},
+        {"my_cache": OfAnotherKind()},
+        {"past": OfAnotherKind()},
+        {"state": [torch.zeros(1, 8, 2)]},
+    ],
+)
+def test_a_cache_that_does_not_tell_how_much_it_holds_is_refused(more, mode):
+    model = Remembers().eval()
+    ll.attach(model, ll.DiReFTConfig(r=2, alpha=3, positions=mode))
+    step = torch.tensor([[7]])
+    with pytest.raises(ll.SelectionError, match=r"does not tell how many tokens came before"):
+        model(step, **more)
+    if mode != "generated":  # these are no caches
+        model(step, use_cache=True, output_hidden_states=False, memory=torch.zeros(1, 5, 8), kind="x", options={"a": 1})

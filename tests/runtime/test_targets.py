@@ -312,3 +312,15 @@ def test_wrapped_layers_are_their_inner_layer():
             return self.inner(x)
 
     assert [s.path for s in describe(nn.Sequential(Wrapper())).places] == ["0.inner"]
+
+
+def test_a_named_layer_of_another_kind_is_told_how_to_be_adapted():
+    model = nn.ModuleDict({"table": nn.Embedding(7, 5), "up": nn.Linear(5, 3)})
+    with pytest.raises(
+        ll.TargetError, match=r"'table' matches layers of the kind embedding only.*'linear', 'embedding'"
+    ):
+        ll.plan(model, ll.LoRAConfig(target_names=("table", "up")))
+    both = ll.LoRAConfig(target_names=("table", "up"), target_kinds=("linear", "embedding"))
+    assert {t.path for t in ll.plan(model, both).targets} == {"table", "up"}
+    with pytest.raises(ll.TargetError, match="'table' matches none of the 1 layers"):
+        ll.plan(model, ll.LoRAConfig(exclude_names=("table",)))

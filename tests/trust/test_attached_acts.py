@@ -535,3 +535,49 @@ def test_a_known_one_that_is_named_is_refused(name):
     model, _ = make()
     with pytest.raises(ll.TargetError, match="never called as a module.*exclude_names"):
         ll.plan(model, ll.LoRAConfig(r=2, target_names=children))
+
+
+class FusedLoss(nn.Module):
+    """With labels the head's weight is multiplied by the loss itself; without, the head is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.lm_head = nn.Linear(8, 8), nn.Linear(8, 5, bias=False)
+
+    def forward(self, x, labels=None):
+        h = self.body(x).tanh()
+        return self.lm_head(h) if labels is None else F.cross_entropy(h @ self.lm_head.weight.T, labels)
+
+
+def test_a_call_of_another_form_is_listened_to_as_well():
+    """A model that is tried without labels, with a gradient, and then trained with them."""
+    model = FusedLoss()
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("body", "lm_head")))
+    x, labels = torch.randn(4, 8), torch.tensor([0, 1, 2, 3])
+    model(x).sum().backward()
+    model(x, labels=None).sum().backward()
+    with pytest.warns(ll.LoraLiteWarning, match="'lm_head' was never called as a module"):
+        model(x, labels=labels).backward()
+    with pytest.raises(ll.StateError, match="'lm_head' was never called as a module"):
+        model(x, labels=labels)
+    with pytest.raises(ll.StateError, match=r"ll.merge would change the output"):
+        ll.merge(model)
+
+
+def test_few_forms_of_calls_are_listened_to():
+    """A model that is called with names that change at each call pays for the first ones only."""
+
+    class TakesAnything(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(3, 3)
+
+        def forward(self, x, **more):
+            return self.up(x)
+
+    model = TakesAnything()
+    ll.attach(model, ll.LoRAConfig(r=2))
+    state = model.__dict__["_lora_lite_state"]
+    for i in range(20):
+        model(torch.randn(2, 3), **{f"more{i}": 1})
+    assert len(state.unhooked) == 8 and state.watch is None

@@ -67,11 +67,21 @@ def boards(rows: Sequence[Row]) -> list[tuple[Protocol, list[Entry], bool]]:
     found = []
     for (task, steps, default), group in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][2], -len(g[1]))):
         seeds = max((r["seed"] for r in group if r["phase"] == "final"), default=3)
-        grid = sorted({r["factor"] for r in group if r["phase"] == "select"})
         entries = {(r["method"], str(r["fields"])): Entry(r["method"], r["fields"]) for r in group}
-        if grid:
-            found.append((Protocol(task, steps, seeds, tuple(grid)), list(entries.values()), default))
+        if grid := _grid(group):
+            found.append((Protocol(task, steps, seeds, grid), list(entries.values()), default))
     return found
+
+
+def _grid(group: Sequence[Row]) -> tuple[float, ...]:
+    """The factors that every finished entry has run, and before any is finished all of them."""
+    factors: dict[tuple[str, str], set[float]] = {}
+    for r in group:
+        if r["phase"] == "select":
+            factors.setdefault((r["method"], str(r["fields"])), set()).add(r["factor"])
+    finished = {(r["method"], str(r["fields"])) for r in group if r["phase"] == "final"}
+    common = [tried for entry, tried in factors.items() if entry in finished]
+    return tuple(sorted(set.intersection(*common) if common else set().union(*factors.values())))
 
 
 def markdown(rows: Sequence[Row]) -> str:

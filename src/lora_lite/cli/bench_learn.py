@@ -44,8 +44,9 @@ class Learn:
     """Optimiser steps of every run; None: 300 of wordmath, 375 of glosses, 5,000 of metamath."""
     seeds: int = 3
     """Final runs of each method."""
-    grid: tuple[float, ...] = (1 / 3, 1.0, 3.0, 9.0)
-    """Factors on each method's recommended rate."""
+    grid: tuple[float, ...] = ()
+    """Factors on each method's recommended rate; none given: 1/3 1 3 9, and 1 3 9 27 of wordmath, whose base is
+    small."""
     jobs: int = 1
     """Processes side by side, one thread each."""
     base: str | None = None
@@ -77,7 +78,8 @@ def run(args: Learn) -> int:
     check(args)
     from ..bench import board
 
-    protocol = board.Protocol(args.task, args.steps or STEPS[args.task], args.seeds, args.grid)
+    grid = args.grid or board.GRIDS.get(args.task, board.GRID)
+    protocol = board.Protocol(args.task, args.steps or STEPS[args.task], args.seeds, grid)
     rows = board.read(args.results)
     entries = chosen(args)
     if args.dry_run:
@@ -110,7 +112,7 @@ def check(args: Learn) -> None:
     for flag, value in (("--steps", args.steps or 1), ("--seeds", args.seeds), ("--jobs", args.jobs)):
         if value < 1:
             raise ll.ConfigError(f"{flag} must be at least 1, got {value}.")
-    if not args.grid or min(args.grid) <= 0 or len(set(args.grid)) < len(args.grid):
+    if min(args.grid, default=1) <= 0 or len(set(args.grid)) < len(args.grid):
         raise ll.ConfigError(f"--grid needs different factors above 0, got {args.grid}.")
 
 

@@ -126,7 +126,8 @@ def plan(model: nn.Module, cfg: AdapterConfig) -> Plan:
     places = places_of(structure, variant, cfg)
     if cfg.target_names is None:
         places = kind_named(variant.site).narrow(model, places)
-    hits = count_hits(cfg, ("target_names", "exclude_names"), places, "layers")
+    others = () if kind_named(variant.site).apart else structure.places
+    hits = count_hits(cfg, ("target_names", "exclude_names"), places, "layers", others)
     whole = whole_places(model, structure, cfg, hits)
     beside = {s.path for s in whole}
     chosen, unadapted = select([s for s in places if s.path not in beside], cfg)

@@ -85,7 +85,7 @@ class Arrow(Variant):
         least = scores.topk(top, -1).values[..., -1:]
         p = scores.masked_fill(scores < least, -torch.inf).softmax(-1).to(x.dtype)
         z = layer.dropout(x) @ layer.lora_A.flatten(0, 1).mT
-        mixed = (p[..., None] * z.view(*z.shape[:-1], E, -1)).flatten(-2)
+        mixed = (p[..., None] * z.unflatten(-1, (E, -1))).flatten(-2)
         return add_lowrank(y, mixed, layer.lora_B.transpose(0, 1).flatten(1))
 
 

@@ -21,17 +21,19 @@ from ..model.call import Links
 from ..model.held import Seen, look
 from ..model.record import Record
 from ..model.site import Site
-from ..model.state import SITE, STATE, ModelState, acting_names
+from ..model.state import SITE, STATE, Form, ModelState, acting_names
 
 Step = tuple[nn.Module, str, nn.Module]
 LOOKUPS = (F.embedding, torch.embedding, F.embedding_bag)
 ASKS = ("to", "type_as")
 """Functions that take the second tensor's dtype and device, not its values."""
+FORMS = 8
+"""Forms of calls that are listened to."""
 
 
-def begin(model: nn.Module, state: ModelState) -> None:
+def begin(model: nn.Module, state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a whole call: are the adapted layers still there, did they act so far; and listen to the first call of
-    training, and of evaluation.
+    each form, in training and in evaluation: with labels a model may take another way than without.
 
     Raises:
         StateError: a layer was replaced; or the second training call begins, and other code reads an adapted weight
@@ -45,10 +47,14 @@ def begin(model: nn.Module, state: ModelState) -> None:
     training = now.grad and model.training
     if training:
         state.train_calls += 1
-        for name in names if state.unhooked.get(True) and any(m.ran for m in _sites(model, state)) else ():
+        idle = any(paths for form, paths in state.unhooked.items() if form[0])
+        for name in names if idle and any(m.ran for m in _sites(model, state)) else ():
             check_acts(state, state.records[name], "it would not be trained there")
-    if training not in state.unhooked and _may_listen(state) and not _is_compiled(model) and not makes_fakes():
-        _listen(model, state)
+    form = training, len(args), frozenset(key for key, value in kwargs.items() if value is not None)
+    if form in state.unhooked or len(state.unhooked) >= FORMS:
+        return
+    if _may_listen(state) and not _is_compiled(model) and not makes_fakes():
+        _listen(model, state, form)
 
 
 def end(model: nn.Module, state: ModelState, failed: bool) -> list[str]:
@@ -60,9 +66,9 @@ def end(model: nn.Module, state: ModelState, failed: bool) -> list[str]:
     _stop_listening(state)
     if failed:
         return []
-    if watch.training:
+    if watch.buffers:
         _watch_buffers(watch.buffers, look(model))
-    state.unhooked[watch.training] = paths = [path for path in watch.read if path not in watch.ran]
+    state.unhooked[watch.form] = paths = [path for path in watch.read if path not in watch.ran]
     return paths
 
 
@@ -93,11 +99,11 @@ def _may_listen(state: ModelState) -> bool:
     return state.watch is None
 
 
-def _listen(model: nn.Module, state: ModelState) -> None:
+def _listen(model: nn.Module, state: ModelState, form: Form) -> None:
     _inspect(model, state)
     for site in _sites(model, state):
         site.awaited = True
-    state.watch = watch = Watch(model, state)
+    state.watch = watch = Watch(model, state, form)
     watch.__enter__()
 
 
@@ -220,10 +226,11 @@ def _has_values(module: nn.Module) -> bool:
 class Watch(TorchFunctionMode):
     """Notes which adapted layers' weights go into a function of torch, and which layers' hooks run."""
 
-    def __init__(self, model: nn.Module, state: ModelState) -> None:
+    def __init__(self, model: nn.Module, state: ModelState, form: Form) -> None:
         super().__init__()
-        self.training, self.thread = state.here.now.grad and model.training, get_ident()
-        self.buffers = look(model) if self.training else {}
+        self.form, self.thread = form, get_ident()
+        trained_before = any(training for training, *_ in state.unhooked)
+        self.buffers = look(model) if form[0] and not trained_before else {}
         self.read: dict[str, None] = {}
         self.ran: set[str] = set()
         self.weights = {id(w): site for site, w in _weights(model, state)}

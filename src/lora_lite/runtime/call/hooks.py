@@ -71,8 +71,6 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
         return None
     x = args[0] if args else kwargs[first_name(layer, kwargs)]
     y = _usable(layer, site, x, output[0] if isinstance(output, tuple) else output)
-    if site.kind.stream:
-        _check_width(site, y)
     if stood_in:
         selection = (rest(site, selection[0]), *selection[1:])
     inner_x, inner_y = site.kind.enter(layer, x, y)
@@ -97,18 +95,6 @@ def _usable(layer: nn.Module, site: Site, x: Tensor, y: Any) -> Tensor:
             "(bitsandbytes, torchao int8 weight-only, quanto)."
         )
     return y
-
-
-def _check_width(site: Site, y: Tensor) -> None:
-    """Raise where a block's stream has another width than its linear layers let expect."""
-    for slot in site.slots.values():
-        if y.shape[-1] == slot.d_out:
-            return
-        raise SelectionError(
-            f"{site.path} gives hidden states of shape {tuple(y.shape)}, and adapter {slot.name!r} was made for a "
-            f"stream {slot.d_out} wide, read off the block's linear layers. Leave the block out: "
-            f"exclude_names=({site.path!r},)."
-        )
 
 
 def apply_selected(layer: nn.Module, site: Site, x: Tensor, y: Tensor | None, selection: Selection) -> Tensor:

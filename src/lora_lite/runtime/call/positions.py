@@ -18,11 +18,13 @@ from ...core.errors import SelectionError
 from ...core.positions import Since, parse_positions
 from ..model.call import Call, Chosen, Columns, Prompt, Rows
 from ..model.state import ModelState
-from ..view.cache import cache_of
+from ..view.cache import cache_of, opaque
 from .batch import TOKENS
 from .invoked import since
 
 IGNORED = -100
+STATES = ("cache_params", "state")
+"""Under these names recurrent models take what they remember."""
 CURE = (
     "Name the prompts: with ll.prompt(model, lengths): ... (one length per row, padding not counted; None: every "
     "token belongs to the prompt)."
@@ -260,9 +262,11 @@ def _tokens(named: Mapping[str, Any]) -> Tensor | None:
 def _past(named: Mapping[str, Any], cache: Any, who: str) -> Any:
     """Number of cached tokens before this call."""
     n = None
-    if named.get("cache_params") is not None and named.get("cache_position") is None:
+    silent = next((name for name in STATES if named.get(name) is not None), "")
+    silent = silent or opaque(named)
+    if silent and named.get("cache_position") is None:
         raise SelectionError(
-            f"{who}: the model's state (cache_params) does not tell how many tokens came before; use positions='all'."
+            f"{who}: the model's state ({silent}) does not tell how many tokens came before; use positions='all'."
         )
     if hasattr(cache, "get_seq_length"):
         n = cache.get_seq_length()

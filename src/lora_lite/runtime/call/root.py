@@ -40,7 +40,7 @@ def root_pre_hook(
         memo.begin(now, model, kwargs)
         if state.vocabulary:
             watch_vocabulary(model, state)
-        acting.begin(model, state)
+        acting.begin(model, state, args, kwargs)
         if now.grad and model.training:
             _watch_schedules(state)
             _watch_dtypes(model, state)

@@ -17,6 +17,8 @@ from .record import Record
 
 STATE, SITE = "_lora_lite_state", "_lora_lite_site"
 DEFAULT = "default"
+Form = tuple[bool, int, frozenset[str]]
+"""Of a call: in training or not, the number of positional arguments, the names of the others that are not None."""
 WRAPPED = "module"
 """Under this name torch's wrappers of data-parallel training keep the model."""
 
@@ -70,9 +72,9 @@ class ModelState:
         """The ways from the model down to its adapted layers, see `call.acting`."""
         self.watch: Any = None
         """What listens to a running call, of one thread at a time, see `call.acting`."""
-        self.unhooked: dict[bool, list[str]] = {}
-        """Training or not -> paths of adapted layers that did not run in the first such call since an adapter was
-        added, while other code read their weight."""
+        self.unhooked: dict[Form, list[str]] = {}
+        """Form -> paths of adapted layers that did not run in the first such call since an adapter was added, while
+        other code read their weight."""
         self.train_calls = 0
         """Training calls since."""
         self.scope_thread: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from ...core.config import AdapterConfig, matches
@@ -19,14 +19,27 @@ from ..model.record import Target
 from .structure import Place, Structure
 
 
-def count_hits(cfg: AdapterConfig, fields: tuple[str, ...] | None, places: list[Place], what: str) -> dict[str, int]:
-    """Pattern -> number of matches, for the named fields or for all others; a pattern without a match raises."""
+def count_hits(
+    cfg: AdapterConfig, fields: tuple[str, ...] | None, places: list[Place], what: str, others: Sequence[Place] = ()
+) -> dict[str, int]:
+    """Pattern -> number of matches, for the named fields or for all others; a pattern without a match raises.
+
+    Args:
+        others: every layer of the model; one of another kind that the pattern matches is named in the error.
+    """
     names = ("target_names", "exclude_names", "train_modules")
     hits: dict[str, int] = {}
     for name, pattern in cfg.patterns():
         if (name in fields) if fields is not None else (name not in names):
             hits[f"{name} {pattern!r}"] = n = sum(matches(pattern, s.path) for s in places)
             if n == 0:
+                kinds = sorted({s.kind for s in others if matches(pattern, s.path)})
+                if kinds and name == "target_names":
+                    raise TargetError(
+                        f"{name}: {pattern!r} matches layers of the kind {' and '.join(kinds)} only, and the config "
+                        f"takes {' and '.join(cfg.target_kinds)}. To adapt them too: "
+                        f"target_kinds={(*cfg.target_kinds, *kinds)!r}."
+                    )
                 raise TargetError(
                     f"{name}: {pattern!r} matches none of the {len(places)} "
                     f"{what}.{did_you_mean(pattern, tails(places))} ll.plan(model, ll.{type(cfg).__name__}()) shows "
