@@ -58,7 +58,7 @@ run merge runs/a --out merged
 run eval --model merged --data asked.jsonl
 run convert runs/a --to peft --out exported
 run check exported --model demo
-run convert exported --to native --out back.safetensors
+run convert exported --to lora_lite --out back.safetensors
 run diff runs/a back.safetensors
 run scale runs/a --by 0.5 --out weaker.safetensors
 run combine runs/a runs/b --out both.safetensors
