@@ -137,3 +137,21 @@ def test_chat_switches_adapters_and_takes_turns_back(files, told, monkeypatch):
     assert code == 0 and "adapters: a, b" in text and "nobody" in text
     assert seen == [(0, "hi"), (2, "hi"), (2, "hi"), (0, "hi")]
     assert list(names_of((Path("x/adapter.safetensors"), Path("y/x")))) == ["x", "x_"]
+
+
+def test_generate_asks_as_training_does():
+    """Alpaca's own prompt where the tokenizer has no chat template, ShareGPT's turns by their roles."""
+    from lora_lite.cli.generate import prompt_of
+    from lora_lite.data.forms import formed, question
+
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    for chat in (False, True):
+        for extra in ("1 and 2", ""):
+            located = ({**row, "input": extra}, "here")
+            assert prompt_of(located, {}, chat) == question(formed([located], {}, chat)[0])
+    turns = [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]
+    located = ({"conversations": turns}, "here")
+    assert prompt_of(located, {}, True) == [{"role": "user", "content": "1+1"}]
+    assert prompt_of(({"messages": [{"role": "user", "content": "a"}]}, "x"), {}, True) == [
+        {"role": "user", "content": "a"}
+    ]

@@ -137,11 +137,22 @@ def test_wheel_and_sdist_install_into_a_fresh_environment(tmp_path):
     bare = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     for built in (wheel, sdist):
         home = tmp_path / built.name[-4:].strip(".")
-        venv.create(home, with_pip=True)
+        venv.create(home)  # pip of this environment installs into it
         python = home / "bin" / "python"
         site = sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)})
         (Path(site) / "borrowed.pth").write_text("".join(f"{p}\n" for p in sys.path if p.endswith("-packages")))
-        install = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+        install = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--no-build-isolation",
+        ]
         install += ["--ignore-installed", built]
         done = subprocess.run(list(map(str, install)), env=bare, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
