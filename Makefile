@@ -62,7 +62,7 @@ tables: $(STAMP) ## write generated documents again: methods, API, what works wh
 
 site: $(STAMP) ## the documentation site, into build/site
 	@$(PIP) 'mkdocs-material>=9.5'
-	@$(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 freeze: $(STAMP) ## the installed versions, in the form of constraints.txt
 	@$(PY) -m pip list --format=freeze --exclude-editable | sed 's/+.*//'

@@ -593,6 +593,13 @@ BUGS = [
         S + "test_checkpointing.py -k after_the_block",
     ),
     Bug(
+        "training while merged is left to torch's words",
+        "runtime/call/root.py",
+        "if had_grad and model.training and state.merged is not None else None",
+        "if had_grad and model.training and state.merged is False else None",
+        "tests/runtime/test_merge.py -k refused_in_our_words",
+    ),
+    Bug(
         "the second training forward without schedule passes",
         "runtime/call/root.py",
         "if record.train_calls > 1:",

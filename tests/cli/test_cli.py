@@ -570,9 +570,32 @@ def test_variants(capsys):
     assert cli.main(["variants", "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows) + 2 and {line.count(" | ") for line in lines if "---" not in line} == {7}
+    assert {f.name for f in dataclasses.fields(variants.Variants)} == {"markdown", "json", "name", "model"}
+
+
+@pytest.mark.parametrize("columns", [None, 40, 80, 160])
+def test_the_list_of_methods_fits_the_terminal(columns, capsys, monkeypatch):
+    """One line for each method, by family; whole in a pipe."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", str(columns))
     assert cli.main(["variants"]) == 0
-    assert "trained" in capsys.readouterr().out
-    assert {f.name for f in dataclasses.fields(variants.Variants)} == {"markdown", "json", "name"}
+    lines = capsys.readouterr().out.splitlines()
+    for v in ll.variants():
+        (line,) = [line for line in lines if line.startswith(f"  {v.name} ")]
+        assert columns is not None or line.endswith(v.title)
+        assert f"{v.family[:1].upper()}{v.family[1:]}" in lines
+    listed = lines[: lines.index("", len(lines) - 6)]
+    assert columns is None or max(map(len, listed)) <= columns
+    assert len(lines) < 150 and "W: reads the weight" in "\n".join(lines)
+
+
+def test_the_page_of_a_method_is_broken_at_the_terminals_width(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    text = variants.filled("one " * 30 + "\n\n  as  it stands " + "x" * 60)
+    assert max(map(len, text.split("\n\n")[0].splitlines())) <= 60 and "  as  it stands" in text
+    monkeypatch.delenv("COLUMNS")
+    assert variants.filled("one " * 30) == "one " * 30
 
 
 @pytest.mark.parametrize("verb", ["train", "demo", "plan"])

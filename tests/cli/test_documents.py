@@ -19,10 +19,15 @@ from lora_lite.cli._method import chosen_method, with_method
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *RECIPES]
 VERBS = {
     name: getattr(importlib.import_module(f"lora_lite.cli.{name}"), command) for name, command in cli.VERBS.items()
 }
+
+
+SLOW = {"chat-model", "dpo"}
+"""Recipes that train through TRL."""
 
 
 def blocks(page: Path, language: str = "python") -> list[str]:
@@ -53,7 +58,10 @@ def base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW), id=p.stem) for p in PAGES if blocks(p)],
+)
 def test_the_code_of_a_page_runs(page, base, tmp_path, monkeypatch):
     code = blocks(page)
     script = tmp_path / f"{page.stem.replace('-', '_')}.py"
@@ -63,6 +71,13 @@ def test_the_code_of_a_page_runs(page, base, tmp_path, monkeypatch):
     exec(compile(script.read_text(), str(script), "exec"), vars(module))
 
 
+def test_every_recipe_has_code_and_all_are_there():
+    wanted = {"chat-model", "four-bit", "dpo", "classification", "diffusion", "speech", "many-adapters",
+              "merging-and-shipping"}  # fmt: skip
+    assert {p.stem for p in RECIPES} == wanted
+    assert all(blocks(p) for p in RECIPES)
+
+
 def test_the_readme_has_code_and_so_has_the_guide_to_methods():
     assert len(blocks(ROOT / "README.md")) == 1
     assert len(blocks(ROOT / "docs" / "adding-a-method.md")) >= 6
@@ -70,7 +85,8 @@ def test_the_readme_has_code_and_so_has_the_guide_to_methods():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
 

@@ -88,6 +88,20 @@ def test_settings_are_words_and_flags_win(tmp_path):
     assert expanded(["train", f"--config={file}"]) == ["train", "--steps", "3"]
 
 
+def test_another_method_with_the_settings_of_a_run(first, tmp_path, monkeypatch, capsys):
+    """What the old method alone has is left out, and said; what both have stays."""
+    monkeypatch.chdir(tmp_path)
+    file = str(first / "run.yaml")
+    words = expanded(["train", "--config", file, "--method", "dora"])
+    assert "--lr-ratio-B" not in words and words[words.index("--r") + 1] == "3"
+    assert "left out: " in capsys.readouterr().out
+    assert "--r" not in expanded(["train", "--config", file, "--method", "ia3"])
+    assert "--lr-ratio-B" in expanded(["train", "--config", file])
+    capsys.readouterr()
+    assert cli.main(["train", "--config", file, "--method=dora", "--out", "b", "--dry-run"]) == 0
+    assert "dora: 7 targets" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -80,11 +81,17 @@ def test_check(files, told):
     assert code == 1 and "it does nothing" in text
 
 
-def test_cite_and_the_page_of_a_method(told):
-    assert "eprint = {2402.09353}" in told("cite", "dora")[1]
+def test_cite_and_the_page_of_a_method(files, told):
+    text = told("cite", "dora")[1]
+    assert "eprint = {2402.09353}" in text and "title = {DoRA: Weight-Decomposed Low-Rank Adaptation}" in text
+    assert "author = {Liu and others}" in text and "year = {2024}" in text
+    assert "author = {Kang and Yin}" in told("cite", "miss")[1]
     text = told("variants", "dora")[1]
     assert text.startswith("dora: ") and "2402.09353" in text
     assert "ignores" in json.loads(told("variants", "ia3", "--json")[1])
+    code, text = told("variants", "dora", "--model", files / "tiny")
+    assert code == 0 and re.search(r"^lora_m +768 ", text, re.M) and "└──" in text and "FLOP" in text
+    assert told("variants", "--model", "demo")[0] == 2
     code, text = told("variants", "dorra")
     assert code == 2 and "Did you mean 'dora'" in text
 
@@ -162,3 +169,21 @@ def test_chat_switches_adapters_and_takes_turns_back(files, told, monkeypatch):
     assert code == 0 and "adapters: a, b" in text and "nobody" in text
     assert seen == [(0, "hi"), (2, "hi"), (2, "hi"), (0, "hi")]
     assert list(names_of((Path("x/adapter.safetensors"), Path("y/x")))) == ["x", "x_"]
+
+
+def test_generate_asks_as_training_does():
+    """Alpaca's own prompt where the tokenizer has no chat template, ShareGPT's turns by their roles."""
+    from lora_lite.cli.generate import prompt_of
+    from lora_lite.data.forms import formed, question
+
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    for chat in (False, True):
+        for extra in ("1 and 2", ""):
+            located = ({**row, "input": extra}, "here")
+            assert prompt_of(located, {}, chat) == question(formed([located], {}, chat)[0])
+    turns = [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]
+    located = ({"conversations": turns}, "here")
+    assert prompt_of(located, {}, True) == [{"role": "user", "content": "1+1"}]
+    assert prompt_of(({"messages": [{"role": "user", "content": "a"}]}, "x"), {}, True) == [
+        {"role": "user", "content": "a"}
+    ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import sysconfig
+import venv
 from importlib.metadata import entry_points, version
 from pathlib import Path
 
@@ -101,3 +104,62 @@ def test_no_large_file_but_the_demo_base():
         if path.stat().st_size > MAX_BYTES and ROOT / "src/lora_lite/demo/base" not in path.parents
     ]
     assert not large, "\n".join(large)
+
+
+SCRIPT = """
+import lora_lite as ll, torch
+from pathlib import Path
+from lora_lite.demo.data import BASE
+assert Path(ll.__file__).is_relative_to(%r), ll.__file__
+assert (Path(ll.__file__).parent / "py.typed").is_file()
+assert (BASE / "config.json").is_file() and list(BASE.glob("*.safetensors")), "the demo's base"
+model = torch.nn.Sequential(torch.nn.Linear(12, 20))
+ll.attach(model, ll.LoRAConfig(r=3, alpha=5))
+ll.save(model, "a.safetensors")
+ll.detach(model)
+ll.load(model, "a.safetensors")
+print(ll.__version__)
+"""
+"""Run from an empty folder, by the interpreter that the package was installed for."""
+
+
+@pytest.mark.slow
+@pytest.mark.optional_backend("hatchling")
+def test_wheel_and_sdist_install_into_a_fresh_environment(tmp_path):
+    """Both are built, without network, and hold all that a user needs; torch is borrowed from this environment."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path / "dist")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    bare = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    for built in (wheel, sdist):
+        home = tmp_path / built.name[-4:].strip(".")
+        venv.create(home)  # pip of this environment installs into it
+        python = home / "bin" / "python"
+        site = sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)})
+        (Path(site) / "borrowed.pth").write_text("".join(f"{p}\n" for p in sys.path if p.endswith("-packages")))
+        install = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--no-build-isolation",
+        ]
+        install += ["--ignore-installed", built]
+        done = subprocess.run(list(map(str, install)), env=bare, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (home / "work").mkdir()
+        for words in (["-c", SCRIPT % str(home)], ["-m", "lora_lite.cli", "--version"]):
+            done = subprocess.run(
+                [str(python), *words], cwd=home / "work", env=bare, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0 and ll.__version__ in done.stdout, done.stderr
+        assert (home / "bin" / "lora-lite").is_file()

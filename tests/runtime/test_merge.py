@@ -109,3 +109,40 @@ def test_a_layer_without_a_bias_keeps_no_bias_and_the_rounding_is_reported():
     report = ll.merge(model)
     assert [k for k in model.state_dict() if "lora_" not in k] == keys and model[0].bias is None
     assert 1e-4 < report.rounding["0"] < 2**-8
+
+
+@pytest.mark.parametrize("wrap", [lambda y: y, lambda y: (y, None), lambda y: {"logits": y, "n": 3}])
+def test_training_while_merged_is_refused_in_our_words(wrap):
+    """The output keeps its bits; a backward pass says which verb is missing. What was not to learn is left alone."""
+
+    class Wrapped(nn.Sequential):
+        def forward(self, x):
+            return wrap(super().forward(x))
+
+    model, x = Wrapped(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 7)), torch.randn(3, 12)
+    adapter = ll.attach(model, ll.LoRAConfig(r=3, alpha=5))
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_()
+    ll.merge(model)
+
+    def out():
+        y = model(x)
+        if torch.is_tensor(y):
+            return y
+        return y["logits"] if isinstance(y, dict) else y[0]
+
+    trained = out()
+    with pytest.raises(ll.StateError, match=r"'default' is merged .* ll.unmerge\(model\) before training"):
+        trained.square().mean().backward()
+    model.eval()
+    assert torch.equal(trained, out()) and not out().requires_grad
+    model.train()
+    with torch.no_grad():
+        assert not out().requires_grad
+    adapter.trainable = False
+    assert not out().requires_grad
+    adapter.trainable = True
+    ll.unmerge(model)
+    out().square().mean().backward()
+    assert all(p.grad is not None for p in adapter.parameters())

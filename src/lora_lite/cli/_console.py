@@ -13,6 +13,10 @@ QUIET = 2.0
 """Seconds for which long work stays silent."""
 EVERY = 10.0
 """Seconds between the lines of a log."""
+WIDE = 130
+"""Columns in which a bar and the figures of a training step stand on one line."""
+BAR = 30
+"""Columns of a bar."""
 
 
 def is_first() -> bool:
@@ -43,7 +47,7 @@ def say(text: str = "", style: str = "") -> None:
     if stream().isatty():
         from rich.console import Console
 
-        Console(file=stream()).print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+        Console(file=stream()).print(text, style=style or None, markup=False, highlight=False)
     else:
         print(text, file=stream(), flush=True)
 
@@ -54,7 +58,7 @@ def styled(pieces: Sequence[tuple[str, str]]) -> None:
         from rich.console import Console
         from rich.text import Text
 
-        Console(file=stream()).print(Text.assemble(*pieces), soft_wrap=True)
+        Console(file=stream()).print(Text.assemble(*pieces))
     else:
         say("".join(text for text, _ in pieces))
 
@@ -64,7 +68,7 @@ def complain(text: str) -> None:
     if sys.stderr.isatty():
         from rich.console import Console
 
-        Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(text, style="red", markup=False, highlight=False)
     else:
         print(text, file=sys.stderr, flush=True)
 
@@ -167,21 +171,30 @@ class Bar:
 
     def _bar(self, done: int, note: str) -> None:
         if self.rich is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.rich = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-                transient=True,
-            )
+            self.rich = live_bar()
             self.rich.start()
             self.task = self.rich.add_task(self.what, total=self.total, note=note)
         self.rich.update(self.task, completed=done, total=self.total, note=note)
+
+
+def live_bar() -> Any:
+    """rich's progress with a note: on the same line where the terminal is wide enough, else on a line beneath."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    beneath = console.width < WIDE
+
+    class Noted(Progress):
+        def get_renderables(self) -> Any:
+            yield self.make_tasks_table(self.tasks)
+            if beneath and self.tasks:
+                yield Text(self.tasks[-1].fields["note"], no_wrap=True, overflow="ellipsis")
+
+    columns = [TextColumn("{task.description}"), BarColumn(BAR), MofNCompleteColumn(), TimeRemainingColumn()]
+    note = [] if beneath else [TextColumn("{task.fields[note]}")]
+    return Noted(*columns, *note, console=console, transient=True)
 
 
 def clock(seconds: float) -> str:

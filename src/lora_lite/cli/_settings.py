@@ -12,6 +12,8 @@ from typing import Any
 
 import lora_lite as ll
 
+from ._console import say
+
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"r": 4, "batch_size": 8},
     "quality": {"r": 32, "epochs": 3},
@@ -33,12 +35,28 @@ def expanded(words: Sequence[str]) -> list[str]:
     rest, file = taken(rest, "--config")
     mine = {name for name, _ in flags_in(rest)}
     settings = read_settings(Path(file), verb) if file is not None else {}
+    settings = fitting(settings, rest)
     _, preset = taken(rest, "--preset")
     preset = preset if preset is not None else settings.get("preset")
     if preset is not None:
         settings = {**preset_of(str(preset), rest, settings), **settings}
     front = [w for name, value in settings.items() if name not in mine for w in words_of(name, value)]
     return [verb, *front, *rest]
+
+
+def fitting(settings: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """The settings without what another method's file says of that method alone, where a flag chooses the method."""
+    from ._method import chosen_method
+
+    before, now = settings.get("method"), chosen_method(["--method", str(settings.get("method", "lora")), *words])
+    if before in (None, now.name) or before not in {v.name for v in ll.variants()}:
+        return dict(settings)
+    known = {f.name for f in dataclasses.fields(now.config)} - set(now.ignores)
+    own = {f.name for f in dataclasses.fields(ll.get_variant(str(before)).config)}
+    left = sorted(name for name in settings if name in own - known)
+    if left:
+        say(f"note: settings of {before} that {now.name} does not use are left out: {', '.join(left)}")
+    return {name: value for name, value in settings.items() if name not in left}
 
 
 def taken(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:

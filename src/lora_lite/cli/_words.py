@@ -102,7 +102,7 @@ class NoSuchWord(ll.ConfigError):
 
 def flags_of(command: type) -> set[str]:
     """Names of all flags, those of the method included."""
-    found = set(getattr(command, "aliases", ()))
+    found: set[str] = set(getattr(command, "aliases", ()))
     for f in dataclasses.fields(command):
         nested = f.default_factory if f.name == "adapter" and isinstance(f.default_factory, type) else None
         found |= flags_of(nested) if nested is not None else {f.name}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -29,17 +31,29 @@ def run(args: Cite) -> int:
     on_arxiv = variant.paper.replace(".", "").isdigit()
     if args.json:
         url = f"https://arxiv.org/abs/{variant.paper}" if on_arxiv else None
-        print(json.dumps({"method": variant.name, "title": variant.title, "paper": variant.paper, "url": url}))
+        facts = {"method": variant.name, "title": variant.title, "paper": variant.paper, "url": url}
+        print(json.dumps({**facts, "source": source(variant) if on_arxiv else {}}))
     elif on_arxiv:
-        lines = [
-            f"@misc{{{variant.name},",
-            f"  note = {{{variant.title}}},",
-            f"  eprint = {{{variant.paper}}},",
-            "  archivePrefix = {arXiv},",
-            f"  url = {{https://arxiv.org/abs/{variant.paper}}},",
-            "}",
-        ]
-        say("\n".join(lines))
+        entry = source(variant) | {
+            "note": variant.title,
+            "eprint": variant.paper,
+            "archivePrefix": "arXiv",
+            "url": f"https://arxiv.org/abs/{variant.paper}",
+        }
+        print("\n".join([f"@misc{{{variant.name},", *(f"  {key} = {{{value}}}," for key, value in entry.items()), "}"]))
     else:
         say(f"{variant.name}: {variant.paper or 'no source of its own'}")
     return 0
+
+
+def source(variant: type[ll.Variant]) -> dict[str, str]:
+    """Author, title and year as the page writes them before its arXiv number: "Hu et al. 2021, LoRA: ..., arXiv"; empty
+    where it says them otherwise."""
+    text = " ".join(inspect.cleandoc(variant.__doc__ or "").split())
+    for number in re.finditer(f"arXiv {re.escape(variant.paper)}", text):
+        before = text[: number.start()].rstrip(", ")
+        years = list(re.finditer(r" (\d{4}), ", before))
+        if years:
+            names = re.split(r"[.;:] |\(", before[: years[-1].start()].replace("et al.", "and others"))[-1].strip()
+            return {"author": names.replace(", ", " and "), "title": before[years[-1].end() :], "year": years[-1][1]}
+    return {}

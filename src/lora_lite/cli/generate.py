@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lora_lite as ll
 
-from ..data.forms import Message, column_map
+from ..data.forms import ALPACA, SPEAKERS, Message, column_map
 from ..data.read import Located, read_rows
 from . import _folder as folder
 from ._base import BaseFlags, check_base, load_base, quiet
@@ -55,7 +55,7 @@ def run(args: Generate) -> int:
     name = folder.model_of(args.model, args.adapter)
     reader = reader_of(args, name)
     columns = column_map(args.columns)
-    prompts = [prompt_of(row, columns) for row in read_rows(args.data, args.rows)]
+    prompts = [prompt_of(row, columns, reader.chat) for row in read_rows(args.data, args.rows)]
     model, tokenizer = load_base(args, name)
     tokenizer.chat_template = reader.tokenizer.chat_template
     if args.adapter is not None:
@@ -75,20 +75,30 @@ def run(args: Generate) -> int:
     return 0
 
 
-def prompt_of(located: Located, columns: dict[str, str]) -> str | list[Message]:
-    """The question of a row; a last turn by the assistant is what is asked for.
+def prompt_of(located: Located, columns: dict[str, str], chat: bool) -> str | list[Message]:
+    """The question of a row as training asks it; a last turn by the assistant is what is asked for.
 
     Raises:
         FileError: the row asks nothing.
     """
     row, where = located
     row = {**row, **{target: row.get(source) for target, source in columns.items()}}
-    if isinstance(row.get("messages"), list) and row["messages"]:
-        turns = row["messages"]
-        return turns[:-1] if turns[-1].get("role") == "assistant" else turns
+    turns = row.get("messages", row.get("conversations"))
+    if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
+        said = [turn_of(turn) for turn in turns]
+        return said[:-1] if said[-1]["role"] == "assistant" else said
     if isinstance(row.get("prompt"), (str, list)) and row["prompt"]:
         return row["prompt"]
     if isinstance(row.get("instruction"), str):
         extra = row.get("input") or ""
+        if not chat:
+            return ALPACA[bool(extra)].format(instruction=row["instruction"], input=extra)
         return [{"role": "user", "content": f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]}]
     raise ll.FileError(f"{where}: a row needs a prompt, messages or an instruction; it has {sorted(row)}.")
+
+
+def turn_of(turn: Message) -> Message:
+    """A turn, also one in ShareGPT's words."""
+    if "from" not in turn:
+        return turn
+    return {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value", "")}

@@ -40,6 +40,7 @@ def run(args: Info) -> int:
         print(json.dumps({**facts, "norms": norms}))
         return 0
     shown = {k: v for k, v in facts.items() if k not in ("config", "targets", "dead", "not_finite", "bytes")}
+    shown |= {"parameters": f"{facts['parameters']:,}"}
     shown |= {"size": size_text(facts["bytes"]), "targets": len(facts["targets"])}
     shown |= {"dead tensors": len(facts["dead"]), "not finite": len(facts["not_finite"])}
     table(("what", "value"), [(k, cell(v)) for k, v in shown.items() if v is not None])

@@ -49,8 +49,9 @@ class Train(RowFlags, BaseFlags):
     preset: Literal["small", "quality", "memory"] | None = None
     """Settings for people who know no ranks: a small file, the best result, the least memory (4-bit base)."""
     data: str = "wordmath"
-    """wordmath; a JSONL, JSON, CSV or Parquet file; - for JSONL on standard input; or a data set of the hub as NAME or
-    NAME:SPLIT. Columns: text, prompt and completion, messages, Alpaca's, or ShareGPT's."""
+    """wordmath (word problems that the package generates); a JSONL, JSON, CSV or Parquet file; - for JSONL on standard
+    input; or a data set of the hub as NAME or NAME:SPLIT. Columns: text, prompt and completion, messages, Alpaca's, or
+    ShareGPT's."""
     eval_data: str | None = None
     """Rows for the eval loss. None: the validation split of wordmath, or a part of the data, held out."""
     out: Path | None = None

@@ -50,11 +50,15 @@ class AdapterStore:
         if resident < 1:
             raise ConfigError(f"AdapterStore: resident must be at least 1, got {resident}.")
         self.model, self.folder, self.limit = unwrap(model), Path(folder), resident
-        self.base_check: BaseCheck = base_check
+        self._base_check: BaseCheck = base_check
         if not self.folder.is_dir():
             raise FileError(f"AdapterStore: {self.folder} is no folder.")
-        self.hits = self.misses = self.evictions = 0
-        """Adapters that a block found on the model, had to load, and that left for others."""
+        self.hits: int = 0
+        """Adapters that a block found on the model."""
+        self.misses: int = 0
+        """Adapters that a block had to load."""
+        self.evictions: int = 0
+        """Adapters that left for others."""
         self._resident: dict[str, Record] = {}  # least recently used first
         self._reading: dict[str, Future[Staged]] = {}
         self._turn = threading.RLock()  # held by the block that runs
@@ -141,7 +145,7 @@ class AdapterStore:
         active = state.active
         with self._still:
             if read is None:
-                load(self.model, self._path(name), name, base_check=self.base_check)
+                load(self.model, self._path(name), name, base_check=self._base_check)
             else:
                 check_attachable(self.model, name)
                 commit(self.model, *read, trainable=False)
@@ -175,7 +179,7 @@ class AdapterStore:
         if path.is_dir():
             return None
         with self._still, own_surroundings():
-            return read_native(self.model, path, name, self.base_check)
+            return read_native(self.model, path, name, self._base_check)
 
     def _path(self, name: str) -> Path:
         plain = bool(name) and all(c.isalnum() or c in "_-" for c in name)

@@ -68,5 +68,5 @@ class Compacter(Variant):
 
 def product(h: Tensor, R: Tensor, t: Tensor, u: Tensor) -> Tensor:
     """(Σ_i R_i ⊗ u_i t_iᵀ) h for h (…, n·p), R (n, n, n), t (n, p), u (n, q): (…, n·q)."""
-    inner = h.unflatten(-1, (R.shape[1], -1)) @ t.mT  # (…, n, n): part b of h, rule i
+    inner = h.view(*h.shape[:-1], R.shape[1], t.shape[1]) @ t.mT  # (…, n, n): part b of h, rule i
     return torch.einsum("...bi,iab,iq->...aq", inner, R, u).flatten(-2)

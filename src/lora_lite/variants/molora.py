@@ -81,7 +81,7 @@ class MoLORA(Variant):
             p = p * chosen
             p = p / p.sum(-1, keepdim=True)
         z = layer.dropout(x) @ layer.lora_A.flatten(0, 1).mT
-        z = z.unflatten(-1, (cfg.experts, -1))
+        z = z.view(*z.shape[:-1], cfg.experts, cfg.r)
         return add_lowrank(y, (p[..., None] * z).flatten(-2), layer.lora_B.transpose(0, 1).flatten(1), cfg.scale)
 
 

@@ -126,7 +126,7 @@ def check_fed(state: ModelState, output: Any) -> None:
 
 def _check_cut(state: ModelState, lost: list[str], n_trained: int, output: Any) -> None:
     """Raise where a reentrant checkpoint cut these targets off, or the whole output."""
-    whole = n_trained and any(how is not None for how in state.gradless.values()) and not _has_gradient(output)
+    whole = n_trained and any(how is not None for how in state.gradless.values()) and not has_gradient(output)
     state.gradless = {path: how for path, how in state.gradless.items() if not how}  # what was cut is asked again
     if not (lost or whole):
         return
@@ -138,7 +138,8 @@ def _check_cut(state: ModelState, lost: list[str], n_trained: int, output: Any) 
     )
 
 
-def _has_gradient(output: Any) -> bool:
+def has_gradient(output: Any) -> bool:
+    """Whether some tensor of an output has one."""
     return any(isinstance(v, Tensor) and v.requires_grad for v in values_of(output))
 
 

@@ -9,8 +9,9 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..._torch import with_tensors
 from ...core.errors import LoraLiteWarning, StateError
 from ..model.site import place, tensor_on
 from ..model.state import STATE, ModelState
@@ -20,7 +21,7 @@ from .batch import extent_of
 from .context import with_context
 from .invoked import note_cache
 from .positions import locate
-from .recompute import check_fed
+from .recompute import check_fed, has_gradient
 from .virtual import lead
 from .vocabulary import await_head, check_head, watch_vocabulary
 
@@ -58,21 +59,22 @@ def root_pre_hook(
     return lead(state, model, args, kwargs)
 
 
-def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Raise when a training call left something without a gradient: adapted layers, by a reentrant checkpoint, or what
-    stands on a head that it did not call. Also called when the model failed, to end what was begun."""
+    stands on a head that it did not call. Also called when the model failed, to end what was begun. While merged, the
+    output of a training call is one that refuses a backward pass."""
     state: ModelState = model.__dict__[STATE]
     now = state.here.now
     if torch.compiler.is_compiling():
         if now.selection is not None:
             now.selection = None
-        return
+        return None
     failed = output is None and sys.exc_info()[0] is not None
     idle = acting.end(model, state, failed)
     had_grad, begun = now.grad, now.begun
     now.end()
     if failed:  # an exception is on its way
-        return
+        return None
     if begun:
         note_cache(state, begun, output)
     if had_grad and state.vocabulary and model.training:
@@ -80,6 +82,44 @@ def root_post_hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     acting.tell(idle)
     if had_grad and state.gradless and model.training and torch.is_grad_enabled():
         check_fed(state, output)
+    return refusing(state, output) if had_grad and model.training and state.merged is not None else None
+
+
+def refusing(state: ModelState, output: Any) -> Any:
+    """The output of a training call of a merged model, the same bits, which says why nothing learns instead of leaving
+    that to torch: "element 0 of tensors does not require grad". None where something of the model does learn, or
+    nothing was to."""
+    assert state.merged is not None
+    names = [name for name, _ in state.merged.active if state.records[name].trainable]
+    if not names or not torch.is_grad_enabled() or has_gradient(output):
+        return None
+    flag = torch.zeros((), requires_grad=True)
+
+    def refuse(leaf: Any) -> Any:
+        return Merged.apply(leaf, flag, names[0]) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return with_tensors(refuse, output)
+
+
+class Merged(torch.autograd.Function):
+    """The identity, whose backward pass raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Any, flag: Any, name: str) -> Any:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise StateError(
+            f"adapter {ctx.name!r} is merged into the weights, so nothing learns; call ll.unmerge(model) before "
+            "training."
+        )
 
 
 def wait_for_change(state: ModelState) -> None:

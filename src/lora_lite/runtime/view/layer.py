@@ -30,7 +30,7 @@ PROBE = 256.0
 """How much longer than v the vectors are that `project` pushes through a packed layer with a bias."""
 
 
-def generator_for(seed: int, *names: str) -> Generator:
+def generator_for(seed: int | None, *names: str) -> Generator:
     """A CPU generator that depends on the seed and the names only: not on device, rank, target order or the global
     state."""
     digest = hashlib.blake2b("\0".join((str(seed), *names)).encode(), digest_size=8).digest()
