@@ -101,7 +101,7 @@ def test_commands_on_a_page_exist(page):
         command = VERBS[words[0]]
         if hasattr(command, "method"):
             command = with_method(command, chosen_method(words))
-        flags = {f.name for f in dataclasses.fields(command)}
+        flags = {f.name for f in dataclasses.fields(command)} | set(getattr(command, "aliases", ()))
         if "method" in flags:
             flags |= {f.name for f in dataclasses.fields(chosen_method(words).config)}
         for word in words[1:]:

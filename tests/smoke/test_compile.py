@@ -189,7 +189,8 @@ def test_functional_calls_and_transforms(method):
     model(x()).square().sum().backward()
     for name, p in model.named_parameters():
         if p.requires_grad:
-            torch.testing.assert_close(grads[name], p.grad, atol=1e-4, rtol=1e-4)
+            own = torch.zeros_like(p) if p.grad is None else p.grad  # what a page reads in training only
+            torch.testing.assert_close(grads[name], own, atol=1e-4, rtol=1e-4)
     per_row = torch.func.vmap(lambda v: model(v))(x())
     largest = model(x()).abs().max().clamp_min(1)  # outputs may be large, and are rounded where they are
     same(per_row / largest, model(x()) / largest)

@@ -30,8 +30,9 @@ class Wide(nn.Module):
         return x
 
 
-DENSE = {"fourierft", "glora", "hira", "kradapter", "randlora", "shira", "vblora", "waveft", "whole"}
-"""Methods with tensors as large as a weight by nature: a spectrum, entries one by one, bases, a bank of vectors."""
+DENSE = {"fourierft", "glora", "hira", "kradapter", "miss_bat", "randlora", "shira", "vblora", "waveft", "whole"}
+"""Methods with tensors as large as a weight by nature: a spectrum, entries one by one, bases, a bank of vectors, blocks
+of the weight that are multiplied."""
 
 
 def adapted(case, d: int = D):

@@ -79,7 +79,8 @@ def show_list(found: list[dict[str, Any]]) -> None:
         say()
     say(f"{len(found)} methods; the number: trained parameters of one {WIDTH}x{WIDTH} layer at r={RANK}.")
     say("W: reads the weight. D: starts from data. S: has a schedule.")
-    say(filled("Other names: " + "; ".join(f"{also_called(v)}: {v.name}" for v in ll.variants() if v.also) + "."))
+    others = "; ".join(f"{also_called(v)}: {v.name}" for v in ll.variants() if v.also)
+    say(f"Other names: {others}." if width() is None else "Other names too: lora-lite variants MHR")
     say("One method: lora-lite variants NAME")
     say("Its flags:  lora-lite train --method NAME --help")
 
