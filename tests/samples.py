@@ -20,10 +20,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 WIDTH_CHECK = "a_step_is_as_long_at_any_width"
 
 
-def cases(promise: str) -> Any:
+def cases(promise: str, only: tuple[str, ...] | None = None) -> Any:
     """Parametrises a test over every check of a promise, every registered variant, fp32 and bf16, bias and none.
 
     Quick are fp32 with a bias and bf16 without, where a check applies to them; the other two combinations are slow.
+
+    Args:
+        only: the methods whose cases are quick; None means all.
     """
     found = []
     for variant in ll.variants():
@@ -36,6 +39,7 @@ def cases(promise: str) -> Any:
         for name, all_of_it in fitting.items():
             quick = [case for case in all_of_it if case.bias == (case.dtype == torch.float32)] or all_of_it
             long = name == WIDTH_CHECK and (variant.needs_weight or variant.needs_data)
+            long = long or (only is not None and variant.name not in only)
             for case in all_of_it:
                 short = f"{'fp32' if case.dtype == torch.float32 else 'bf16'}-{'bias' if case.bias else 'none'}"
                 # long: a decomposition of 1,024 x 1,024

@@ -184,8 +184,8 @@ BUGS = [
     Bug(
         "the weight of a page that acts first stands in behind one that changed y",
         "runtime/call/stand_in.py",
-        "        if slot.weight is None or not _by_weight(slot):\n            break\n",
-        "        if slot.weight is None or not _by_weight(slot):\n            continue\n",
+        "        if slot.weight is None or not _by_weight(layer, slot):\n            break\n",
+        "        if slot.weight is None or not _by_weight(layer, slot):\n            continue\n",
         "tests/runtime/test_weight_pages.py -k behind",
     ),
     Bug(

@@ -140,6 +140,7 @@ def test_without_a_gpu_the_run_on_one_is_refused(capsys, monkeypatch):
     assert main(["bench", "--device", "cpu", "--sizes", "S4"]) == 2
 
 
+@pytest.mark.slow
 def test_the_run_on_a_device_goes_on_and_needs_nobody(tmp_path, capsys, monkeypatch):
     """The paths of a run on a GPU, on the CPU; a unit that fails says so and is tried again."""
     compiled, build = [], device.build

@@ -79,7 +79,7 @@ def peak_saved(model):
     return peak
 
 
-METHODS = [v.name for v in ll.variants() if v.trains and v.site in ("linear", "block")]
+METHODS = [v.name for v in ll.variants() if v.trains and v.site in ("linear", "block") and v.needs_data != "adapters"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ from neighbours import autocast_on_meta
 METHODS = [v.name for v in ll.variants() if not v.needs_data]
 ORDER_ALONE = ("supertuning",)
 """Their start reads which weights are largest, which a factor on all of them does not change."""
-IN_FORWARD = ("hira", "peanut", "glora")
+IN_FORWARD = ("hira", "peanut", "glora", "miss_bat")
 """They multiply the weight by something in every call, so there is no call without it."""
 
 

@@ -16,7 +16,7 @@ from ..runtime.layers.tensors import bias_of, is_sharded
 from ..runtime.model.record import Record, Target
 from ..runtime.model.site import Slot
 from ..runtime.view.composed import Composed
-from ..runtime.view.layer import DenseView
+from ..runtime.view.layer import DenseView, product
 from .gather import full_tensor
 from .native import adapter_state_dict
 
@@ -102,6 +102,9 @@ class _View(DenseView):
     @property
     def weight(self) -> Tensor:
         return self._layer.weight
+
+    def project(self, v: Tensor) -> Tensor:
+        return product(v, self._layer.weight)
 
 
 def dense_weight(module: nn.Module, path: str, kind: str) -> Tensor:

@@ -72,7 +72,7 @@ def post_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     x = args[0] if args else kwargs[first_name(layer, kwargs)]
     y = _usable(layer, site, x, output[0] if isinstance(output, tuple) else output)
     if stood_in:
-        selection = (rest(site, selection[0]), *selection[1:])
+        selection = (rest(layer, site, selection[0]), *selection[1:])
     inner_x, inner_y = site.kind.enter(layer, x, y)
     new = apply_selected(layer, site, inner_x, inner_y, selection)
     if new is inner_y:

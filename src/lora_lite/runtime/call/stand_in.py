@@ -26,7 +26,7 @@ def stand_before(layer: nn.Module, site: Site, chosen: Chosen, call: Call | None
     """Put W' before the stored weight, if adapters that act first on y say what it is."""
     if torch.compiler.is_compiling():
         return
-    slots = leading(site, chosen)
+    slots = leading(layer, site, chosen)
     stored = layer._parameters.get(PARAMETER)
     if not slots or stored is None or not _takes(layer, site, stored):
         return
@@ -40,27 +40,31 @@ def stand_before(layer: nn.Module, site: Site, chosen: Chosen, call: Call | None
     swap_in(layer, {PARAMETER: site.kind.as_stored(layer, new)})
 
 
-def leading(site: Site, chosen: Chosen) -> list[tuple[Slot, float]]:
+def leading(layer: nn.Module, site: Site, chosen: Chosen) -> list[tuple[Slot, float]]:
     """The adapters that act on this layer by its weight, up to the first that acts on y."""
     found: list[tuple[Slot, float]] = []
     for name, strength in chosen:
         slot = site.slots.get(name)
         if slot is None or slot.forward is None:
             continue
-        if slot.weight is None or not _by_weight(slot):
+        if slot.weight is None or not _by_weight(layer, slot):
             break
         found.append((slot, strength))
     return found
 
 
-def _by_weight(slot: Slot) -> bool:
-    """Whether the weight is the form in which the page acts here: of two forms, while gradients are taken."""
-    return hasattr(slot.forward, "follows") or (torch.is_grad_enabled() and not slot.cfg.dropout)
+def _by_weight(layer: nn.Module, slot: Slot) -> bool:
+    """Whether the weight is the form in which the page acts here: of two forms, while gradients are taken, and where
+    the weight has values."""
+    if hasattr(slot.forward, "follows"):
+        return True
+    stored = layer._parameters.get(PARAMETER)
+    return torch.is_grad_enabled() and not slot.cfg.dropout and stored is not None and not stored.is_meta
 
 
-def rest(site: Site, chosen: Chosen) -> Chosen:
+def rest(layer: nn.Module, site: Site, chosen: Chosen) -> Chosen:
     """The adapters whose part is still to be done where a weight stood in."""
-    done = {slot.name for slot, _ in leading(site, chosen)}
+    done = {slot.name for slot, _ in leading(layer, site, chosen)}
     return tuple((name, strength) for name, strength in chosen if name not in done)
 
 
