@@ -121,7 +121,12 @@ def commit(
     model: nn.Module, record: Record, staged: list[StagedTarget], trainable: bool, plan: object = None
 ) -> Adapter:
     """Register staged tensors and hooks. Everything that can be checked is checked before the first change."""
-    return change(model, "adding an adapter", lambda undo: put_on(model, record, staged, trainable, undo, plan))
+
+    def steps(undo: Undo) -> Adapter:
+        with own_surroundings():
+            return put_on(model, record, staged, trainable, undo, plan)
+
+    return change(model, "adding an adapter", steps)
 
 
 def change(model: nn.Module, what: str, steps: Callable[[Undo], T]) -> T:
@@ -139,8 +144,7 @@ def change(model: nn.Module, what: str, steps: Callable[[Undo], T]) -> T:
         if state is not None:
             state.changing = threading.get_ident()  # from here on, calls in other threads wait
         outside_calls(model, what)
-        with own_surroundings():
-            done = steps(undo)
+        done = steps(undo)
         go_on()
         return done
 

@@ -83,7 +83,8 @@ def compact(model: nn.Module, name: str | None = None, rank: int | None = None) 
     order, active = list(state.records), state.active
 
     def steps(undo: Undo) -> Adapter:
-        put_on(model, record, staged, old.trainable, undo)
+        with own_surroundings():
+            put_on(model, record, staged, old.trainable, undo)
         take_off(model, [old.name], undo)
         give_name(model, record, old.name, undo)
         put_in_order(model, order, undo)
