@@ -83,7 +83,7 @@ def combine(
         staged = stage(model, record, fill=False)
         for view in staged:
             record.variant.from_factors(view, *factors[view.path])  # type: ignore[misc]
-        return commit(model, record, staged, trainable=False)
+    return commit(model, record, staged, trainable=False)
 
 
 def factors(model: nn.Module, name: str | None = None) -> dict[str, Pair]:

@@ -47,14 +47,20 @@ def begin(model: nn.Module, state: ModelState, args: tuple[Any, ...], kwargs: di
     training = now.grad and model.training
     if training:
         state.train_calls += 1
-        idle = any(paths for form, paths in state.unhooked.items() if form[0])
-        for name in names if idle and any(m.ran for m in _sites(model, state)) else ():
-            check_acts(state, state.records[name], "it would not be trained there")
+        _check_trained(model, state, names)
     form = training, len(args), frozenset(key for key, value in kwargs.items() if value is not None)
     if form in state.unhooked or len(state.unhooked) >= FORMS:
         return
     if _may_listen(state) and not _is_compiled(model) and not makes_fakes():
         _listen(model, state, form)
+
+
+def _check_trained(model: nn.Module, state: ModelState, names: Iterable[str]) -> None:
+    """Raise where a training call before this one read an adapted weight past its hooks, while other layers ran."""
+    idle = any(paths for (training, *_), paths in state.unhooked.items() if training)
+    if idle and any(site.ran for site in _sites(model, state)):
+        for name in names:
+            check_acts(state, state.records[name], "it would not be trained there")
 
 
 def end(model: nn.Module, state: ModelState, failed: bool) -> list[str]:
