@@ -65,6 +65,7 @@ class Glosses:
         with torch.no_grad():
             for start in range(0, len(rows), 250):
                 batch = self._encoded(rows[start : start + 250])
+                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
                 out = model(**batch)
                 right += int((out.logits.argmax(-1) == batch["labels"]).sum())
                 loss += float(out.loss) * len(batch["labels"])
