@@ -20,8 +20,8 @@ BUGS = [
     Bug(
         "the input's gradient in the order of the rows",
         "ops/sparse.py",
-        "at_x = _bag(g, values[order], columns[order], rows[order], x.shape[-1])",
-        "at_x = _bag(g, values, columns[order], rows[order], x.shape[-1])",
+        "at_x = _bag(gT, values[order], columns[order], rows[order], x.shape[-1])",
+        "at_x = _bag(gT, values, columns[order], rows[order], x.shape[-1])",
         "tests/ops/test_sparse.py",
     ),
     Bug(
@@ -30,6 +30,13 @@ BUGS = [
         "return torch.fft.irfft(x, n)",
         "return torch.fft.irfft(x, n - n % 2)",
         "tests/equations/test_c3a.py",
+    ),
+    Bug(
+        "a correlation's weights learn from the other direction",
+        "ops/transforms.py",
+        "_listed(G).conj_physical(), _listed(rfft(x))",
+        "_listed(G), _listed(rfft(x)).conj_physical()",
+        "tests/ops/test_transforms.py",
     ),
     Bug(
         "own products under autocast",

@@ -189,6 +189,13 @@ BUGS = [
         "tests/runtime/test_weight_pages.py -k behind",
     ),
     Bug(
+        "a kept weight outlives the base's",
+        "runtime/call/stand_in.py",
+        'f"weight of {id(stored)}, {version}"',
+        'f"weight of {id(stored)}"',
+        "tests/runtime/test_weight_pages.py -k per_generation",
+    ),
+    Bug(
         "a weight stands in where it rounds the change away",
         "runtime/call/stand_in.py",
         "or stored.dtype not in EXACT:",

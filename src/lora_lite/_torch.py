@@ -220,3 +220,10 @@ def hook_tables(owner: nn.Module | Optimizer) -> list[dict[int, Any]]:
     some hooks."""
     endings = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
     return [table for name, table in vars(owner).items() if name.endswith(endings) and isinstance(table, dict)]
+
+
+def sampled_products(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Σ_t a[rows, t] b[columns, t] for two matrices with rows in one piece, without a derivative. Relies on the
+    backward pass of an embedding bag's weights being these products."""
+    weights_backward: Any = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return weights_backward(a, b, columns, rows, rows, 0, -1)

@@ -24,3 +24,4 @@ def test_product_and_gradients(sampled, monkeypatch):
         torch.testing.assert_close(mine, other)
     with torch.no_grad():
         torch.testing.assert_close(sparse.sparse_product(x, values, rows, columns, 7), want)
+    assert torch.autograd.gradgradcheck(lambda x, v: sparse.sparse_product(x, v, rows, columns, 7), (x, values))

@@ -356,6 +356,12 @@ def test_a_mode_that_makes_fakes_is_seen():
         assert not _torch.makes_fakes()
 
 
+def test_the_weights_of_a_bag_get_sampled_products():
+    a, b = torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    rows, columns = torch.tensor([0, 0, 3]), torch.tensor([4, 1, 1])
+    torch.testing.assert_close(_torch.sampled_products(a, b, rows, columns), (a @ b.mT)[rows, columns])
+
+
 def test_every_function_has_a_test():
     tested = {n.attr for n in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(n, ast.Attribute)}
     own = {name for name, f in inspect.getmembers(_torch, inspect.isfunction) if f.__module__ == _torch.__name__}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_lite as ll
+from lora_lite.core import registry
 from lora_lite.runtime.call import stand_in
+from lora_lite.runtime.model.state import SITE
 from lora_lite.testing.case import randomise
 from lora_lite.testing.toy import Conv1D, FakeQuantLinear, Snapshot, toy
 
@@ -177,10 +180,30 @@ def test_the_plan_says_what_is_built():
     assert "adapted weight" not in str(ll.plan(toy(), LORA))
 
 
+class Shifted(ll.Variant):
+    """y' = y + (Σ x) v, and W' = W + v 1ᵀ."""
+
+    name = "shifted_in_two_forms"
+
+    @staticmethod
+    def param_specs(d_in, d_out, cfg):
+        return {"lora_v": ll.ParamSpec((d_out,))}
+
+    @staticmethod
+    def forward(layer, x, y):
+        return y + layer.dropout(x).sum(-1, keepdim=True) * layer.lora_v
+
+    @staticmethod
+    def weight(layer, W):
+        return W + layer.lora_v[:, None]
+
+
 def test_one_function_in_two_forms(monkeypatch):
-    """FourierFT multiplies with W' while gradients are taken, and by its forward where it drops inputs or not."""
+    """W' while gradients are taken, and the page's forward where it drops inputs or not."""
+    monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+    ll.register(Shifted)
     model = toy().train()
-    ll.attach(model, ll.FourierFTConfig(n=40, strength=300, dropout=0.0))
+    ll.attach(model, ll.AdapterConfig(variant=Shifted.name, dropout=0.0))
     randomise(model)
     seen = []
     model.layers[0].up.register_forward_pre_hook(lambda m, args: seen.append("weight" in m.__dict__))
@@ -190,6 +213,45 @@ def test_one_function_in_two_forms(monkeypatch):
         without = model(x)
     torch.testing.assert_close(with_gradient, without, atol=1e-5, rtol=1e-5)
     ll.detach(model)
-    ll.attach(model, ll.FourierFTConfig(n=40, dropout=0.5))
+    ll.attach(model, ll.AdapterConfig(variant=Shifted.name, dropout=0.5))
     model(x)
-    assert seen == [True, False, False] and not ll.get_variant("fourierft").needs_weight
+    assert seen == [True, False, False]
+
+
+class Cache:
+    """What a model continues while it generates."""
+
+    def get_seq_length(self):
+        return 1
+
+
+class Generates(nn.Module):
+    config: ClassVar = {"model_type": "generates"}
+
+    def __init__(self):
+        super().__init__()
+        self.inner = toy()
+
+    def forward(self, x, past_key_values=None):
+        return self.inner(x)
+
+
+def test_a_weight_is_made_once_per_generation(monkeypatch):
+    model, v = Generates().eval(), x(2)
+    ll.attach(model, HIRA)
+    randomise(model)
+    calls, page = [], ll.get_variant("hira").weight
+    for layer in model.modules():
+        if SITE in layer.__dict__:
+            layer.__dict__[SITE].slots["default"].weight = lambda view, W: (calls.append(view.path), page(view, W))[1]
+    cache, want = Cache(), model(v).detach()
+    del calls[:]
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(model(v, past_key_values=cache), want)
+        assert len(calls) == len(set(calls)) == 4
+        model.inner.layers[0].up.lora_A.mul_(2)
+        changed = model(v, past_key_values=cache)
+        assert len(calls) == 5 and not torch.allclose(changed, want)
+        model.inner.layers[0].up.weight.mul_(2)
+        assert not torch.allclose(model(v, past_key_values=cache), changed) and len(calls) == 6

@@ -43,8 +43,11 @@ def forward_of(weight: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any, T
     """The `forward` that follows from a `weight`."""
 
     def forward(layer: Any, x: Any, y: Tensor) -> Tensor:
-        W = layer.weight.to(torch.promote_types(torch.float32, y.dtype))
-        return y + x @ (weight(layer, W) - W).to(y.dtype).mT
+        def change() -> Tensor:
+            W = layer.weight.to(torch.promote_types(torch.float32, y.dtype))
+            return (weight(layer, W) - W).to(y.dtype)
+
+        return y + x @ layer.once("change", change).mT
 
     forward.follows = True  # pyright: ignore[reportFunctionMemberAccess]
     return forward

@@ -16,6 +16,12 @@ from .autograd import own_backward, own_products
 from .dropout import shrink_dropped
 
 
+def wide(B: Tensor) -> Tensor:
+    """Bᵀ as a product with few tokens or columns reads it fastest: CPU libraries want 16-bit factors in rows, and take
+    others either way."""
+    return B.mT.contiguous() if B.dtype.itemsize == 2 and B.device.type == "cpu" else B.mT
+
+
 def shrink(x: Tensor, A: Tensor) -> Tensor:
     """x Aᵀ for x (..., d_in), A (r, d_in), as (tokens, r)."""
     if not isinstance(x, Tensor):  # one-hot rows of an embedding
@@ -27,13 +33,13 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
 
 
 class _AddLowrank(torch.autograd.Function):
-    """Saves z and B, not the transposed copy of B that the product reads."""
+    """Saves z and B, not the copy of B that a 16-bit product reads."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, B: Tensor, s: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(z, B)
         ctx.s = s
-        return torch.addmm(y, z, B.mT.contiguous(), alpha=s)
+        return torch.addmm(y, z, wide(B), alpha=s)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -47,7 +53,7 @@ def add_lowrank(y: Tensor, z: Tensor, B: Tensor, s: float = 1.0) -> Tensor:
     """y + s z Bᵀ in one fused pass. y (..., d_out), z (..., r) or (tokens, r), B (d_out, r)."""
     rows, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
     if not own_products(z):
-        return torch.addmm(rows, z, B.mT.contiguous(), alpha=s).view(y.shape)
+        return torch.addmm(rows, z, wide(B), alpha=s).view(y.shape)
     return _AddLowrank.apply(rows, z, B, s).view(y.shape)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -98,10 +104,30 @@ class _Scale(torch.autograd.Function):
         return torch.addcmul(g, g, h), at_h, None
 
 
+class _Gate(torch.autograd.Function):
+    """W + W ∘ M for a W that is not trained: a backward pass of one product, where torch multiplies W by 1 first."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, M: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(W)
+        return torch.addcmul(W, W, M)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, g * ctx.saved_tensors[0]
+
+
+def gated(W: Tensor, M: Tensor) -> Tensor:
+    """W + W ∘ M, rounded once; 1 + M is never formed."""
+    if W.requires_grad or not own_products(M):
+        return torch.addcmul(W, W, M)
+    return _Gate.apply(W, M)  # pyright: ignore[reportReturnType]
+
+
 def scale_outputs(y: Tensor, h: Tensor, b: Tensor | None) -> Tensor:
     """y + h (y − b): the outputs W x scaled by 1 + h (d_out,), or (n, 1, d_out) with a gain per row; the bias b
     (frozen) is left alone. Rounds once; 1 + h is never formed."""
-    if h.dim() > 1 or not own_backward():
+    if h.dim() > 1 or not (torch.is_grad_enabled() and own_backward()):
         return torch.addcmul(y, y if b is None else y - b, h)
     return _Scale.apply(y, h, b)  # pyright: ignore[reportReturnType]
 
@@ -112,4 +138,4 @@ def scaled_lowrank_update(
     """y + h (y − b) + s (x Aᵀ) Bᵀ with one new tensor of y's size."""
     scaled = scale_outputs(y.reshape(-1, y.shape[-1]), h, b)
     add = scaled.addmm_ if own_backward() else scaled.addmm
-    return add(shrink(x, A), B.mT.contiguous(), alpha=s).view(y.shape)
+    return add(shrink(x, A), wide(B), alpha=s).view(y.shape)

@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
-from ..ops.transforms import irfft, rfft
+from ..ops.transforms import correlation, spectrum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +57,7 @@ class C3A(Variant):
     def forward(layer: Layer[C3AConfig], x: Tensor, y: Tensor) -> Tensor:
         if not y.numel():  # of which no transform can be taken
             return y
-        w = layer.tiny("lora_w")
-        b = w.shape[-1]
-        kernel = layer.once("kernel", lambda: rfft(w).conj() / layer.in_features)
-        pieces: Tensor = layer.dropout(x).to(w.dtype).unflatten(-1, (-1, b))
-        change = irfft(torch.einsum("...nf,mnf->...mf", rfft(pieces), kernel), b)
+        w = layer.tiny("lora_w") / layer.in_features
+        pieces: Tensor = layer.dropout(x).to(w.dtype).unflatten(-1, (-1, w.shape[-1]))
+        change = correlation(pieces, w, layer.once("spectrum", lambda: spectrum(w)))
         return y + change.flatten(-2).to(y.dtype)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
-from ..ops.transforms import irfft2
+from ..ops.sparse import sparse_product
+from ..ops.transforms import from_frequencies, to_frequencies
 from ._sparse import position_spec, positions
 
 
@@ -34,15 +36,15 @@ class FourierFTConfig(AdapterConfig):
 
 @register
 class FourierFT(Variant):
-    """Spectral update: n real coefficients at drawn frequencies, transformed into a dense matrix.
+    """Spectral update: n real coefficients at drawn frequencies of the update's Fourier transform.
 
     W' = W + s Re F⁻¹(C), C (d_out, d_in) zero but for lora_values (n) = 0 trained, so an exact zero is added at the
     start, at the positions lora_at (2, n), drawn once per layer and saved. F⁻¹ is the inverse discrete Fourier
-    transform with its factor 1/(d_in d_out), in fp32 at least; its real part is the inverse transform of the Hermitian
-    part of C, of which half of the columns do. PEFT starts at N(0, 1) unless told otherwise, far from the base, and
-    uses the same frequencies in all layers of one shape. d_in d_out log(d_in d_out) multiply-adds once per call; in
-    training a plain layer multiplies with W' once, otherwise d_in d_out more per token. Gao et al. 2024,
-    Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, arXiv 2405.03003.
+    transform with its factor 1/(d_in d_out). Inputs are transformed, multiplied with the half of C that its
+    Hermitian part needs, and transformed back, in fp32 at least; no matrix is built. PEFT builds it in every call,
+    starts at N(0, 1) unless told otherwise, far from the base, and uses the same frequencies in all layers of one
+    shape. About n + d_in log d_in + d_out log d_out multiply-adds per token. Gao et al. 2024, Parameter-Efficient
+    Fine-Tuning with Discrete Fourier Transform, arXiv 2405.03003.
     """
 
     name = "fourierft"
@@ -59,22 +61,29 @@ class FourierFT(Variant):
         return {"lora_values": ParamSpec((n,), decay=False), "lora_at": position_spec(d_out, d_in, n)}
 
     @staticmethod
-    def forward(layer: Layer[FourierFTConfig], x: Tensor, y: Tensor) -> Tensor:
-        change = layer.once("change", lambda: transformed(layer).to(y.dtype))
-        return y + layer.dropout(x) @ change.mT
+    def forward(layer: Layer[FourierFTConfig], x: Any, y: Tensor) -> Tensor:
+        x = layer.dropout(x)
+        if isinstance(x, Tensor):
+            return y + waves(layer, x).to(y.dtype)
+        eye = torch.eye(layer.in_features, dtype=y.dtype, device=y.device)  # for inputs that can only be multiplied
+        return y + x @ layer.once("change", lambda: waves(layer, eye).to(y.dtype))
 
-    @staticmethod
-    def weight(layer: Layer[FourierFTConfig], W: Tensor) -> Tensor:
-        return W + transformed(layer).to(W.dtype)
+
+def waves(layer: Layer[FourierFTConfig], x: Tensor) -> Tensor:
+    """s Re F⁻¹(C) x: transformed, multiplied with the core, transformed back."""
+    values, rows, columns = layer.once("core", lambda: core(layer))
+    z = sparse_product(to_frequencies(x.to(values.dtype)), values, rows, columns, 2 * (layer.out_features // 2 + 1))
+    return from_frequencies(z, layer.out_features)
 
 
-def transformed(layer: Layer[FourierFTConfig]) -> Tensor:
-    """s Re F⁻¹(C), (d_out, d_in)."""
-    c, (i, j) = layer.tiny("lora_values"), positions(layer)
-    d_out, d_in = layer.out_features, layer.in_features
-    half = d_in // 2
-    rows = torch.cat((i, -i % d_out))  # every frequency and its opposite hold half of the coefficient
-    columns = torch.cat((j, -j % d_in))
-    shares = torch.cat((c, c)) * (columns <= half) * (layer.cfg.scale / 2)
-    C = c.new_zeros(d_out, half + 1).index_put((rows, columns.clamp_max(half)), shares, accumulate=True)
-    return irfft2(torch.complex(C, torch.zeros_like(C)), d_out, d_in)
+def core(layer: Layer[FourierFTConfig]) -> tuple[Tensor, Tensor, Tensor]:
+    """C between the halves of two real spectra, (values, rows, columns) by rows: a frequency in the other half is the
+    conjugate of its opposite."""
+    (i, j), (d_out, d_in) = positions(layer), (layer.out_features, layer.in_features)
+    c = layer.tiny("lora_values") * (layer.cfg.scale / d_in)
+    c = torch.where(2 * i % d_out == 0, c, c / 2)  # the transform back counts all others twice
+    u, v = torch.minimum(i, d_out - i), torch.minimum(j, d_in - j)
+    imaginary = torch.where((u == i) == (v == j), -c, c)
+    rows, columns = torch.cat((2 * u, 2 * u + 1)), torch.cat((2 * v, 2 * v + 1))
+    order = rows.argsort(stable=True)
+    return torch.cat((c, imaginary))[order], rows[order], columns[order]

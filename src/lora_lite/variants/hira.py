@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..core import AdapterConfig, Layer, ParamSpec, Variant, register
+from ..ops.lowrank import gated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +43,4 @@ class HiRA(Variant):
 
     @staticmethod
     def weight(layer: Layer[HiRAConfig], W: Tensor) -> Tensor:
-        return torch.addcmul(W, W, layer.once("BA", lambda: layer.tiny("lora_B") @ layer.tiny("lora_A")))
+        return gated(W, layer.tiny("lora_B") @ layer.tiny("lora_A"))

@@ -69,8 +69,11 @@ class KaSA(Variant):
 
     @staticmethod
     def forward(layer: Layer[KaSAConfig], x: Tensor, y: Tensor) -> Tensor:
+        dropped = layer.dropout(x)
+        if dropped is x:
+            return lowrank_update(y, x, *layer.once("factors", lambda: KaSA.factors(layer)))
         y = lowrank_update(y, x, layer.lora_A0, layer.lora_B0, -1.0)
-        return lowrank_update(y, layer.dropout(x), layer.lora_A, layer.lora_B * layer.lora_values, layer.cfg.scale)
+        return lowrank_update(y, dropped, layer.lora_A, layer.lora_B * layer.lora_values, layer.cfg.scale)
 
     @staticmethod
     def factors(layer: Layer[KaSAConfig]) -> tuple[Tensor, Tensor]:

@@ -67,4 +67,5 @@ class Lily(Variant):
         z = shrink(layer.dropout(x), layer.lora_A)
         p = (z @ layer.lora_R.mT).softmax(-1)
         mixed = (p[..., None] * z[..., None, :]).flatten(-2)
-        return add_lowrank(y, mixed, layer.lora_B.transpose(0, 1).flatten(1), layer.cfg.scale)
+        B = layer.once("B", lambda: layer.lora_B.transpose(0, 1).flatten(1))
+        return add_lowrank(y, mixed, B, layer.cfg.scale)

@@ -60,7 +60,8 @@ class PVeRA(Variant):
         A, B = bases(layer)
         if layer.training:
             mean, log_square = (shrink(layer.dropout(x), A.flatten(0, 1)) * layer.lora_d.flatten()).chunk(2, -1)
-            z = mean + torch.randn_like(mean) * (0.5 * log_square).exp()
+            noise = torch.randn_like(mean.mT).mT  # whose rows lie together: numbers are drawn faster
+            z = mean + noise * (0.5 * log_square).exp()
         else:
             z = shrink(x, A[0]) * layer.lora_d[0]
         return torch.addcmul(y, (z @ B.mT).view(y.shape), layer.lora_b)

@@ -34,10 +34,17 @@ def stand_before(layer: nn.Module, site: Site, chosen: Chosen, call: Call | None
     for slot, strength in slots:
         view = LayerView(layer, slot, W.dtype, call)
         view.strength = strength
-        assert slot.weight is not None
-        other = blend(W, slot.weight(view, W), 1.0 if slot.own_weight else strength)
+        other = blend(W, _made(slot, view, W, stored), 1.0 if slot.own_weight else strength)
         new = other if new is W else new + (other - W)
     swap_in(layer, {PARAMETER: site.kind.as_stored(layer, new)})
+
+
+def _made(slot: Slot, view: LayerView, W: Tensor, stored: Tensor) -> Tensor:
+    """W' of one adapter, kept from token to token while a model generates."""
+    page = slot.weight
+    assert page is not None
+    version = 0 if stored.is_inference() else stored._version
+    return view.once(f"weight of {id(stored)}, {version}", lambda: page(view, W))
 
 
 def leading(layer: nn.Module, site: Site, chosen: Chosen) -> list[tuple[Slot, float]]:
