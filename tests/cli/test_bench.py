@@ -16,16 +16,16 @@ TINY = ["bench", "speed", "--sizes", "tiny", "--shapes", "2x8", "--rounds", "3"]
 
 def test_figures_table_and_picture(tmp_path, capsys):
     out = ["--json", str(tmp_path / "a.json"), "--table", str(tmp_path / "a.md"), "--plot", str(tmp_path / "a.png")]
-    assert main([*TINY, "--methods", "lora", "ia3", "psoft", *out]) == 0
+    assert main([*TINY, "--methods", "lora", "ia3", "svft", *out]) == 0
     data = json.loads((tmp_path / "a.json").read_text())
-    assert [r["method"] for r in data["rows"]] == ["lora", "ia3", "psoft"]
-    lora, ia3, psoft = data["rows"]
+    assert [r["method"] for r in data["rows"]] == ["lora", "ia3", "svft"]
+    lora, ia3, svft = data["rows"]
     assert lora["trained"] == 8 * (4 * 64 + 3 * 80)
     assert lora["step_vs_peft"]["q1"] <= lora["step_vs_peft"]["median"] <= lora["step_vs_peft"]["q3"]
     assert lora["ours_extra_saved_mb"] > 0
     assert lora["saved_vs_peft"] == pytest.approx(1, abs=0.05)
-    assert "step_vs_peft" not in psoft
-    assert psoft["ours_step_vs_base"]["median"] > 0
+    assert "step_vs_peft" not in svft
+    assert svft["ours_step_vs_base"]["median"] > 0
     for verb in ("plan", "attach", "save", "load", "merge", "unmerge"):
         assert lora[f"ours_{verb}_ms"] > 0, verb
     assert lora["merge_vs_peft"] > 0
@@ -33,7 +33,7 @@ def test_figures_table_and_picture(tmp_path, capsys):
     assert ia3["ours_token_vs_base"]["median"] > 0
     shown = capsys.readouterr().out
     assert "step / PEFT" in shown
-    assert "psoft" in shown
+    assert "svft" in shown
     assert (tmp_path / "a.md").read_text() == report.markdown(data)
     assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
 
@@ -100,12 +100,12 @@ def test_no_goal_is_out_of_reach():
 
 def test_a_missed_goal_fails_the_exit_code(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(goals, "JUDGED", ("tiny",))
-    words = [*TINY, "--method", "psoft", "--json", str(tmp_path / "a.json"), "--table", str(tmp_path / "a.md")]
-    monkeypatch.setattr(goals, "GOALS", {"psoft": {"ours_step_vs_base": 1e9}})
+    words = [*TINY, "--method", "svft", "--json", str(tmp_path / "a.json"), "--table", str(tmp_path / "a.md")]
+    monkeypatch.setattr(goals, "GOALS", {"svft": {"ours_step_vs_base": 1e9}})
     assert main(words) == 0
-    monkeypatch.setattr(goals, "GOALS", {"psoft": {"ours_step_vs_base": 0.01}})
+    monkeypatch.setattr(goals, "GOALS", {"svft": {"ours_step_vs_base": 0.01}})
     assert main(words) == 1, "known rows are judged again"
-    assert "missed: psoft tiny 2x8 r=8: ours_step_vs_base" in capsys.readouterr().out
+    assert "missed: svft tiny 2x8 r=8: ours_step_vs_base" in capsys.readouterr().out
     assert "(goal 0.01 **missed**)" in (tmp_path / "a.md").read_text()
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["goals"]["ours_step_vs_base"]["verdict"] == "met"

@@ -12,6 +12,10 @@ RANK = 8
 LOW_RANK = {"ours_forward_vs_base": 1.08, "ours_step_vs_base": 1.15}
 VERBS = {"merge_vs_peft": 1.0, "unmerge_vs_copy": 1.25}
 """Of every method, on a layer of the size that people use."""
+STEP = {"c3a": 0.7, "hira": 0.62, "shira": 1.2} | dict.fromkeys(("fourierft", "loha", "lokr", "peanut", "waveft"), 0.5)
+"""Method -> the most that forward and backward may take, as a multiple of PEFT's; 1.0 for all others."""
+TOKEN = {"fourierft": 0.05, "loha": 0.05}
+"""The same of a token of a generation."""
 GOALS: dict[str, dict[str, float]] = {
     "lora": {**LOW_RANK, "saved_vs_peft": 1.0},
     "lora+dropout": {"ours_forward_vs_base": 1.15, "ours_step_vs_base": 1.22, "saved_vs_peft": 0.5},
@@ -44,7 +48,8 @@ def goals(row: Row) -> dict[str, float]:
     method, size, r = row["method"], row.get("size", JUDGED[0]), row.get("r", RANK)
     if size not in JUDGED:
         return {}
-    found = dict(GOALS.get(method, {})) if r == RANK else dict(AT_RANK.get((method, r), {}))
+    found = {"step_vs_peft": STEP.get(method, 1.0), "token_vs_peft": TOKEN.get(method, 1.0)}
+    found = found | GOALS.get(method, {}) if r == RANK else dict(AT_RANK.get((method, r), {}))
     if size == "layer-8b":
         found |= VERBS | AT_LAYER.get(method, {})
     return {key: goal for key, goal in found.items() if key in row}

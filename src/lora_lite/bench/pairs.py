@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ SIZES: dict[str, dict[str, Any]] = {
 VOCABULARY = 8192
 """Of the sizes that name no other: small beside the layers."""
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BLOCKS = {
+    "target_modules_bd_a": ["o_proj", "down_proj", "down"],
+    "target_modules_bd_b": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "up"],
+    "nblocks": 2,
+}
 Pair = tuple[dict[str, Any], tuple[str, dict[str, Any]]]
 # method -> (our fields, PEFT's config class and arguments): the same method at the same size
 PAIRS: dict[str, Callable[[int], Pair]] = {
@@ -42,16 +47,46 @@ PAIRS: dict[str, Callable[[int], Pair]] = {
     "oft+series": lambda r: ({"neumann_terms": 5}, ("OFTConfig", {"oft_block_size": 32, "use_cayley_neumann": True})),
     "road": lambda r: ({}, ("RoadConfig", {"variant": "road_1"})),
     "delora": lambda r: ({"r": r}, ("DeloraConfig", {"r": r})),
+    "adamss": lambda r: (
+        {"r": 32, "subspaces": 4},
+        ("AdamssConfig", {"r": 32, "num_subspaces": 4, "subspace_rank": 1}),
+    ),
+    "bd_lora": lambda r: ({"r": r, "blocks": 2}, ("LoraConfig", {"r": r, "use_bdlora": ("BdLoraConfig", BLOCKS)})),
+    "bitfit": lambda r: ({}, ("BeftConfig", {})),
+    "c3a": lambda r: ({"block": 128}, ("C3AConfig", {"block_size": 128})),
+    "deft": lambda r: ({"r": r}, ("DeftConfig", {"r": r})),
+    "fourierft": lambda r: ({}, ("FourierFTConfig", {"n_frequency": 1000})),
+    "frod": lambda r: ({}, ("FrodConfig", {})),
+    "glora": lambda r: ({"r": r}, ("GloraConfig", {"r": r})),
+    "gralora": lambda r: ({"r": r, "alpha": 2 * r}, ("GraloraConfig", {"r": r, "alpha": 2 * r, "gralora_k": 2})),
+    "hira": lambda r: ({"r": r}, ("HiraConfig", {"r": r})),
     "ia3": lambda r: ({}, ("IA3Config", {"feedforward_modules": []})),
+    "kasa": lambda r: ({"r": r}, ("LoraConfig", {"r": r, "kasa_config": ("KasaConfig", {})})),
+    "lily": lambda r: ({"r": r}, ("LilyConfig", {"r": r, "num_B": 2})),
     "loha": lambda r: ({"r": r, "alpha": 2 * r}, ("LoHaConfig", {"r": r, "alpha": 2 * r})),
     "lokr": lambda r: ({"r": r, "alpha": 2 * r}, ("LoKrConfig", {"r": r, "alpha": 2 * r})),
+    "mica": lambda r: ({"r": r}, ("LoraConfig", {"r": r, "init_lora_weights": "mica"})),
     "miss": lambda r: ({"r": r}, ("MissConfig", {"r": r})),
-    "gralora": lambda r: ({"r": r, "alpha": 2 * r}, ("GraloraConfig", {"r": r, "alpha": 2 * r, "gralora_k": 2})),
-    "fourierft": lambda r: ({}, ("FourierFTConfig", {"n_frequency": 1000})),
-    "hira": lambda r: ({"r": r}, ("HiraConfig", {"r": r})),
+    "miss_bat": lambda r: ({"r": r}, ("MissConfig", {"r": r, "init_weights": "bat"})),
+    "monteclora": lambda r: ({"r": r}, ("LoraConfig", {"r": r, "monteclora_config": ("MontecloraConfig", {})})),
+    "osf": lambda r: ({"r": 16 * r}, ("OSFConfig", {"effective_rank": 16 * r})),
+    "peanut": lambda r: ({"r": r}, ("PeanutConfig", {"r": r})),
+    "psoft": lambda r: ({"r": r}, ("PsoftConfig", {"r": r})),
+    "pvera": lambda r: ({"r": 256}, ("PveraConfig", {"r": 256})),
+    "randlora": lambda r: ({"r": r}, ("RandLoraConfig", {"r": r})),
+    "shira": lambda r: ({"r": r}, ("ShiraConfig", {"r": r})),
+    "supertuning": lambda r: ({}, ("SupertuningConfig", {})),
+    "tinylora": lambda r: ({}, ("TinyLoraConfig", {})),
+    "unilora": lambda r: ({}, ("UniLoraConfig", {})),
+    "vblora": lambda r: ({"length": 128}, ("VBLoRAConfig", {"vector_length": 128})),
+    "velora": lambda r: ({"r": r}, ("LoraConfig", {"r": r, "velora_config": ("VeloraConfig", {})})),
     "vera": lambda r: ({"r": 256}, ("VeraConfig", {"r": 256})),
+    "waveft": lambda r: ({}, ("WaveFTConfig", {})),
 }
-WITHOUT_RANK = ("boft", "oft", "oft+series", "road", "ia3", "fourierft", "vera")
+WITHOUT_RANK = (
+    *("adamss", "bitfit", "boft", "c3a", "fourierft", "frod", "ia3", "oft", "oft+series", "pvera", "road"),
+    *("supertuning", "tinylora", "unilora", "vblora", "vera", "waveft"),
+)
 """Methods whose size does not depend on r."""
 PEFT_IS_DENSE = ("hra", "boft")
 """Methods for which PEFT forms chains of d_in x d_in matrices: tens of gigabytes at a layer of an 8 B model, where it
@@ -88,12 +123,14 @@ def config(method: str, r: int) -> ll.AdapterConfig:
     return variant.config(variant=variant.name, **fields)
 
 
-def peft_config(method: str, r: int) -> Any:
-    """PEFT's config of a pair."""
+def peft_config(method: str, r: int, names: Sequence[str] = ALL) -> Any:
+    """PEFT's config of a pair; an argument (name, its arguments) is a config of a form of LoRA."""
     import peft
+    from peft.tuners.lora import config as forms
 
     name, arguments = PAIRS[method](r)[1]
-    return getattr(peft, name)(target_modules=ALL, **arguments)
+    made = {k: getattr(forms, v[0])(**v[1]) if isinstance(v, tuple) else v for k, v in arguments.items()}
+    return getattr(peft, name)(target_modules=list(names), **made)
 
 
 def runs_in_peft(method: str, size: str) -> bool:
@@ -116,7 +153,7 @@ def theirs(size: str, method: str, r: int, model: Any = None) -> Any | None:
 
     try:
         return peft.get_peft_model(base(size) if model is None else model, peft_config(method, r))
-    except ValueError:  # a width that its method does not divide
+    except (ValueError, ImportError):  # a width that its method does not divide, or a package that it wants
         return None
 
 

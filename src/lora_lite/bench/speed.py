@@ -66,6 +66,8 @@ def kept_bytes(model: Any, run: Callable[[], object]) -> int:
     seen: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
+        if t.layout != torch.strided:  # a rival's sparse matrix, which has no storage to tell it by: not counted
+            return t
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()

@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def of_peft(model: Any, method: str, r: int, folder: Path, peak: Peak | None) ->
     found["save"] = seconds(lambda: made[0].save_pretrained(where, save_embedding_layers=False))
     bare = made.pop().unload()
     found["load"] = seconds(lambda: made.append(peft.PeftModel.from_pretrained(bare, where)))
-    with torch.no_grad():
+    # what some of its methods say who do not merge, or not back
+    with torch.no_grad(), suppress(NotImplementedError, ValueError):
         found["merge"] = seconds(made[0].merge_adapter)
         found["unmerge"] = seconds(made[0].unmerge_adapter)
         if peak is not None:

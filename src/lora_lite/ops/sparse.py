@@ -21,7 +21,8 @@ ENTRIES = ("cpu", "cuda", "meta")
 def _bag(xT: Tensor, values: Tensor, rows: Tensor, columns: Tensor, d_out: int) -> Tensor:
     """x Sᵀ (tokens, d_out) from xᵀ in one piece: row i of S xᵀ is a weighted sum of rows of xᵀ, an embedding bag. Laid
     out anew, since whatever follows would read a transposed matrix more slowly than this copies it."""
-    starts = torch.searchsorted(rows, torch.arange(d_out, device=rows.device))
+    starts = torch.searchsorted(rows, torch.arange(d_out, dtype=rows.dtype, device=rows.device))
+    starts = starts.to(columns.dtype)
     return F.embedding_bag(columns, xT, starts, mode="sum", per_sample_weights=values).mT.contiguous()
 
 
@@ -45,7 +46,7 @@ class _SparseProduct(torch.autograd.Function):
         if needed[1] and few and not torch.is_grad_enabled():  # a second derivative needs a product that has one
             at_values = sampled_products(gT, x.mT.contiguous(), rows, columns)
         elif needed[1]:
-            at_values = (gT @ x)[rows, columns]
+            at_values = (gT @ x)[rows.long(), columns.long()]
         return at_x, at_values, None, None, None
 
 

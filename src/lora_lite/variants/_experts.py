@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import AdapterConfig, ConfigError, Layer, ParamSpec
+from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant
 from ..ops.linalg import precise
 from ..ops.lowrank import add_lowrank, shrink
 
@@ -30,6 +30,19 @@ class ExpertsConfig(AdapterConfig):
             raise ConfigError(
                 f"{type(self).__name__}: experts={self.experts} begins at 1, temperature={self.temperature} at 1e-3."
             )
+
+
+class OfAdapters(Variant):
+    """What all methods declare that are made of other adapters: they start as a mixture of them, not as the base."""
+
+    needs_data = "adapters"
+    identity_bound = torch.inf
+    ignores = ("alpha",)
+
+    @staticmethod
+    def group_init(model: Any, targets: Any, cfg: Any, data: Any) -> None:
+        for _ in copied(targets, cfg, data):
+            pass
 
 
 def expert_specs(d_in: int, d_out: int, cfg: ExpertsConfig) -> dict[str, ParamSpec]:

@@ -34,7 +34,7 @@ def distinct(total: int, n: int, generator: Generator) -> Tensor:
 
 def positions(layer: Layer[Any]) -> tuple[Tensor, Tensor]:
     """Rows and columns of `lora_at`."""
-    rows, columns = layer.lora_at.long().unbind()
+    rows, columns = layer.lora_at.unbind()
     return rows, columns
 
 

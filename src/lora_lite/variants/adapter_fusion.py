@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Layer, ParamSpec, Variant, register
+from ..core import Layer, ParamSpec, register
 from ._bottleneck import ACTIVATIONS, Activation
-from ._experts import ExpertsConfig, Pair, copied, expert_specs, narrowed, wide
+from ._experts import ExpertsConfig, OfAdapters, Pair, copied, expert_specs, narrowed, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class AdapterFusionConfig(ExpertsConfig):
 
 
 @register
-class AdapterFusion(Variant):
+class AdapterFusion(OfAdapters):
     """AdapterFusion: each token attends to the answers of several trained adapters, its own output being the query.
 
     y' = y + V Σ_e p_e h_e, p = softmax((Q y + q)·(K h_e) / T), h_e the change that adapter e would make; Q, K (d_out,
@@ -43,10 +43,7 @@ class AdapterFusion(Variant):
     config = AdapterFusionConfig
     paper = "2005.00247"
     family = "bottlenecks"
-    needs_data = "adapters"
     affine = False
-    identity_bound = torch.inf
-    ignores = ("alpha",)
     lr = 1e-4
     width_growth = 1.5
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, Layer, ParamSpec, Variant, register
+from ..core import ConfigError, Layer, ParamSpec, register
 from ..ops.linalg import precise, thin_qr, thin_svd
-from ._experts import ExpertsConfig, Pair, copied, expert_specs, mixed, narrowed
+from ._experts import ExpertsConfig, OfAdapters, Pair, copied, expert_specs, mixed, narrowed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class ArrowConfig(ExpertsConfig):
 
 
 @register
-class Arrow(Variant):
+class Arrow(OfAdapters):
     """A router without training: each expert is a trained low-rank adapter, its key the input that it amplifies most.
 
     y' = y + Σ_e p_e B_e A_e drop(x), p = softmax(|v_e·x| / T) over the `top` largest scores, v_e the first right
@@ -43,11 +43,8 @@ class Arrow(Variant):
     config = ArrowConfig
     paper = "2405.11157"
     family = "mixtures and tasks"
-    also = {"GenKnowSub": "general=1 or more"}
-    needs_data = "adapters"
     affine = False
-    identity_bound = torch.inf
-    ignores = ("alpha",)
+    also = {"GenKnowSub": "general=1 or more"}
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: ArrowConfig) -> dict[str, ParamSpec]:

@@ -35,7 +35,12 @@ class LoRA(LowRank):
     config = LoRAConfig
     paper = "2106.09685"
     family = "low rank"
-    also = {"rsLoRA": "use_rslora=True", "LoftQ": "reference_weights=...", "QLoRA": "on a 4-bit base"}
+    also = {
+        "rsLoRA": "use_rslora=True",
+        "LoftQ": "reference_weights=...",
+        "QLoRA": "on a 4-bit base",
+        "LoCon": "target_kinds with conv",
+    }
     holds = "factors"
     lr = 1e-3
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import ConfigError, Layer, ParamSpec, Variant, register
-from ._experts import ExpertsConfig, copied, expert_specs, mixed, narrowed
+from ..core import ConfigError, Layer, ParamSpec, register
+from ._experts import ExpertsConfig, OfAdapters, expert_specs, mixed, narrowed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class MoLEConfig(ExpertsConfig):
 
 
 @register
-class MoLE(Variant):
+class MoLE(OfAdapters):
     """Mixture of trained LoRA experts: a gate in each layer weighs other adapters by what they answer.
 
     y' = y + Σ_e p_e h_e, h_e = B_e A_e drop(x), p = softmax(G ĥ / T) token by token, ĥ (E d_out) all the answers side
@@ -40,20 +39,12 @@ class MoLE(Variant):
     config = MoLEConfig
     paper = "2404.13628"
     family = "mixtures and tasks"
-    needs_data = "adapters"
     affine = False
-    identity_bound = torch.inf
-    ignores = ("alpha",)
     lr = 1e-2
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MoLEConfig) -> dict[str, ParamSpec]:
         return {**expert_specs(d_in, d_out, cfg), "lora_G": ParamSpec((cfg.experts, cfg.experts, d_out))}
-
-    @staticmethod
-    def group_init(model: Any, targets: Any, cfg: MoLEConfig, data: Any) -> None:
-        for _ in copied(targets, cfg, data):
-            pass
 
     @staticmethod
     def forward(layer: Layer[MoLEConfig], x: Tensor, y: Tensor) -> Tensor:

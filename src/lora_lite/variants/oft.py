@@ -50,6 +50,7 @@ class OFT(Variant):
     config = OFTConfig
     paper = "2306.07280"
     family = "rotations and reflections"
+    also = {"Diag-OFT": ""}
     ignores = ("r", "alpha", "dropout")
     lr = 4e-4
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..core.config import MAX_RANK
 from ..ops.linalg import thin_svd
-from ..ops.lowrank import deviation_factors, deviation_update
+from ..ops.lowrank import deviation_factors, lowrank_update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class OSF(Variant):
 
     @staticmethod
     def forward(layer: Layer[OSFConfig], x: Tensor, y: Tensor) -> Tensor:
-        return deviation_update(y, layer.dropout(x), *OSF.parts(layer), 1.0)
+        return lowrank_update(y, layer.dropout(x), *layer.once("factors", lambda: OSF.factors(layer)))
 
     @staticmethod
     def factors(layer: Layer[OSFConfig]) -> tuple[Tensor, Tensor]:

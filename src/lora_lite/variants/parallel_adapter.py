@@ -32,7 +32,11 @@ class ParallelAdapter(Variant):
     config = ParallelAdapterConfig
     paper = "2110.04366"
     family = "bottlenecks"
-    also = {"Mix-and-Match": "active together with prefix_tuning", "MAM": "active together with prefix_tuning"}
+    also = {
+        "parallel": "",
+        "Mix-and-Match": "active together with prefix_tuning",
+        "MAM": "active together with prefix_tuning",
+    }
     site = "module"
     affine = False
     lr = 1e-3

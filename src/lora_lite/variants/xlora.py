@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..core import ConfigError, Layer, ParamSpec, Variant, register
-from ._experts import ExpertsConfig, copied, expert_specs, mixed, narrowed
+from ..core import ConfigError, Layer, ParamSpec, register
+from ._experts import ExpertsConfig, OfAdapters, expert_specs, mixed, narrowed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +25,7 @@ class XLoRAConfig(ExpertsConfig):
 
 
 @register
-class XLoRA(Variant):
+class XLoRA(OfAdapters):
     """X-LoRA: trained low-rank adapters, mixed by gates of each layer that read the model's last hidden state.
 
     y' = y + Σ_e p_e B_e A_e drop(x), p = softmax((G h + g) / T) per token, G (E, width) = 0 and g (E) = 0 trained: it
@@ -43,9 +41,6 @@ class XLoRA(Variant):
     config = XLoRAConfig
     paper = "2402.07148"
     family = "mixtures and tasks"
-    needs_data = "adapters"
-    identity_bound = torch.inf
-    ignores = ("alpha",)
     lr = 1e-3
 
     @staticmethod
@@ -54,11 +49,6 @@ class XLoRA(Variant):
         if cfg.width:
             gates["lora_G"] = ParamSpec((cfg.experts, cfg.width))
         return {**expert_specs(d_in, d_out, cfg), **gates}
-
-    @staticmethod
-    def group_init(model: Any, targets: Any, cfg: XLoRAConfig, data: Any) -> None:
-        for _ in copied(targets, cfg, data):
-            pass
 
     @staticmethod
     def forward(layer: Layer[XLoRAConfig], x: Tensor, y: Tensor) -> Tensor:
