@@ -76,9 +76,10 @@ class LayerView:
                 "tiny(name), once(what, compute)"
             )
         tensor = self.master(name)
-        if self._dtype is None or tensor.dtype == self._dtype or not tensor.is_floating_point():
+        dtype = self._dtype
+        if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
             return tensor
-        return tensor.to(self._dtype)
+        return self.once(f"cast {name}", lambda: tensor.to(dtype))
 
     def master(self, name: str) -> Tensor:
         """The stored tensor, uncast: for tiny algebra in full precision."""
