@@ -22,7 +22,7 @@ from ..model.call import Call
 from ..model.kind import Kind
 from ..model.site import Site, Slot, tensor_on
 from ..model.state import SITE, ModelState
-from .kept import memo_of, versions
+from .kept import cast_once, memo_of, versions
 from .spans import Span, spans
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class LayerView:
         dtype = self._dtype
         if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
             return tensor
-        return self.once(f"cast {name}", lambda: tensor.to(dtype))
+        return cast_once(self._module, tensor, dtype)
 
     def master(self, name: str) -> Tensor:
         """The stored tensor, uncast: for tiny algebra in full precision."""
