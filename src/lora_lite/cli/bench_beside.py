@@ -47,7 +47,7 @@ def run_beside(args: Learn) -> int:
             )
     if not beside_peft.has_peft():
         raise ll.ConfigError("--beside-peft needs PEFT: pip install peft")
-    steps = args.steps or STEPS
+    steps = STEPS if args.steps is None else args.steps
     if steps < 1:
         raise ll.ConfigError(f"--steps must be at least 1, got {steps}.")
     rows = read_beside(args.results)

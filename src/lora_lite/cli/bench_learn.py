@@ -125,7 +125,11 @@ def check(args: Learn) -> None:
                 f"--methods {name}: no method of that name trains.{did_you_mean(name, known)} Choose from: all, "
                 f"{', '.join(known)}."
             )
-    for flag, value in (("--steps", args.steps or 1), ("--seeds", args.seeds), ("--jobs", args.jobs)):
+    for flag, value in (
+        ("--steps", 1 if args.steps is None else args.steps),
+        ("--seeds", args.seeds),
+        ("--jobs", args.jobs),
+    ):
         if value < 1:
             raise ll.ConfigError(f"{flag} must be at least 1, got {value}.")
     if args.device == "cuda":
