@@ -353,9 +353,16 @@ BUGS = [
         R + "test_view.py -k products",
     ),
     Bug(
+        "a compiled graph holds the weight of its adapter",
+        "runtime/model/state.py",
+        "if is_one(weight) or is_zero(weight) or record is None or record.variant.own_weight:",
+        "if record is None or weight == weight:",
+        "tests/smoke/test_compile.py -k another_weight",
+    ),
+    Bug(
         "weights of adapters forgotten",
         "runtime/view/composed.py",
-        "return new if weight == 1.0 or new is old else old + weight * (new - old)",
+        "return new if is_one(weight) or new is old else old + weight * (new - old)",
         "return new",
         C + "test_selection.py -k lora-selection_restores",
     ),

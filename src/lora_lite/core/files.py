@@ -110,9 +110,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def is_finite(t: Tensor) -> bool:
-    """Whether a floating tensor holds neither NaN nor infinity, found without a second tensor of its size."""
+    """Whether a floating tensor holds neither NaN nor what float32 cannot hold, found without a second tensor of its
+    size."""
     low, high = torch.aminmax(t if t.element_size() > 1 else t.float()) if t.numel() else (t.new_zeros(()),) * 2
-    return bool(low.isfinite() and high.isfinite())
+    return bool(low.float().isfinite() and high.float().isfinite())
 
 
 def parsed(text: str | bytes, where: str) -> Any:
