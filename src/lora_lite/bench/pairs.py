@@ -30,13 +30,6 @@ BATCHES, TOKENS = 2, 128
 """Of what methods start from that start from data."""
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Pair = tuple[dict[str, Any], tuple[str, dict[str, Any]]]
-
-
-def start(how: str) -> dict[str, Any]:
-    """PEFT's argument for LoRA that starts from the weight."""
-    return {"init_lora_weights": how}
-
-
 # method -> (our fields, PEFT's config class and arguments): the same method at the same size
 PAIRS: dict[str, Callable[[int], Pair]] = {
     "lora": lambda r: ({"r": r, "alpha": 2 * r}, ("LoraConfig", {"r": r, "lora_alpha": 2 * r})),
@@ -61,9 +54,12 @@ PAIRS: dict[str, Callable[[int], Pair]] = {
     "vera": lambda r: ({"r": 256}, ("VeraConfig", {"r": 256})),
     "pissa": lambda r: (
         {"r": r, "alpha": 2 * r},
-        ("LoraConfig", {"r": r, "lora_alpha": 2 * r, **start("pissa_niter_4")}),
+        ("LoraConfig", {"r": r, "lora_alpha": 2 * r, "init_lora_weights": "pissa_niter_4"}),
     ),
-    "olora": lambda r: ({"r": r, "alpha": 2 * r}, ("LoraConfig", {"r": r, "lora_alpha": 2 * r, **start("olora")})),
+    "olora": lambda r: (
+        {"r": r, "alpha": 2 * r},
+        ("LoraConfig", {"r": r, "lora_alpha": 2 * r, "init_lora_weights": "olora"}),
+    ),
 }
 WITHOUT_RANK = ("boft", "oft", "oft+series", "road", "ia3", "fourierft", "vera")
 """Methods whose size does not depend on r."""
@@ -73,11 +69,10 @@ is not run."""
 
 
 def methods() -> list[str]:
-    """What can be timed: the pairs with PEFT, then every other trained method at linear layers that starts from nothing,
-    from the weight or from batches of text."""
-    others = [
-        v.name for v in ll.variants() if v.site == ll.Variant.site and v.trains and v.needs_data in ("", "batches")
-    ]
+    """What can be timed: the pairs with PEFT, then every other trained method at linear layers that starts from
+    nothing, from the weight or from batches of text."""
+    linear = [v for v in ll.variants() if v.site == ll.Variant.site and v.trains]
+    others = [v.name for v in linear if v.needs_data in ("", "batches")]
     return [*PAIRS, *(n for n in others if n not in PAIRS)]
 
 
