@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -144,6 +146,18 @@ def test_another_weight_compiles_nothing():
     model(x()).square().sum().backward()
     for grad, p in zip(got, ll.adapters(model)["a"].parameters(), strict=True):
         same(grad, p.grad)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("recompile_limit" not in inspect.signature(torch.compile).parameters, reason="a newer torch's word")
+def test_more_adapters_than_torch_keeps_graphs_by_itself():
+    names = [f"a{i}" for i in range(10)]
+    model, counter = adapted(*names), CompileCounter()
+    fast = torch.compile(model, backend=counter, fullgraph=True, recompile_limit=64)
+    for name in (*names, *names):
+        ll.activate(model, name)
+        same(fast(x()), model(x()))
+    assert counter.frame_count == len(names)
 
 
 def test_training_compiled_equals_training_eager():
