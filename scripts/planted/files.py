@@ -62,8 +62,8 @@ BUGS = [
     Bug(
         "checksums are not compared",
         "io/header.py",
-        "if short in sums and sums[short] != checksum(",
-        "if short in sums and sums[short] == -checksum(",
+        "if key in sums and sums[key] != checksum(",
+        "if key in sums and sums[key] == -checksum(",
         "tests/trust/test_atomic_export.py -k changed_places",
     ),
     Bug(
