@@ -101,8 +101,8 @@ def still_with_adapters(
 
 def adapted(bank: Bank, site: Site, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
     """(W' (E, d_out, d_in), b' (E, d_out) or None) of these adapters with their weights, in the base's dtype, with
-    gradients to their tensors. Methods with `factors` leave their product unformed; what others go through on the way to
-    W' is not kept for the backward pass, which goes that way again."""
+    gradients to their tensors. Methods with `factors` leave their product unformed; what others go through on the way
+    to W' is not kept for the backward pass, which goes that way again."""
     w, b = bank.dense(), bank.bias
     slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
     if all(slot.factors is not None and slot.forward_input is None and not slot.own_weight for slot, _ in slots):
