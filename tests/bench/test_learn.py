@@ -72,6 +72,7 @@ def test_a_row_says_what_ran(tmp_path):
     assert len(found["losses"]) == 12 and found["losses"][-1] < found["losses"][0]
     assert found["file_bytes"] > 4 * found["trained"] and found["problems"] == 20
     assert found["remembered"]["before"] != found["remembered"]["after"]
+    assert 0.2 < found["step_vs_lora"] < 5 and found["device"] == "cpu" and found["peak_mb"] > 100
     assert not list(tmp_path.iterdir()), "a finished run leaves no checkpoint"
 
 
@@ -96,6 +97,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch, method):
     seen = []
     again = learn.run(Lines(), s, tmp_path / "b", lambda done, steps: seen.append(done))
     assert seen == [8, 9, 10, 11, 12], "it began anew"
+    assert whole["step_vs_lora"] > 0, "timed after the last step, past the end of a schedule"
     for key in ("losses", "accuracy", "loss", "remembered", "file_bytes"):
         assert again[key] == whole[key], key
 
@@ -163,11 +165,17 @@ def finished():
     for method, right in (("lora", 0.8), ("ia3", 0.6)):
         for s in board.left([], PROTOCOL, [Entry(method)]):
             factor = PROTOCOL.factor(s)
-            rows.append(
-                row(s, right - abs(factor - 1) / 10, factor=factor, ms_per_step=2.0 if method == "lora" else 1.0)
-            )
+            rows.append(row(s, right - abs(factor - 1) / 10, factor=factor))
         for s in board.left(rows, PROTOCOL, [Entry(method)]):
-            rows.append(row(s, right + s.seed / 100, remembered={"before": 1.0, "after": 1.5}, file_bytes=2048))
+            rows.append(
+                row(
+                    s,
+                    right + s.seed / 100,
+                    remembered={"before": 1.0, "after": 1.5},
+                    file_bytes=2048,
+                    step_vs_lora=1.25,
+                )
+            )
     return rows
 
 
@@ -177,7 +185,7 @@ def test_the_page_and_the_report(tmp_path):
     page = (tmp_path / "learn.md").read_text()
     assert "## lines, 12 steps, default sizes" in page
     line = next(line for line in page.splitlines() if line.startswith("| lora |"))
-    assert "81.5%" in line and "| 2 |" in line and "+0.500" in line and "| 1.00 |" in line
+    assert "81.5%" in line and "| 2 |" in line and "+0.500" in line and "| 1.25 |" in line
     assert page.index("| lora |") < page.index("| ia3 |") and "Not begun:" in page and "edge" not in line
     assert "Not finished: " not in page
     report = (tmp_path / "learn.html").read_text()

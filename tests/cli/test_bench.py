@@ -217,3 +217,9 @@ def test_memory_is_counted():
 def test_the_committed_table_is_that_of_the_committed_figures():
     figures = ROOT / "benchmarks" / "results" / "speed.json"
     assert (ROOT / "docs" / "results" / "speed.md").read_text() == report.markdown(json.loads(figures.read_text()))
+
+
+def test_the_committed_page_of_a_gpu_is_that_of_the_committed_figures():
+    data = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())
+    assert (ROOT / "docs" / "results" / "gpu.md").read_text() == device.markdown(data)
+    assert all(row["device"] == "cuda" and "failed" not in row for row in data["rows"])

@@ -41,8 +41,6 @@ def cells(s: Standing, others: Sequence[Standing]) -> list[str]:
     def shown(value: float | None, form: str, unit: float = 1.0) -> str:
         return "-" if value is None else format(value / unit, form)
 
-    lora = next((o.average("ms_per_step") for o in others if o.entry == Entry("lora")), None)
-    own = s.average("ms_per_step")
     edge = EDGE if s.chosen is not None and len(s.rates) > 1 and s.chosen in (min(s.rates), max(s.rates)) else ""
     return [
         s.entry.label,
@@ -54,7 +52,7 @@ def cells(s: Standing, others: Sequence[Standing]) -> list[str]:
         shown(s.average("trained"), ",.0f"),
         shown(s.average("file_bytes"), ",.0f", 1024),
         shown(s.average("peak_mb"), ",.0f"),
-        "-" if own is None or not lora else f"{own / lora:.2f}",
+        shown(s.average("step_vs_lora"), ".2f"),
         shown(s.forgotten, "+.3f"),
     ]
 
@@ -98,8 +96,9 @@ def markdown(rows: Sequence[Row]) -> str:
         "one may lie outside.",
         "- Then seeds 1, 2, ... at that rate on the test, each with another start and other rows: the mean, and half "
         "its 95 % interval by Student's t over seeds.",
-        "- Step: processor time over LoRA's, one thread, on a shared machine; peak: memory of the whole process; "
-        "forgotten: by how much the loss on text of the base's own training grew.",
+        "- Step: the median over that of LoRA on the same batches, turn by turn in one process (processor time, one "
+        "thread; of a GPU's rows wall clock, where the launches of kernels count and not the arithmetic); peak: memory "
+        "of the process, or of the GPU; forgotten: by how much the loss on text of the base's own training grew.",
     ]
     for protocol, entries, default in boards(rows):
         standings = ranked(rows, protocol, entries)
@@ -143,7 +142,7 @@ def pictures(protocol: Protocol, standings: Sequence[Standing], rows: Sequence[R
     found = [("rates", sensitivity(standings)), ("curves", curves(standings, rows))]
     if finished:
         found.append(("parameters", pareto(finished, "trained", "trained parameters")))
-        found.append(("time", pareto(finished, "ms_per_step", "ms of processor time a step")))
+        found.append(("time", pareto(finished, "step_vs_lora", "a step over one of LoRA")))
         if any(s.forgotten is not None for s in finished):
             found.append(("forgetting", pareto(finished, "forgotten", "growth of the loss on the base's own text")))
     return found

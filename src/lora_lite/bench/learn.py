@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import platform
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -32,6 +34,8 @@ APART = 1_000_000
 """Steps between the rows of two seeds: a method whose start is fixed would else run the same run three times."""
 KEPT = 100
 """Losses that a row keeps, each the mean of a stretch of steps."""
+TIMED = 5
+"""Steps of the finished adapter that are timed, each beside one of LoRA."""
 
 
 class Task(Protocol):
@@ -88,17 +92,22 @@ def config(task: Task, setting: Setting) -> ll.AdapterConfig:
     return variant.config(variant=variant.name, seed=setting.seed, **{**task.fields, **setting.fields})
 
 
-def run(task: Task, setting: Setting, folder: Path, tick: Tick = lambda done, steps: None) -> dict[str, Any]:
+def run(
+    task: Task, setting: Setting, folder: Path, tick: Tick = lambda done, steps: None, device: str = "cpu"
+) -> dict[str, Any]:
     """Train, then answer the validation questions (phase "select") or those of the test (phase "final").
 
-    The run leaves a checkpoint in `folder` once a minute and goes on from it; a finished run leaves none.
+    The run leaves a checkpoint in `folder` once a minute and goes on from it; a finished run leaves none. The device is
+    no part of the setting: a run that was finished on another one counts.
 
     Returns:
         A row of plain data: the setting, accuracy, loss, problems, trained parameters, bytes of the file, peak memory
-        of the process in MB, ms of processor time per step, and the losses.
+        in MB (of the process, or of the GPU), ms of processor time per step, the losses, and the device. A final row
+        also has the median step over that of LoRA, step by step on the same batches (`step_vs_lora`).
     """
+    _forget_peak(device)
     torch.manual_seed(setting.seed)
-    course = _Course(task, setting, folder)
+    course = _Course(task, setting, folder, device)
     course.train(tick)
     model, split = course.model, "validation" if setting.phase == "select" else "test"
     accuracy, loss, problems = task.examine(model, split)
@@ -116,22 +125,24 @@ def run(task: Task, setting: Setting, folder: Path, tick: Tick = lambda done, st
     if setting.phase == "final":
         row["file_bytes"] = course.file_bytes()
         row["remembered"] = _remembered(task, model)
-    row["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    row["peak_mb"] = _peak_mb(device)
+    if setting.phase == "final":
+        row["step_vs_lora"] = course.beside_lora()
     course.forget()
-    return row | machine()
+    return row | machine(device)
 
 
 class _Course:
     """The training of one run, whole or from its checkpoint."""
 
-    def __init__(self, task: Task, setting: Setting, folder: Path) -> None:
-        self.task, self.setting = task, setting
+    def __init__(self, task: Task, setting: Setting, folder: Path, device: str) -> None:
+        self.task, self.setting, self.device = task, setting, device
         self.folder, self.state = folder, folder / f"{setting.key}.pt"
         self.losses: list[float] = []
         self.seconds = 0.0
         task.batch(0)  # the rows are read before the first step is timed
         saved = torch.load(self.state, weights_only=True) if self.state.is_file() else None
-        self.model, start = task.load(), time.perf_counter()
+        self.model, start = task.load().to(device), time.perf_counter()
         self.handle = self._attached(saved)
         self.attach_seconds = time.perf_counter() - start
         variant = ll.get_variant(setting.method)
@@ -148,8 +159,11 @@ class _Course:
         if saved is not None:
             return ll.load(self.model, self._file(len(saved["losses"])), trainable=True)
         variant = ll.get_variant(self.setting.method)
-        data = [self.task.batch(-1 - i) for i in range(CALIBRATION)] if variant.needs_data else None
+        data = [self._batch(-1 - i) for i in range(CALIBRATION)] if variant.needs_data else None
         return ll.attach(self.model, config(self.task, self.setting), calibration_data=data)
+
+    def _batch(self, step: int) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in self.task.batch(step).items()}
 
     def train(self, tick: Tick) -> None:
         self.model.train()
@@ -172,12 +186,25 @@ class _Course:
         shape = min(1.0, rise) * 0.5 * (1 + math.cos(math.pi * step / self.setting.steps))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * shape
-        loss: Tensor = self.model(**self.task.batch(self.setting.seed * APART + step)).loss
+        loss: Tensor = self.model(**self._batch(self.setting.seed * APART + step)).loss
         (loss + ll.penalty(self.model) if self.penalised else loss).backward()
         torch.nn.utils.clip_grad_norm_(list(self.handle.parameters()), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(loss.detach())
+
+    def beside_lora(self) -> float:
+        """Median of a step of this adapter over one of LoRA, forward, backward and optimiser, turn by turn."""
+        plain = Setting(self.task.name, "lora", "final", self.setting.seed, 1e-4, self.setting.steps)
+        lora, took = _Course(self.task, plain, self.folder, self.device), dict[_Course, list[float]]()
+        for step in range(-1, TIMED):
+            for course in (self, lora):
+                course.model.train()
+                start = _clock(self.device)
+                course._step(max(step, 0))
+                if step >= 0:  # the first is a warm-up
+                    took.setdefault(course, []).append(_clock(self.device) - start)
+        return round(statistics.median(took[self]) / statistics.median(took[lora]), 3)
 
     def _file(self, step: int) -> Path:
         return self.folder / f"{self.setting.key}-{step}.safetensors"
@@ -228,7 +255,42 @@ def stretches(losses: list[float]) -> list[Any]:
     return [_plain(sum(part) / len(part)) for i in range(0, len(losses), length) if (part := losses[i : i + length])]
 
 
-def machine() -> dict[str, Any]:
+def _clock(device: str) -> float:
+    """Processor time of this process; on a GPU the time of day once it has nothing left to do."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _forget_peak(device: str) -> None:
+    """Begin to count the peak anew, so that a process can run several settings one after another."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    elif _CLEAR.exists():
+        with contextlib.suppress(OSError):  # a kernel that forbids it counts the earlier runs of this process too
+            _CLEAR.write_text("5")
+
+
+def _peak_mb(device: str) -> int:
+    if device != "cpu":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    if not _STATUS.exists():  # not Linux: the peak of the process, earlier runs included
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
+
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What the run ran on."""
     versions = {"torch": torch.__version__, "python": platform.python_version(), "lora_lite": ll.__version__}
-    return {"versions": versions, "threads": torch.get_num_threads(), "processor": platform.machine()}
+    name = torch.cuda.get_device_name() if device != "cpu" else "cpu"
+    return {
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+        "processor": platform.machine(),
+        "device": name,
+    }

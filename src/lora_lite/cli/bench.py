@@ -47,6 +47,8 @@ class Bench:
     device: Literal["cpu", "cuda"] | None = None
     """Time forward, step and decoding at batch 1 and 64 on this device, in bf16: base, PEFT and ours, eager and
     compiled. `cpu` is for trying it out, with --size tiny."""
+    modes: tuple[Literal["eager", "compiled"], ...] = ("eager", "compiled")
+    """With --device: whether models run as they are, compiled by inductor, or both."""
     json: Path | None = None
     """Write the figures here, with versions; rows that are there already are kept."""
     table: Path | None = None

@@ -26,7 +26,8 @@ def run_on(args: Any) -> int:
     if args.plot is not None:
         raise ll.ConfigError("--plot draws ratios to PEFT; with --device write --json or --table.")
     sizes, shapes = args.sizes or SIZES[args.device], args.shapes or SHAPES[args.device]
-    todo = device.units(chosen(args, speed, sizes, shapes, device.SIZES), sizes, shapes, args.ranks[0])
+    every = device.units(chosen(args, speed, sizes, shapes, device.SIZES), sizes, shapes, args.ranks[0])
+    todo = [unit for unit in every if unit.mode in args.modes]
     data = read(args.json)
     known = {device.key_of(row) for row in data["rows"] if "failed" not in row}
     rest = [unit for unit in todo if unit.key not in known]

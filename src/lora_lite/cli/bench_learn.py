@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +51,8 @@ class Learn:
     small."""
     jobs: int = 1
     """Processes side by side, one thread each."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Where the runs happen; None: cuda for metamath where there is one, else cpu."""
     base: str | None = None
     """Another base for glosses and metamath: a folder or hub id."""
     data: str | None = None
@@ -86,7 +90,7 @@ def run(args: Learn) -> int:
         preview(args, rows, protocol, entries)
         return 0
     try:
-        work(args, rows, protocol, entries)
+        failed = work(args, rows, protocol, entries)
     finally:
         rows = board.read(args.results)
         show(rows, protocol, entries)
@@ -95,7 +99,7 @@ def run(args: Learn) -> int:
 
         for path in write(args.report, rows):
             say(f"wrote    {path}")
-    return 0
+    return 1 if failed else 0
 
 
 def check(args: Learn) -> None:
@@ -112,6 +116,10 @@ def check(args: Learn) -> None:
     for flag, value in (("--steps", args.steps or 1), ("--seeds", args.seeds), ("--jobs", args.jobs)):
         if value < 1:
             raise ll.ConfigError(f"{flag} must be at least 1, got {value}.")
+    if args.device == "cuda":
+        from ..bench.device import check_device
+
+        check_device("cuda")
     if min(args.grid, default=1) <= 0 or len(set(args.grid)) < len(args.grid):
         raise ll.ConfigError(f"--grid needs different factors above 0, got {args.grid}.")
 
@@ -181,12 +189,13 @@ def step_seconds(rows: list[Row], protocol: Protocol, entry: Entry) -> float:
     return sum(r["ms_per_step"] for r in own) / len(own) / 1000 if own else GUESS[protocol.task]
 
 
-def work(args: Learn, rows: list[Row], protocol: Protocol, entries: list[Entry]) -> None:
-    """Run what is left; rows are written by this process alone, as they come in."""
+def work(args: Learn, rows: list[Row], protocol: Protocol, entries: list[Entry]) -> int:
+    """Run what is left, and return how many runs failed; rows are written by this process alone, as they come in."""
     from ..bench import board
 
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that start now
     start, failed = time.monotonic(), set[str]()
+    idle = [worker() for _ in range(args.jobs)]
     running: dict[Future[Any], tuple[Setting, ProcessPoolExecutor]] = {}
     total = board.count_left(rows, protocol, entries)
     if not total:
@@ -196,14 +205,14 @@ def work(args: Learn, rows: list[Row], protocol: Protocol, entries: list[Entry])
             busy = failed | {setting.key for setting, _ in running.values()}
             late = args.limit is not None and time.monotonic() - start > 60 * args.limit
             waiting = [] if late else [s for s in board.left(rows, protocol, entries) if s.key not in busy]
-            for setting in waiting[: args.jobs - len(running)]:
-                pool = ProcessPoolExecutor(1, mp_context=spawn())  # a fresh process: its peak memory is the run's own
+            for setting in waiting[: len(idle)]:
+                pool = idle.pop()
                 running[pool.submit(one, args, setting)] = setting, pool
             if not running:
-                break
+                return len(failed)
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 setting, pool = running.pop(done)
-                pool.shutdown()
+                idle.append(worker() if isinstance(done.exception(), BrokenProcessPool) else pool)
                 row = outcome(done, setting)
                 if row is None:
                     failed.add(setting.key)
@@ -213,18 +222,21 @@ def work(args: Learn, rows: list[Row], protocol: Protocol, entries: list[Entry])
                 rows.append(row)
                 tell(row, total - board.count_left(rows, protocol, entries), total)
     finally:
-        for _, pool in running.values():
+        for pool in [*idle, *(pool for _, pool in running.values())]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def spawn() -> Any:
-    import multiprocessing
+def worker() -> ProcessPoolExecutor:
+    """A process that runs one setting after another, and reads the task's rows once."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
-    return multiprocessing.get_context("spawn")
+
+_TASK: dict[str, Task] = {}
+"""The task of this worker."""
 
 
 def one(args: Learn, setting: Setting) -> dict[str, Any]:
-    """One run, in a process of its own."""
+    """One run, in a worker."""
     import torch
     import transformers
 
@@ -233,16 +245,26 @@ def one(args: Learn, setting: Setting) -> dict[str, Any]:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return run_one(task(args), setting, args.checkpoints)
+    if args.task not in _TASK:
+        _TASK[args.task] = task(args)
+    return run_one(_TASK[args.task], setting, args.checkpoints, device=device(args))
+
+
+def device(args: Learn) -> str:
+    """The device of the runs."""
+    import torch
+
+    return args.device or ("cuda" if args.task == "metamath" and torch.cuda.is_available() else "cpu")
 
 
 def outcome(done: Future[Any], setting: Setting) -> Row | None:
-    """The finished row; a refusal of ours is said, and the other runs go on."""
-    try:
+    """The finished row; a run that fails is said, and the others go on."""
+    error = done.exception()
+    if error is None:
         return done.result()
-    except ll.LoraLiteError as e:
-        say(f"{setting.method} at {setting.lr:g}: {e}", "yellow")
-        return None
+    kind = "" if isinstance(error, ll.LoraLiteError) else f"{type(error).__name__}: "
+    say(f"{setting.method} at {setting.lr:g}: {kind}{error}", "yellow")
+    return None
 
 
 def tell(row: Row, done: int, total: int) -> None:

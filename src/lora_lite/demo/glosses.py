@@ -56,7 +56,7 @@ class Glosses:
         """Rows drawn by the step alone."""
         return self._encoded(random.Random(f"glosses-{step}").sample(self.rows, self.batch_size))
 
-    def examine(self, model: nn.Module, split: Literal["validation", "test"]) -> tuple[float, float, int]:
+    def examine(self, model: Any, split: Literal["validation", "test"]) -> tuple[float, float, int]:
         import torch
 
         rows, right, loss = self.splits[split], 0, 0.0
@@ -65,6 +65,7 @@ class Glosses:
         with torch.no_grad():
             for start in range(0, len(rows), 250):
                 batch = self._encoded(rows[start : start + 250])
+                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
                 out = model(**batch)
                 right += int((out.logits.argmax(-1) == batch["labels"]).sum())
                 loss += float(out.loss) * len(batch["labels"])

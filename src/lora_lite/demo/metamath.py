@@ -44,10 +44,7 @@ class MetaMath:
         self.sources = train or TRAIN, test or TEST
 
     def load(self) -> nn.Module:
-        import torch
-
-        model = load_model(self.base, self.dtype)[0]
-        return model.cuda() if torch.cuda.is_available() else model
+        return load_model(self.base, self.dtype)[0]
 
     @cached_property
     def rows(self) -> list[dict[str, str]]:
@@ -69,7 +66,7 @@ class MetaMath:
         rows = self.rows[VALIDATION:]
         chosen = random.Random(f"metamath-{step}").sample(rows, min(self.batch_size, len(rows)))
         encoded = tokenised(chosen, self.tokenizer, WIDTH).rows
-        return {k: v.to(_device()) for k, v in collate(encoded, self.tokenizer.pad_token_id).items()}
+        return collate(encoded, self.tokenizer.pad_token_id)
 
     def examine(self, model: nn.Module, split: Literal["validation", "test"]) -> tuple[float, float, int]:
         asked = self.questions[split]
@@ -121,9 +118,3 @@ def last_number(text: str) -> str | None:
         return None
     number = found[-1].replace(",", "")
     return number.rstrip("0").rstrip(".") if "." in number else number
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
