@@ -26,6 +26,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 VOCABULARY = 8192
 """Of the sizes that name no other: small beside the layers."""
+BATCHES, TOKENS = 2, 128
+"""Of what methods start from that start from data."""
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Pair = tuple[dict[str, Any], tuple[str, dict[str, Any]]]
 # method -> (our fields, PEFT's config class and arguments): the same method at the same size
@@ -50,6 +52,14 @@ PAIRS: dict[str, Callable[[int], Pair]] = {
     "fourierft": lambda r: ({}, ("FourierFTConfig", {"n_frequency": 1000})),
     "hira": lambda r: ({"r": r}, ("HiraConfig", {"r": r})),
     "vera": lambda r: ({"r": 256}, ("VeraConfig", {"r": 256})),
+    "pissa": lambda r: (
+        {"r": r, "alpha": 2 * r},
+        ("LoraConfig", {"r": r, "lora_alpha": 2 * r, "init_lora_weights": "pissa_niter_4"}),
+    ),
+    "olora": lambda r: (
+        {"r": r, "alpha": 2 * r},
+        ("LoraConfig", {"r": r, "lora_alpha": 2 * r, "init_lora_weights": "olora"}),
+    ),
 }
 WITHOUT_RANK = ("boft", "oft", "oft+series", "road", "ia3", "fourierft", "vera")
 """Methods whose size does not depend on r."""
@@ -59,8 +69,10 @@ is not run."""
 
 
 def methods() -> list[str]:
-    """What can be timed: the pairs with PEFT, then every other trained method at linear layers that needs no data."""
-    others = [v.name for v in ll.variants() if v.site == ll.Variant.site and v.trains and not v.needs_data]
+    """What can be timed: the pairs with PEFT, then every other trained method at linear layers that starts from
+    nothing, from the weight or from batches of text."""
+    linear = [v for v in ll.variants() if v.site == ll.Variant.site and v.trains]
+    others = [v.name for v in linear if v.needs_data in ("", "batches")]
     return [*PAIRS, *(n for n in others if n not in PAIRS)]
 
 
@@ -88,6 +100,15 @@ def config(method: str, r: int) -> ll.AdapterConfig:
     return variant.config(variant=variant.name, **fields)
 
 
+def data(method: str, model: Any) -> list[dict[str, Any]] | None:
+    """Batches of random tokens for a method that starts from data."""
+    if not ll.get_variant(method.split("+")[0]).needs_data:
+        return None
+    drawn = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, model.config.vocab_size, (BATCHES, 1, TOKENS), generator=drawn)
+    return [{"input_ids": i, "labels": i, "attention_mask": torch.ones_like(i)} for i in ids]
+
+
 def peft_config(method: str, r: int) -> Any:
     """PEFT's config of a pair."""
     import peft
@@ -104,7 +125,7 @@ def runs_in_peft(method: str, size: str) -> bool:
 def ours(size: str, method: str, r: int, model: Any = None) -> Any:
     """The given model, or a new one of this size, with our adapter."""
     model = base(size) if model is None else model
-    ll.attach(model, config(method, r))
+    ll.attach(model, config(method, r), calibration_data=data(method, model))
     return model
 
 
