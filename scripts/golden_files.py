@@ -1,6 +1,7 @@
 """Make tests/golden: one small file of every layout, and what the adapted network gave where it was made.
 
 python scripts/golden_files.py                      # PEFT's types, ours, its exports, LyCORIS, MLX, a torch.save
+python scripts/golden_files.py --only prompts        # PEFT's prompts and prefixes alone
 python scripts/golden_files.py --upstream CHECKOUT  # the original lora-lite's own too, from a checkout of its sources
 
 Golden files are kept: whoever makes them anew says why. `tests/io/test_golden_files.py` reads and writes them again.
@@ -25,6 +26,8 @@ GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT / "tests"))
 
 import lora_lite as ll  # noqa: E402
+import peft_prompts  # noqa: E402
+import tiny_llm  # noqa: E402
 from lora_lite.testing.case import randomise  # noqa: E402
 from peft_files import CASES, IDS, net, saved  # noqa: E402
 
@@ -119,6 +122,18 @@ def by_hand(outputs: dict[str, Tensor]) -> None:
     outputs["upstream/old.pt"] = moved("fc1", 7 / 3 * B @ A)
 
 
+def prompts() -> None:
+    """PEFT's prompts and prefixes, which want a transformer, and that transformer."""
+    folder, outputs = GOLDEN / "prompts", {}
+    folder.mkdir(exist_ok=True)
+    for case in peft_prompts.THEIRS:
+        name = case.lower().replace(" ", "-")
+        outputs[name] = peft_prompts.saved(case, folder / name)[0].contiguous()
+        (folder / name / "README.md").unlink(missing_ok=True)
+    save_file(tiny_llm.model().state_dict(), folder / "base.safetensors")
+    save_file(outputs, folder / "outputs.safetensors")
+
+
 @torch.no_grad()
 def moved(path: str, change: Tensor) -> Tensor:
     """What the network gives with this change of a weight."""
@@ -130,8 +145,12 @@ def moved(path: str, change: Tensor) -> Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", type=Path)
+    parser.add_argument("--only", choices=["prompts"])
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
+    prompts()
+    if asked.only:
+        return 0
     outputs: dict[str, Any] = {}
     GOLDEN.mkdir(exist_ok=True)
     save_file(net().state_dict(), GOLDEN / "base.safetensors")

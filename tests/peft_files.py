@@ -160,8 +160,9 @@ def net(seed: int = 0) -> Net:
     return Net().eval()
 
 
-def saved(case: str, folder: Path) -> tuple[Tensor, Tensor]:
-    """Let PEFT write the case with random tensors. Returns the outputs of the bare network and of the adapted one."""
+def saved(case: str, folder: Path, noise: float = 0.2) -> tuple[Tensor, Tensor]:
+    """Let PEFT write the case with random tensors, or as it starts for no `noise`. Returns the outputs of the bare
+    network and of the adapted one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = net()
@@ -172,7 +173,7 @@ def saved(case: str, folder: Path) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             for p in theirs.parameters():
                 if p.requires_grad:
-                    p.add_(0.2 * torch.randn(p.shape, generator=g))
+                    p.add_(noise * torch.randn(p.shape, generator=g))
             want = theirs.eval()(input_ids=IDS)
             theirs.save_pretrained(folder)
     return bare, want

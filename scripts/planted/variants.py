@@ -60,8 +60,8 @@ BUGS = [
     Bug(
         "bias inside the magnitude",
         "variants/dora.py",
-        "h.to(y.dtype), layer.bias, s)",
-        "h.to(y.dtype), None, s)",
+        "longer, h, layer.bias, s)",
+        "longer, h, None, s)",
         E + "test_dora.py",
     ),
     Bug(

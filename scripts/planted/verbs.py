@@ -111,7 +111,7 @@ BUGS = [
     Bug(
         "selection not restored after an exception",
         "runtime/call/scope.py",
-        "        state.selected = tuple((n, w) for n, w in saved[0] if n in state.records), saved[1]\n",
+        "        state.put((tuple((n, w) for n, w in saved[0] if n in state.records), saved[1]))\n",
         "",
         C + "test_selection.py -k lora-selection_restores",
     ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -196,3 +198,60 @@ def test_the_page_and_the_report(tmp_path):
 
 def test_no_runs_no_tables():
     assert "##" not in board_report.markdown([])
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
+def test_the_report_in_a_browser(tmp_path):
+    """Every picture is drawn, and a narrow window scrolls the table alone."""
+    board_report.write(tmp_path, finished(), [beside()])
+    page = (tmp_path / "learn.html").read_text()
+    probe = """<script>onload = () => { document.title = [...document.images].filter(i => i.naturalWidth > 300).length
+      + " of " + document.images.length + ", " + (document.body.scrollWidth <= innerWidth) }</script></body>"""
+    (tmp_path / "probe.html").write_text(page.replace("</body>", probe))
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--dump-dom"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", str(tmp_path / "probe.html")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert "<title>6 of 6, true</title>" in done.stdout, done.stdout[:300] + done.stderr[-500:]
+
+
+def beside(**more):
+    curves = {"ours": [3.0, 2.0, 1.5], "peft": [3.0, 2.0, 1.5], "start_apart": 0.0, "last_apart": 0.0}
+    return {"method": "lora", "task": "lines", "lr": 0.02, "steps": 3, "peft_type": "LORA", **curves, **more}
+
+
+def test_beside_peft_on_the_page(tmp_path):
+    rows = [
+        beside(),
+        beside(method="dora", last_apart=0.12),
+        {**beside(method="road"), "refused": "64 does not divide"},
+    ]
+    text = board_report.markdown([], rows)
+    assert "| lora | LORA | 0.02 | 3 | 0e+00 | 2.1667 | 2.1667 | the same |" in text
+    assert "| 12.0% |" in text and "| road | - | 0.02 | - | - | - | - | 64 does not divide |" in text
+    assert "Beside PEFT" not in board_report.markdown([])
+
+
+def test_a_run_beside_peft(monkeypatch):
+    """The same start and the same steps on layers that PEFT adapts too; a rate of ours that differs is noticed."""
+    pytest.importorskip("peft")
+    from lora_lite.bench import beside_peft
+
+    targets = {"target_modules": ["up", "down"]}
+
+    def peft_config(method, r):
+        import peft
+
+        kind = {"lora": peft.LoraConfig, "ia3": peft.IA3Config}[method]
+        return kind(**targets, **({"r": r} if method == "lora" else {"feedforward_modules": []}))
+
+    monkeypatch.setattr(beside_peft, "peft_config", peft_config)
+    for method in ("lora", "ia3"):
+        found = beside_peft.run(Lines(), method, 12, r=3)
+        assert found["start_apart"] == 0 and found["last_apart"] < 1e-5, found
+        assert len(found["ours"]) == len(found["peft"]) == 12 and found["ours"][-1] != found["ours"][0]
+    real = ll.Adapter.param_groups
+    monkeypatch.setattr(ll.Adapter, "param_groups", lambda self, lr: real(self, 2 * lr))
+    assert beside_peft.run(Lines(), "lora", 12, r=3)["last_apart"] > 1e-4

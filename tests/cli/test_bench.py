@@ -44,6 +44,18 @@ def test_figures_table_and_picture(tmp_path, capsys):
     assert [r["method"] for r in again] == ["lora", "ia3"]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_methods_that_start_from_weights_or_data(tmp_path):
+    """The start of a method from data is that of batches which the benchmark draws."""
+    names = ["eva", "corda", "lora_one", "lora_xs", "pissa", "olora"]
+    assert main([*TINY, "--rounds", "2", "--methods", *names, "--json", str(tmp_path / "a.json")]) == 0
+    rows = {r["method"]: r for r in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert list(rows) == names and not any("refused" in r for r in rows.values())
+    assert [n for n in names if "attach_vs_peft" in rows[n]] == ["pissa", "olora"]
+    slow = {**rows["eva"], "size": "layer-8b", "ours_attach_ms": 5100.0}
+    assert goals.verdicts(slow)["ours_attach_ms"] == "missed" and "goal 5000.00" in report.verb_cells(slow)[4]
+
+
 def test_a_dry_run_measures_nothing(capsys, monkeypatch):
     monkeypatch.setattr(speed, "measure", lambda *a: pytest.fail("measured"))
     assert main([*TINY, "--methods", "all", "--ranks", "8", "32", "--dry-run"]) == 0
@@ -205,3 +217,9 @@ def test_memory_is_counted():
 def test_the_committed_table_is_that_of_the_committed_figures():
     figures = ROOT / "benchmarks" / "results" / "speed.json"
     assert (ROOT / "docs" / "results" / "speed.md").read_text() == report.markdown(json.loads(figures.read_text()))
+
+
+def test_the_committed_page_of_a_gpu_is_that_of_the_committed_figures():
+    data = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())
+    assert (ROOT / "docs" / "results" / "gpu.md").read_text() == device.markdown(data)
+    assert all(row["device"] == "cuda" and "failed" not in row for row in data["rows"])

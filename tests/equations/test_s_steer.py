@@ -20,6 +20,8 @@ def test_forward():
     W, b = layer.weight.detach(), layer.bias.detach()
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     U, S, V = U[:, :r], S[:r], Vh[:r].mT
+    sign = ((P - b) @ U + (N - b) @ U).mean(0).sign()  # the rows' mean coordinate is positive
+    U, V = U * sign, V * sign
     delta = ((P - b) @ U / S.sqrt()).mean(0) - ((N - b) @ U / S.sqrt()).mean(0)
     x = torch.randn(5, 20, dtype=torch.float64)
     want = []

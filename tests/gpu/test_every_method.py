@@ -18,8 +18,8 @@ from methods import every_method, merges, trains
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-EXACT = {"rtol": 2e-4, "atol": 2e-5}
-"""fp32 on two devices: sums in another order."""
+EXACT = 1e-4
+"""Of a tensor's largest entry: fp32 on two devices, sums in another order."""
 
 
 @pytest.fixture(autouse=True)
@@ -62,12 +62,14 @@ def outputs(model, case: Case):
     return [y, *grads]
 
 
-def same(a, b, **tolerance):
+def same(a, b, share=EXACT):
+    """Tensors differ by at most `share` of the largest entry."""
     assert len(a) == len(b)
     for one, other in zip(a, b, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
-            torch.testing.assert_close(other.cpu(), one.cpu(), **(tolerance or EXACT))
+            largest = float(one.detach().double().abs().max()) if one.numel() else 0.0
+            torch.testing.assert_close(other.cpu(), one.cpu(), rtol=0, atol=share * largest + 1e-7)
 
 
 @every_method()
@@ -83,7 +85,7 @@ def test_it_starts_there_as_it_starts_here(case):
     function."""
     here, there = case.fresh(), attached(case)
     with torch.no_grad():
-        same([here(case.x())], [there(case.x().to(DEVICE))], rtol=1e-3, atol=1e-3)
+        same([here(case.x())], [there(case.x().to(DEVICE))], share=1e-3)
     if not case.variant.needs_weight and not case.variant.needs_data:
         expected = {k: v for k, v in here.state_dict().items() if "lora_" in k}
         got = {k: v for k, v in there.state_dict().items() if "lora_" in k}
@@ -142,7 +144,7 @@ def test_its_file_is_written_there_and_read_here(case, tmp_path):
     with torch.no_grad():
         expected = [model(x.to(DEVICE))]
         same(expected, [fresh(x)])
-        same(expected, [back(x.to(DEVICE))], rtol=1e-6, atol=1e-6)
+        same(expected, [back(x.to(DEVICE))], share=1e-6)
 
 
 @every_method()
@@ -163,7 +165,7 @@ def test_bf16(case):
     with torch.no_grad():
         a, b = here(case.x()), there(case.x().to(DEVICE))
     assert b.dtype == torch.bfloat16
-    same([a.float()], [b.float()], rtol=6e-2, atol=6e-2)
+    same([a.float()], [b.float()], share=5e-2)
 
 
 @every_method()

@@ -15,10 +15,13 @@ import lora_lite as ll
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+import peft_prompts
+import tiny_llm
 from peft_files import IDS, Net
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 OUTPUTS = load_file(GOLDEN / "outputs.safetensors")
+PROMPTED = load_file(GOLDEN / "prompts" / "outputs.safetensors")
 FORMATS = sorted((p.parent.name, p.name) for p in (GOLDEN / "written").glob("*/*"))
 
 
@@ -39,6 +42,17 @@ def test_a_golden_file_is_read(place):
     assert (want - base).abs().max() > 1e-2
     ll.detach(model)
     assert torch.equal(model(IDS), base)
+
+
+@pytest.mark.parametrize("place", sorted(PROMPTED))
+def test_a_golden_prompt_is_read(place):
+    model, X = tiny_llm.model().eval(), peft_prompts.X
+    model.load_state_dict(load_file(GOLDEN / "prompts" / "base.safetensors"))
+    base, want = model(X).logits.detach(), PROMPTED[place]
+    ll.load(model, GOLDEN / "prompts" / place)
+    got = peft_prompts.ours_on(model, "multitask" in place)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (want - base).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(("method", "format"), FORMATS)
@@ -70,5 +84,7 @@ def test_every_layout_has_a_golden_file():
     assert {f for _, f in FORMATS} == set(WRITTEN) - {"mlx"}
     assert {f"upstream/{name}.safetensors" for name in READ} <= set(OUTPUTS)
     kinds = {json.loads(p.read_text())["peft_type"] for p in (GOLDEN / "peft").glob("*/adapter_config.json")}
-    live = {"ADAMSS", "POLY", *PROMPTS}  # scikit-learn, tasks, a transformer: tests of their own
-    assert kinds | live >= set(TYPES)
+    live = {"ADAMSS", "POLY"}  # scikit-learn, tasks: tests of their own
+    prompts = {json.loads(p.read_text())["peft_type"] for p in (GOLDEN / "prompts").glob("*/adapter_config.json")}
+    assert prompts == set(PROMPTS)
+    assert kinds | live | prompts >= set(TYPES)

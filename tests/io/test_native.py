@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 
 import hypothesis
 import hypothesis.strategies as st
@@ -22,6 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lora_lite as ll
+from lora_lite.core import files
+from lora_lite.io import native
 from lora_lite.io.header import read_header
 from lora_lite.io.native import read
 from lora_lite.testing.case import randomise
@@ -518,3 +521,59 @@ def test_other_weights_beside_a_quantised_layer_raise(tmp_path):
         with pytest.raises(ll.BaseMismatchError, match=r"layers\.1\.up"), warnings.catch_warnings():
             warnings.simplefilter("ignore", ll.LoraLiteWarning)
             ll.load(other, path)
+
+
+def test_a_file_is_taken_tensor_by_tensor(tmp_path, monkeypatch):
+    path = ll.save(adapted(), tmp_path / "a.safetensors")
+    lent, opens, each, opened = [], [], native.each_tensor, files.opened
+
+    def watched(path, keys):
+        for key, t in each(path, keys):
+            assert sum(old() is not None for old in lent) <= 1, "what was copied has been let go of"
+            lent.append(weakref.ref(t))
+            yield key, t
+
+    monkeypatch.setattr(native, "each_tensor", watched)
+    monkeypatch.setattr(files, "opened", lambda path: opens.append(path) or opened(path))
+    monkeypatch.setattr(files, "MAPPED", 1)
+    model = toy()
+    ll.load(model, path)
+    assert len(lent) == len(ll.adapter_state_dict(model)) <= len(opens), "the pages of the file are let go of"
+    torch.testing.assert_close(model(x()), adapted()(x()), atol=0, rtol=0)
+
+
+def memory(key):
+    with open("/proc/self/status") as f:
+        return int(next(line for line in f if line.startswith(key)).split()[1]) * 1024
+
+
+WIDE = 2 * 4 * 4096 * 512 * 4
+
+
+def wide():
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
+
+
+def peak_of_load(path):
+    """What loading takes at its peak and afterwards, over the adapter's size; in a process that did nothing before."""
+    model = wide()
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the peak counts from here
+    before = memory("VmRSS")
+    ll.load(model, path)
+    return (memory("VmHWM") - before) / WIDE, (memory("VmRSS") - before) / WIDE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the system does not tell a process's peak")
+@pytest.mark.parametrize("layout", ["a.safetensors", "peft"])
+def test_loading_needs_little_more_than_what_is_loaded(layout, tmp_path):
+    path, model = tmp_path / layout, wide()
+    ll.attach(model, ll.LoRAConfig(r=4096, alpha=3))
+    ll.save(model, path) if path.suffix else ll.export(model, path, format="peft")
+    code = f"from tests.io.test_native import peak_of_load; print(*peak_of_load({str(path)!r}))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, after = map(float, ran.stdout.split())
+    assert after > 0.9, "the measure sees what was loaded"
+    assert peak < 1.3, "8 MiB of the file are looked at at a time, an eighth of this one; 2.1 where it is read whole"

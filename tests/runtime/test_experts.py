@@ -11,7 +11,9 @@ import torch
 import transformers
 
 import lora_lite as ll
+from lora_lite.bench import speed
 from lora_lite.runtime.layers.bank import banks
+from lora_lite.runtime.view import expert
 from lora_lite.runtime.view.unformed import Unformed
 from lora_lite.testing.case import randomise
 from neighbours import fused_experts
@@ -252,6 +254,38 @@ def test_a_small_update_acts_on_a_bf16_weight():
         for p in handle.parameters():
             p.normal_(std=0.01)
     assert not torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize("method", ["oft", "boft", "dora", "lokr"])
+def test_the_way_to_a_dense_weight_is_not_kept(method, monkeypatch):
+    """What a step keeps is W' itself, and the gradients are those of keeping everything."""
+    size = {"hidden_size": 64, "intermediate_size": 48}
+    model = adapted("mixtral", ll.get_variant(method).config(variant=method, target_kinds=KIND), **size).train()
+    weights = sum(p.nbytes for n, p in model.named_parameters() if "experts" in n and "lora_" not in n)
+    adapter = ll.adapters(model)["default"]
+
+    def grads():
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return [p.grad.clone() for p in adapter.parameters()]
+
+    with ll.active(model, None):
+        bare = speed.saved_bytes(model, IDS)
+    kept, got = speed.saved_bytes(model, IDS) - bare, grads()
+    monkeypatch.setattr(expert, "checkpoint", lambda build, **_: build())
+    everything, want = speed.saved_bytes(model, IDS) - bare, grads()
+    assert kept < 1.15 * weights < 1.5 * weights < everything
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b) and a.any()
+
+
+def test_a_step_between_forward_and_backward_is_noticed():
+    model = adapted("mixtral", ll.DoRAConfig(r=3, alpha=7, target_kinds=KIND)).train()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    with torch.no_grad():
+        next(ll.adapters(model)["default"].parameters()).mul_(2)
+    with pytest.raises((ll.StateError, RuntimeError), match="between the forward pass|inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

@@ -156,3 +156,35 @@ def test_generation_is_the_same_with_and_without(method, monkeypatch):
     assert model._lora_lite_state.here.now.memo is None
     monkeypatch.setattr("lora_lite.runtime.view.layer.memo_of", lambda module: None)
     torch.testing.assert_close(kept, generate(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "hra"])
+def test_a_token_casts_nothing_again(method):
+    """On a bf16 base with fp32 adapters a token of a generation launches the products and no cast, which a GPU would
+    feel more than the arithmetic."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers import DynamicCache
+
+    class Casts(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += func is torch.ops.aten._to_copy.default
+            return func(*args, **(kwargs or {}))
+
+    def casts(model):
+        cache, ids = DynamicCache(config=model.config), torch.tensor([[3, 4, 5]])
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            with Casts() as seen:
+                model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        return seen.n
+
+    model = llama().bfloat16()
+    bare = casts(model)
+    ll.attach(model, ll.get_variant(method).config(variant=method, r=4, dtype="float32"))
+    randomise(model)
+    assert casts(model) == bare
+    model.train()
+    assert casts(model) > bare, "nothing is kept in training"

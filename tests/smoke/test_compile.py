@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -122,6 +124,40 @@ def test_a_selection_is_compiled_once():
     randomise(model, "a", seed=5)
     each()
     assert counter.frame_count == len(choices) + len(rows), "switching back, and other numbers, compile nothing"
+
+
+def test_another_weight_compiles_nothing():
+    """One graph without weights, one with: 1 costs nothing, and the values of others are no part of a graph."""
+    model, counter = adapted("a", "b"), CompileCounter()
+    fast = torch.compile(model, backend=counter, fullgraph=True)
+    graphs = []
+    for choice in ("a", {"a": 0.5}, {"a": -1.5}, {"a": 3}, {"a": 0.5, "b": 2.0}, {"a": 0.7, "b": -0.3}, "a"):
+        ll.activate(model, choice)
+        same(fast(x()), model(x()))
+        with ll.active(model, choice):
+            same(fast(x()), model(x()))
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 2, 2, 2, 3, 3, 3]
+    with torch.inference_mode():
+        ll.activate(model, {"a": 0.25})
+    fast(x()).square().sum().backward()
+    got = [p.grad.clone() for p in ll.adapters(model)["a"].parameters()]
+    model.zero_grad()
+    model(x()).square().sum().backward()
+    for grad, p in zip(got, ll.adapters(model)["a"].parameters(), strict=True):
+        same(grad, p.grad)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("recompile_limit" not in inspect.signature(torch.compile).parameters, reason="a newer torch's word")
+def test_more_adapters_than_torch_keeps_graphs_by_itself():
+    names = [f"a{i}" for i in range(10)]
+    model, counter = adapted(*names), CompileCounter()
+    fast = torch.compile(model, backend=counter, fullgraph=True, recompile_limit=64)
+    for name in (*names, *names):
+        ll.activate(model, name)
+        same(fast(x()), model(x()))
+    assert counter.frame_count == len(names)
 
 
 def test_training_compiled_equals_training_eager():

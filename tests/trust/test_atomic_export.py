@@ -136,6 +136,38 @@ def test_without_an_exchange_of_folders_the_old_one_is_moved_away(fail, tmp_path
     assert listing(tmp_path) == ["x"] and "mine" in listing(folder)
 
 
+@posix
+def test_many_who_write_one_folder_at_once(tmp_path, monkeypatch):
+    """As ranks do that all export: one after the other, everyone succeeds, and what lies there at the end is one of
+    theirs, whole."""
+    import time
+    from concurrent.futures import ThreadPoolExecutor
+
+    put, inside = places._put, []
+
+    def slowly(*words) -> None:
+        inside.append(1)
+        time.sleep(2e-3)
+        assert len(inside) == 1, "two at once"
+        put(*words)
+        inside.pop()
+
+    monkeypatch.setattr(places, "_put", slowly)
+
+    def write(n: int) -> None:
+        with places.replaced_folder(tmp_path / "new", "adapter") as folder:
+            for name in ("adapter", "config", "card"):
+                (folder / name).write_text(str(n))
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            shutil.rmtree(tmp_path / "new", ignore_errors=True)
+            list(pool.map(write, range(16)))
+            assert listing(tmp_path) == ["new"]
+            assert listing(tmp_path / "new") == ["adapter", "card", "config"]
+            assert len({p.read_text() for p in (tmp_path / "new").iterdir()}) == 1
+
+
 def test_what_somebody_writes_meanwhile_is_kept(tmp_path, monkeypatch):
     folder, exchange = tmp_path / "x", places.exchange
     ll.export(adapted(), folder)

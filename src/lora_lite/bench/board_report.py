@@ -11,6 +11,7 @@ from typing import Any
 
 import lora_lite as ll
 
+from . import beside_peft
 from .board import Entry, Protocol, Row, Standing, standing
 
 COLUMNS = (
@@ -19,6 +20,7 @@ COLUMNS = (
     "95 %",
     "seeds",
     "lr",
+    "at its own lr",
     "test loss",
     "trained",
     "file, KB",
@@ -35,7 +37,7 @@ def ranked(rows: Sequence[Row], protocol: Protocol, entries: Iterable[Entry]) ->
     return sorted((s for s in found if s.rates), key=lambda s: -(s.mean if s.mean is not None else -1.0))
 
 
-def cells(s: Standing, others: Sequence[Standing]) -> list[str]:
+def cells(s: Standing) -> list[str]:
     """One line of the table; "-" where a run is missing or the task has no such figure."""
 
     def shown(value: float | None, form: str, unit: float = 1.0) -> str:
@@ -48,6 +50,7 @@ def cells(s: Standing, others: Sequence[Standing]) -> list[str]:
         "-" if s.half is None else f"±{100 * s.half:.1f}",
         str(len(s.finals)),
         shown(s.chosen, "g") + edge,
+        shown(s.rates.get(ll.get_variant(s.entry.method).lr), ".1%"),
         shown(s.average("loss"), ".3f"),
         shown(s.average("trained"), ",.0f"),
         shown(s.average("file_bytes"), ",.0f", 1024),
@@ -82,8 +85,8 @@ def _grid(group: Sequence[Row]) -> tuple[float, ...]:
     return tuple(sorted(set.intersection(*common) if common else set().union(*factors.values())))
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The committed page."""
+def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
+    """The committed page. beside: rows of `beside_peft`."""
     lines = [
         "# Does it learn?",
         "",
@@ -96,6 +99,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "one may lie outside.",
         "- Then seeds 1, 2, ... at that rate on the test, each with another start and other rows: the mean, and half "
         "its 95 % interval by Student's t over seeds.",
+        "- At its own lr: the share of right validation answers, seed 0, at the recommended rate, which is that of the "
+        "method's authors for models thousands wide.",
         "- Step: the median over that of LoRA on the same batches, turn by turn in one process (processor time, one "
         "thread; of a GPU's rows wall clock, where the launches of kernels count and not the arithmetic); peak: memory "
         "of the process, or of the GPU; forgotten: by how much the loss on text of the base's own training grew.",
@@ -105,7 +110,7 @@ def markdown(rows: Sequence[Row]) -> str:
         size = "default sizes" if default else "chosen numbers of trained parameters"
         lines += ["", f"## {protocol.task}, {protocol.steps} steps, {size}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-        lines += ["| " + " | ".join(cells(s, standings)) + " |" for s in standings]
+        lines += ["| " + " | ".join(cells(s)) + " |" for s in standings]
         open_now = [s.entry.label for s in standings if len(s.finals) < protocol.seeds]
         begun = {s.entry.method for s in standings}
         absent = [v.name for v in ll.variants() if v.trains and v.name not in begun] if default else []
@@ -113,14 +118,18 @@ def markdown(rows: Sequence[Row]) -> str:
             lines += ["", f"Not finished: {', '.join(open_now)}."]
         if absent:
             lines += ["", f"Not begun: {', '.join(absent)}."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *beside_peft.markdown(list(beside))]) + "\n"
 
 
-def write(folder: Path, rows: Sequence[Row]) -> list[Path]:
+def write(folder: Path, rows: Sequence[Row], beside: Sequence[Row] = ()) -> list[Path]:
     """`learn.md`, pictures, and `learn.html` which needs no other file."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "learn.md").write_text(markdown(rows), encoding="utf-8")
+    (folder / "learn.md").write_text(markdown(rows, beside), encoding="utf-8")
     paths, figures = [folder / "learn.md"], []
+    if any("refused" not in row for row in beside):
+        figures.append(("the same start here and in PEFT", beside_peft.picture(list(beside))))
+        paths.append(folder / "learn-beside-peft.png")
+        figures[0][1].savefig(paths[-1])
     for protocol, entries, default in boards(rows):
         standings = ranked(rows, protocol, entries)
         for what, figure in pictures(protocol, standings, rows):
@@ -154,9 +163,7 @@ def report(rows: Sequence[Row], figures: Sequence[tuple[str, Any]]) -> str:
     for protocol, entries, default in boards(rows):
         standings = ranked(rows, protocol, entries)
         head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
-        lines = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(s, standings)) + "</tr>" for s in standings
-        )
+        lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(s)) + "</tr>" for s in standings)
         size = "default sizes" if default else "chosen sizes"
         body.append(f"<h2>{html.escape(protocol.task)}, {protocol.steps} steps, {size}</h2>")
         body.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>')

@@ -26,6 +26,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 VOCABULARY = 8192
 """Of the sizes that name no other: small beside the layers."""
+BATCHES, TOKENS = 2, 128
+"""Of what methods start from that start from data."""
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BLOCKS = {
     "target_modules_bd_a": ["o_proj", "down_proj", "down"],
@@ -82,6 +84,14 @@ PAIRS: dict[str, Callable[[int], Pair]] = {
     "velora": lambda r: ({"r": r}, ("LoraConfig", {"r": r, "velora_config": ("VeloraConfig", {})})),
     "vera": lambda r: ({"r": 256}, ("VeraConfig", {"r": 256})),
     "waveft": lambda r: ({}, ("WaveFTConfig", {})),
+    "pissa": lambda r: (
+        {"r": r, "alpha": 2 * r},
+        ("LoraConfig", {"r": r, "lora_alpha": 2 * r, "init_lora_weights": "pissa_niter_4"}),
+    ),
+    "olora": lambda r: (
+        {"r": r, "alpha": 2 * r},
+        ("LoraConfig", {"r": r, "lora_alpha": 2 * r, "init_lora_weights": "olora"}),
+    ),
 }
 WITHOUT_RANK = (
     *("adamss", "bitfit", "boft", "c3a", "fourierft", "frod", "ia3", "oft", "oft+series", "pvera", "road"),
@@ -94,8 +104,10 @@ is not run."""
 
 
 def methods() -> list[str]:
-    """What can be timed: the pairs with PEFT, then every other trained method at linear layers that needs no data."""
-    others = [v.name for v in ll.variants() if v.site == ll.Variant.site and v.trains and not v.needs_data]
+    """What can be timed: the pairs with PEFT, then every other trained method at linear layers that starts from
+    nothing, from the weight or from batches of text."""
+    linear = [v for v in ll.variants() if v.site == ll.Variant.site and v.trains]
+    others = [v.name for v in linear if v.needs_data in ("", "batches")]
     return [*PAIRS, *(n for n in others if n not in PAIRS)]
 
 
@@ -123,6 +135,15 @@ def config(method: str, r: int) -> ll.AdapterConfig:
     return variant.config(variant=variant.name, **fields)
 
 
+def data(method: str, model: Any) -> list[dict[str, Any]] | None:
+    """Batches of random tokens for a method that starts from data."""
+    if not ll.get_variant(method.split("+")[0]).needs_data:
+        return None
+    drawn = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, model.config.vocab_size, (BATCHES, 1, TOKENS), generator=drawn)
+    return [{"input_ids": i, "labels": i, "attention_mask": torch.ones_like(i)} for i in ids]
+
+
 def peft_config(method: str, r: int, names: Sequence[str] = ALL) -> Any:
     """PEFT's config of a pair; an argument (name, its arguments) is a config of a form of LoRA."""
     import peft
@@ -141,7 +162,7 @@ def runs_in_peft(method: str, size: str) -> bool:
 def ours(size: str, method: str, r: int, model: Any = None) -> Any:
     """The given model, or a new one of this size, with our adapter."""
     model = base(size) if model is None else model
-    ll.attach(model, config(method, r))
+    ll.attach(model, config(method, r), calibration_data=data(method, model))
     return model
 
 

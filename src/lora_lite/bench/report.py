@@ -73,7 +73,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def verb_cells(row: dict[str, Any]) -> list[str]:
     """One row of the table of verbs: milliseconds, ours : PEFT's."""
-    took = [pair(row, f"{verb}_ms") for verb in VERBS]
+    took = [pair(row, f"{verb}_ms") + word(row, f"ours_{verb}_ms") for verb in VERBS]
     ratios = [figure(row, key) for key in ("merge_vs_copy", "merge_vs_peft", "unmerge_vs_copy")]
     return [row["method"], row["size"], str(row["r"]), *took, *ratios, pair(row, "merge_peak_mb")]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_lite as ll
 
-from .pairs import config, peft_config, targets
+from .pairs import config, data, peft_config, targets
 
 PROMPT, TOKENS = 16, 4
 PEFT_VERBS = ("attach", "save", "load", "merge", "unmerge")
@@ -57,11 +57,11 @@ def move(parameters: list[Any]) -> None:
 
 def of_ours(model: Any, method: str, r: int, folder: Path, peak: Peak | None) -> Round:
     """One round on the bare model, which is bare again afterwards; `peak` measures a merge."""
-    cfg, path = config(method, r), folder / "ours.safetensors"
+    cfg, path, batches = config(method, r), folder / "ours.safetensors", data(method, model)
     found: dict[str, float] = {}
     highest = None
     found["plan"] = seconds(lambda: ll.plan(model, cfg))
-    found["attach"] = seconds(lambda: ll.attach(model, cfg))
+    found["attach"] = seconds(lambda: ll.attach(model, cfg, calibration_data=batches))
     move(list(ll.adapters(model)["default"].parameters()))
     found["save"] = seconds(lambda: ll.save(model, path))
     ll.detach(model)

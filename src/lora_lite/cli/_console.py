@@ -93,8 +93,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
 
 
 def _rich_table(columns: Sequence[str], cells: list[list[str]], right: list[bool], title: str) -> None:
-    from rich import box
     from rich.console import Console
+
+    Console(file=stream()).print(_grid(columns, cells, right, title))
+
+
+def _grid(columns: Sequence[str], cells: list[list[str]], right: list[bool], title: str) -> Any:
+    from rich import box
     from rich.table import Table
 
     grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -102,7 +107,42 @@ def _rich_table(columns: Sequence[str], cells: list[list[str]], right: list[bool
         grid.add_column(name, justify="right" if r else "left", overflow="fold", no_wrap=i == 0)
     for row in cells:
         grid.add_row(*(_escape(c) for c in row))
-    Console(file=stream()).print(grid)
+    return grid
+
+
+class LiveTable:
+    """A table that is drawn anew in its place, on a terminal; elsewhere only what is said."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = columns
+        self.live: Any = None
+
+    def __enter__(self) -> LiveTable:
+        if stream().isatty() and is_first():
+            from rich.console import Console
+            from rich.live import Live
+
+            self.live = Live(console=Console(file=stream()), transient=True, auto_refresh=False)
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def say(self, text: str, style: str = "") -> None:
+        """A line above the table."""
+        if self.live is None:
+            say(text, style)
+        else:
+            self.live.console.print(text, style=style or None, markup=False, highlight=False)
+
+    def update(self, rows: Sequence[Sequence[object]], title: str) -> None:
+        """What the table holds now."""
+        if self.live is not None:
+            cells = [[str(c) for c in row] for row in rows]
+            right = [bool(cells) and all(_numeric(row[i]) for row in cells) for i in range(len(self.columns))]
+            self.live.update(_grid(self.columns, cells, right, title), refresh=True)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lora_lite as ll
 
-from ._console import clock, say, table
+from ._console import LiveTable, clock, say, table
 
 if TYPE_CHECKING:
     from ..bench.board import Entry, Protocol, Row
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 TASKS = ("wordmath", "glosses", "metamath")
 STEPS = {"wordmath": 300, "glosses": 375, "metamath": 5000}
+SHORT = ("method", "accuracy", "95 %", "seeds", "lr", "test loss")
+"""Columns of the live table."""
+REFRESH = 5.0
+"""Seconds after which it says again how long the runs take."""
 GUESS = {"wordmath": 0.25, "glosses": 1.0, "metamath": 2.0}
 """Seconds of a step before any run has been timed."""
 
@@ -60,9 +64,12 @@ class Learn:
     test_data: str | None = None
     """Test data of metamath: a hub id, or a file with question and answer."""
     results: Path = Path("benchmarks/results/learn.jsonl")
-    """One JSON object per finished run, appended."""
+    """One JSON object per finished run, appended; those of --beside-peft stand in a file beside it."""
     checkpoints: Path = Path("runs/learn")
     """Folder for the checkpoints of runs that are under way."""
+    beside_peft: bool = False
+    """Instead of the board: train each method here and in PEFT from one start on the same rows, and compare the losses
+    step by step. `all`: every method that both have."""
     report: Path | None = None
     """Write a page, pictures and a self-contained HTML report into this folder."""
     limit: float | None = None
@@ -79,6 +86,10 @@ def main(words: list[str]) -> int:
 
 
 def run(args: Learn) -> int:
+    if args.beside_peft:
+        from .bench_beside import run_beside
+
+        return run_beside(args)
     check(args)
     from ..bench import board
 
@@ -96,8 +107,9 @@ def run(args: Learn) -> int:
         show(rows, protocol, entries)
     if args.report is not None:
         from ..bench.board_report import write
+        from .bench_beside import read_beside
 
-        for path in write(args.report, rows):
+        for path in write(args.report, rows, read_beside(args.results)):
             say(f"wrote    {path}")
     return 1 if failed else 0
 
@@ -113,7 +125,11 @@ def check(args: Learn) -> None:
                 f"--methods {name}: no method of that name trains.{did_you_mean(name, known)} Choose from: all, "
                 f"{', '.join(known)}."
             )
-    for flag, value in (("--steps", args.steps or 1), ("--seeds", args.seeds), ("--jobs", args.jobs)):
+    for flag, value in (
+        ("--steps", 1 if args.steps is None else args.steps),
+        ("--seeds", args.seeds),
+        ("--jobs", args.jobs),
+    ):
         if value < 1:
             raise ll.ConfigError(f"{flag} must be at least 1, got {value}.")
     if args.device == "cuda":
@@ -200,30 +216,51 @@ def work(args: Learn, rows: list[Row], protocol: Protocol, entries: list[Entry])
     total = board.count_left(rows, protocol, entries)
     if not total:
         say("every run is finished already")
+    began: dict[str, float] = {}
     try:
-        while True:
-            busy = failed | {setting.key for setting, _ in running.values()}
-            late = args.limit is not None and time.monotonic() - start > 60 * args.limit
-            waiting = [] if late else [s for s in board.left(rows, protocol, entries) if s.key not in busy]
-            for setting in waiting[: len(idle)]:
-                pool = idle.pop()
-                running[pool.submit(one, args, setting)] = setting, pool
-            if not running:
-                return len(failed)
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                setting, pool = running.pop(done)
-                idle.append(worker() if isinstance(done.exception(), BrokenProcessPool) else pool)
-                row = outcome(done, setting)
-                if row is None:
-                    failed.add(setting.key)
-                    continue
-                row["factor"] = protocol.factor(setting)
-                board.add(args.results, row)
-                rows.append(row)
-                tell(row, total - board.count_left(rows, protocol, entries), total)
+        with LiveTable(SHORT) as live:
+            while True:
+                busy = failed | {setting.key for setting, _ in running.values()}
+                late = args.limit is not None and time.monotonic() - start > 60 * args.limit
+                waiting = [] if late else [s for s in board.left(rows, protocol, entries) if s.key not in busy]
+                for setting in waiting[: len(idle)]:
+                    pool = idle.pop()
+                    began[setting.key] = time.monotonic()
+                    running[pool.submit(one, args, setting)] = setting, pool
+                if not running:
+                    return len(failed)
+                left = board.count_left(rows, protocol, entries)
+                now = [(s, time.monotonic() - began[s.key]) for s, _ in running.values()]
+                live.update(short(rows, protocol, entries), standing_title(total - left, total, now))
+                for done in wait(running, timeout=REFRESH, return_when=FIRST_COMPLETED).done:
+                    setting, pool = running.pop(done)
+                    idle.append(worker() if isinstance(done.exception(), BrokenProcessPool) else pool)
+                    row = outcome(done, setting, live)
+                    if row is None:
+                        failed.add(setting.key)
+                        continue
+                    row["factor"] = protocol.factor(setting)
+                    board.add(args.results, row)
+                    rows.append(row)
+                    tell(row, total - board.count_left(rows, protocol, entries), total, live)
     finally:
         for pool in [*idle, *(pool for _, pool in running.values())]:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def short(rows: list[Row], protocol: Protocol, entries: list[Entry]) -> list[list[str]]:
+    """The lines of the live table, the best first."""
+    from ..bench import board_report
+
+    standings = board_report.ranked(rows, protocol, entries)
+    wanted = [board_report.COLUMNS.index(name) for name in SHORT]
+    return [[cells[i] for i in wanted] for cells in (board_report.cells(s) for s in standings)]
+
+
+def standing_title(done: int, total: int, now: list[tuple[Setting, float]]) -> str:
+    """How far it is, and what runs since when."""
+    runs = ", ".join(f"{s.method} lr {s.lr:g} {s.phase} {s.seed} ({clock(took)})" for s, took in now)
+    return f"{done} of {total} runs; now {runs}"
 
 
 def worker() -> ProcessPoolExecutor:
@@ -257,19 +294,19 @@ def device(args: Learn) -> str:
     return args.device or ("cuda" if args.task == "metamath" and torch.cuda.is_available() else "cpu")
 
 
-def outcome(done: Future[Any], setting: Setting) -> Row | None:
+def outcome(done: Future[Any], setting: Setting, live: LiveTable) -> Row | None:
     """The finished row; a run that fails is said, and the others go on."""
     error = done.exception()
     if error is None:
         return done.result()
     kind = "" if isinstance(error, ll.LoraLiteError) else f"{type(error).__name__}: "
-    say(f"{setting.method} at {setting.lr:g}: {kind}{error}", "yellow")
+    live.say(f"{setting.method} at {setting.lr:g}: {kind}{error}", "yellow")
     return None
 
 
-def tell(row: Row, done: int, total: int) -> None:
+def tell(row: Row, done: int, total: int, live: LiveTable) -> None:
     what = f"seed {row['seed']}" if row["phase"] == "final" else "choosing the rate"
-    say(
+    live.say(
         f"{done}/{total}  {row['method']:<12} lr {row['lr']:<8g} {what:<18} {row['split']} {row['accuracy']:.1%}, loss "
         f"{row['loss'] if row['loss'] is not None else 'not finite'}, {row['ms_per_step']:.0f} ms a step"
     )
@@ -279,4 +316,4 @@ def show(rows: list[Row], protocol: Protocol, entries: list[Entry]) -> None:
     from ..bench import board_report
 
     standings = board_report.ranked(rows, protocol, entries)
-    table(board_report.COLUMNS, [board_report.cells(s, standings) for s in standings])
+    table(board_report.COLUMNS, [board_report.cells(s) for s in standings])

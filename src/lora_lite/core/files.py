@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,6 +19,8 @@ DIGITS = 20
 """Of a whole number in such JSON; 2⁶⁴ has twenty."""
 WORDS = 2000
 """Characters of what a file may say of itself in a message."""
+MAPPED = 8 << 20
+"""Bytes of a file that are looked at before it is opened anew."""
 WRONG = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError, MemoryError)
 """What code raises that takes a value for what it should be. `RuntimeError` is torch's, and that of a nesting that is
 too deep."""
@@ -69,21 +71,49 @@ def opened(path: str | os.PathLike[str]) -> Generator[Any, None, None]:
         yield f
 
 
+def each_tensor(path: str | os.PathLike[str], keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of a file, one after the other; who keeps a tensor copies it.
+
+    Each lies in a mapping of the file, of which every page that was looked at counts as memory of the process until the
+    file is closed. So it is opened anew every `MAPPED` bytes, and reading costs little more than what is kept.
+
+    Raises:
+        FileError: as `opened`.
+    """
+    rest = list(keys)[::-1]
+    while rest:
+        with opened(path) as f:
+            seen = 0
+            while rest and seen < MAPPED:
+                key = rest.pop()
+                t: Tensor = f.get_tensor(key)
+                seen += t.nbytes
+                yield key, t
+
+
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a file.
+    """All tensors of a file, in memory of their own.
 
     Raises:
         FileError: as `opened`, or a value is complex or not finite.
     """
     with opened(path) as f:
-        tensors: dict[str, Tensor] = {key: f.get_tensor(key) for key in f.keys()}
-        strange = [k for k, t in tensors.items() if t.is_complex()]
-        bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())]
+        keys: list[str] = list(f.keys())
+    tensors = {key: t.clone() for key, t in each_tensor(path, keys)}
+    strange = [k for k, t in tensors.items() if t.is_complex()]
+    bad = [k for k, t in tensors.items() if t.is_floating_point() and not is_finite(t)]
     if strange:
         raise FileError(f"{os.fspath(path)} holds complex numbers, which no adapter has: {listing(strange)}.")
     if bad:
         raise FileError(f"{os.fspath(path)} holds values that are not finite: {listing(bad)}.")
     return tensors
+
+
+def is_finite(t: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor what float32 cannot hold, found without a second tensor of its
+    size."""
+    low, high = torch.aminmax(t if t.element_size() > 1 else t.float()) if t.numel() else (t.new_zeros(()),) * 2
+    return bool(low.float().isfinite() and high.float().isfinite())
 
 
 def parsed(text: str | bytes, where: str) -> Any:

@@ -253,16 +253,29 @@ def check_scale(scale: float, whose: str) -> None:
         raise FileError(f"{whose} scales its update by {scale:g}; at most {MAX_SCALE:g} is taken from a file.")
 
 
-def check_sums(head: dict[str, Any], record: Record, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise where a tensor is not what was saved; files of versions before 0.2 hold no checksums."""
+def saved_sums(head: dict[str, Any], record: Record) -> dict[str, Any]:
+    """Key -> checksum of the tensors of a file; those of versions before 0.2 hold none."""
+    found: dict[str, Any] = {}
     for t in record.targets.values():
         sums = head["targets"][t.path].get("crc32") or {}
-        for short in t.specs:
-            if short in sums and sums[short] != checksum(tensors[t.key(short)]):
-                raise FileError(
-                    f"{where}: the numbers of {t.key(short)} are not those that were saved (their checksum differs): "
-                    "the file is damaged. Copy or download it again."
-                )
+        found |= {t.key(short): sums[short] for short in t.specs if short in sums}
+    return found
+
+
+def check_sums(head: dict[str, Any], record: Record, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise where a tensor is not what was saved."""
+    sums = saved_sums(head, record)
+    for key in sums:
+        check_sum(key, tensors[key], sums, where)
+
+
+def check_sum(key: str, t: Tensor, sums: Mapping[str, Any], where: str) -> None:
+    """Raise where this tensor is not what was saved."""
+    if key in sums and sums[key] != checksum(t):
+        raise FileError(
+            f"{where}: the numbers of {key} are not those that were saved (their checksum differs): the file is "
+            "damaged. Copy or download it again."
+        )
 
 
 def _is_count(value: Any) -> bool:

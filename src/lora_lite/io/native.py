@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from ..core.errors import (
     did_you_mean,
     listing,
 )
-from ..core.files import check_path, opened, read_tensors, reading
+from ..core.files import check_path, each_tensor, is_finite, opened, read_tensors, reading
 from ..core.spec import ParamSpec
 from ..runtime.call.acting import warn_idle
 from ..runtime.commit import commit
@@ -39,7 +39,7 @@ from ..runtime.start.staging import StagedTarget, filled, modules_of
 from ..runtime.targets.loaded import check_loaded
 from ..runtime.targets.structure import describe
 from .gather import full_tensor
-from .header import check_sums, header, read_header, record_from_header
+from .header import check_sum, header, read_header, record_from_header, saved_sums
 from .tensors import write_tensors
 
 MAX_SAMPLE = 4096
@@ -118,7 +118,7 @@ def _file_name(path: str | os.PathLike[str]) -> Path:
 
 
 def _check_finite(record: Record, tensors: dict[str, Tensor]) -> None:
-    bad = [k for k, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    bad = [k for k, t in tensors.items() if t.is_floating_point() and not is_finite(t)]
     if bad:
         raise StateError(
             f"adapter {record.name!r} has values that are not finite: {listing(bad)}. Training diverged; nothing was "
@@ -144,12 +144,24 @@ def read_native(
         check_loaded(describe(model), record.targets.values())
         with opened(path) as f:  # nothing is read that would not be used
             _check_names(expected(record), f.keys(), str(path))
-        tensors = read_tensors(path)
-        check_keys(expected(record), tensors, str(path))
-        check_sums(head, record, tensors, str(path))
+    staged = filled(model, record, _checked(path, head, record))
+    with reading(path):
         if base_check != "ignore":
             check_base(model, record, head, base_check, str(path))
-    return record, filled(model, record, tensors)
+    return record, staged
+
+
+def _checked(path: str | os.PathLike[str], head: dict[str, Any], record: Record) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of a file, one after the other, each as its target wants it and as it was saved."""
+    where, wanted = str(path), expected(record)
+    with reading(path):
+        sums = saved_sums(head, record)
+        for key, t in each_tensor(path, wanted):
+            _check_tensor(key, t, wanted[key], where)
+            if t.is_floating_point() and not is_finite(t):
+                raise FileError(f"{where} holds values that are not finite: {key}.")
+            check_sum(key, t, sums, where)
+            yield key, t
 
 
 @own_surroundings()
@@ -242,13 +254,17 @@ def check_keys(wanted: dict[str, ParamSpec], got: dict[str, Tensor], where: str)
     """Raise `FileError` where names, shapes, dtypes or whole numbers are not the wanted ones."""
     _check_names(wanted, got, where)
     for key, want in wanted.items():
-        if tuple(want.shape) != tuple(got[key].shape):
-            raise FileError(f"{where}: {key} has shape {tuple(got[key].shape)}, expected {tuple(want.shape)}.")
-        dtype = want.dtype or torch.float32
-        if got[key].dtype != dtype and not (dtype.is_floating_point and got[key].is_floating_point()):
-            raise FileError(f"{where}: {key} holds {got[key].dtype}, expected {dtype}.")
-        if not want.holds(got[key]):
-            raise FileError(f"{where}: {key} holds numbers outside of its range (below {want.below}).")
+        _check_tensor(key, got[key], want, where)
+
+
+def _check_tensor(key: str, got: Tensor, want: ParamSpec, where: str) -> None:
+    if tuple(want.shape) != tuple(got.shape):
+        raise FileError(f"{where}: {key} has shape {tuple(got.shape)}, expected {tuple(want.shape)}.")
+    dtype = want.dtype or torch.float32
+    if got.dtype != dtype and not (dtype.is_floating_point and got.is_floating_point()):
+        raise FileError(f"{where}: {key} holds {got.dtype}, expected {dtype}.")
+    if not want.holds(got):
+        raise FileError(f"{where}: {key} holds numbers outside of its range (below {want.below}).")
 
 
 def check_base(model: nn.Module, record: Record, head: dict[str, Any], base_check: str, where: str) -> None:

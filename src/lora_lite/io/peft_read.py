@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,8 @@ def attach_peft(
         FileError: the type is not read, a field asks for what is not read, or a tensor fits nothing.
     """
     with own_surroundings(), reading(where):
-        named = {_short(k): t for k, t in tensors.items()}
-        if config.get("peft_type") in PROMPTS:
-            record, values, same = read_prompt(model, config, named, name)
-        else:
-            record, values, same = _Reader(model, config, named, where).read(name)
-        own = [(path, t) for path, t in record.targets.items() if not t.tied]
-        keyed = {t.key(short): values[path][short] for path, t in own for short in t.specs}
-        check_keys(expected(record), keyed, where)
+        record, keyed, same = _read(model, config, tensors, name, where)
+    del tensors  # or the file's tensors would stay beside the adapter's until the end
     if trainable and not same:
         warnings.warn(
             f"{where}: {config.get('peft_type')} is read as variant {record.cfg.variant!r}: the same function, which "
@@ -85,9 +79,30 @@ def attach_peft(
             stacklevel=4,
         )
     try:
-        return commit(model, record, filled(model, record, keyed), trainable)
+        return commit(model, record, filled(model, record, _taken(keyed)), trainable)
     except (TypeError, RuntimeError) as e:  # a layer with a forward of its own that is none of its kind
         raise FileError(f"{where}: the layers of this model cannot be adapted ({type(e).__name__}: {e}).") from None
+
+
+def _taken(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, each let go of once it is used."""
+    for key in list(tensors):
+        yield key, tensors.pop(key)
+
+
+def _read(
+    model: nn.Module, config: dict[str, Any], tensors: Tensors, name: str, where: str
+) -> tuple[Record, Tensors, bool]:
+    """The adapter, its values by their keys, and whether training changes what PEFT trains."""
+    named = {_short(k): t for k, t in tensors.items()}
+    if config.get("peft_type") in PROMPTS:
+        record, values, same = read_prompt(model, config, named, name)
+    else:
+        record, values, same = _Reader(model, config, named, where).read(name)
+    own = [(path, t) for path, t in record.targets.items() if not t.tied]
+    keyed = {t.key(short): values[path][short] for path, t in own for short in t.specs}
+    check_keys(expected(record), keyed, where)
+    return record, keyed, same
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -93,7 +93,26 @@ def replaced_folder(folder: Path, adapter: str) -> Iterator[Path]:
         yield new
         for file in new.iterdir():
             _take_over(place / file.name, file, 0o666 & ~_umask())
-        _put(new, place, adapter)
+        with _alone(place.parent):
+            _put(new, place, adapter)
+
+
+@contextlib.contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """One process, or thread, at a time: the ranks of a run export into one folder at the same moment. A file system
+    without such locks keeps no order."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _put(new: Path, place: Path, adapter: str) -> None:

@@ -2,7 +2,7 @@
 
 The thin products are laid out for both passes: CPU libraries multiply matrices with few columns several times slower
 than their transposes with few rows, most of all in the backward pass, where autograd picks the layout of a gradient by
-that of the factor.
+that of the factor. A GPU takes both alike, and there every copy is one more kernel to launch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,6 @@ from .autograd import own_backward, own_products
 from .dropout import shrink_dropped
 
 
-def wide(B: Tensor) -> Tensor:
-    """Bᵀ as a product with few tokens or columns reads it fastest: CPU libraries want 16-bit factors in rows, and take
-    others either way."""
-    return B.mT.contiguous() if B.dtype.itemsize == 2 and B.device.type == "cpu" else B.mT
-
-
 def shrink(x: Tensor, A: Tensor) -> Tensor:
     """x Aᵀ for x (..., d_in), A (r, d_in), as (tokens, r)."""
     if not isinstance(x, Tensor):  # one-hot rows of an embedding
@@ -29,7 +23,8 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
     dropped = shrink_dropped(x, A)
     if dropped is not None:
         return dropped
-    return (A @ x.reshape(-1, x.shape[-1]).mT).mT
+    rows = x.reshape(-1, x.shape[-1])
+    return rows @ A.mT if x.is_cuda else (A @ rows.mT).mT
 
 
 class _AddLowrank(torch.autograd.Function):
@@ -39,21 +34,32 @@ class _AddLowrank(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, z: Tensor, B: Tensor, s: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(z, B)
         ctx.s = s
-        return torch.addmm(y, z, wide(B), alpha=s)
+        return torch.addmm(y, z, _wide(B), alpha=s)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (z, B), needed = ctx.saved_tensors, ctx.needs_input_grad
-        at_z = (B.mT @ g.mT).mT * ctx.s if needed[1] else None
-        at_B = (z.mT @ g).mT * ctx.s if needed[2] else None
+        if g.is_cuda:  # beta=0 reads nothing of the first argument, and the product is scaled as it is written
+            nothing = g.new_empty(())
+            at_z = torch.addmm(nothing, g, B, beta=0, alpha=ctx.s) if needed[1] else None
+            at_B = torch.addmm(nothing, g.mT, z, beta=0, alpha=ctx.s) if needed[2] else None
+        else:
+            at_z = (B.mT @ g.mT).mT * ctx.s if needed[1] else None
+            at_B = (z.mT @ g).mT * ctx.s if needed[2] else None
         return g, at_z, at_B, None
+
+
+def _wide(B: Tensor) -> Tensor:
+    """Bᵀ (r, d_out) as the product reads it fastest: CPU libraries want 16-bit factors in rows, and take others either
+    way."""
+    return B.mT.contiguous() if B.dtype.itemsize == 2 and B.device.type == "cpu" else B.mT
 
 
 def add_lowrank(y: Tensor, z: Tensor, B: Tensor, s: float = 1.0) -> Tensor:
     """y + s z Bᵀ in one fused pass. y (..., d_out), z (..., r) or (tokens, r), B (d_out, r)."""
     rows, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
     if not own_products(z):
-        return torch.addmm(rows, z, wide(B), alpha=s).view(y.shape)
+        return torch.addmm(rows, z, _wide(B), alpha=s).view(y.shape)
     return _AddLowrank.apply(rows, z, B, s).view(y.shape)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -138,4 +144,4 @@ def scaled_lowrank_update(
     """y + h (y − b) + s (x Aᵀ) Bᵀ with one new tensor of y's size."""
     scaled = scale_outputs(y.reshape(-1, y.shape[-1]), h, b)
     add = scaled.addmm_ if own_backward() else scaled.addmm
-    return add(shrink(x, A), wide(B), alpha=s).view(y.shape)
+    return add(shrink(x, A), _wide(B), alpha=s).view(y.shape)

@@ -79,7 +79,7 @@ def compact(model: nn.Module, name: str | None = None, rank: int | None = None) 
     tensors = {t.key(short): tensor.detach() for t, short, _, tensor in owned_tensors(model, old)}
     record, small = compacted(model, old, tensors, rank)
     record.name = f"{old.name}~"  # which no user can give, until the old one has left
-    staged = filled(model, record, small)
+    staged = filled(model, record, small.items())
     order, active = list(state.records), state.active
 
     def steps(undo: Undo) -> Adapter:

@@ -36,7 +36,7 @@ def frozen_copy(model: nn.Module, name: str, new: str) -> Adapter:
     values = {target.key(short): tensor.detach() for target, short, _, tensor in owned_tensors(model, record)}
     active = state.active
     order = [n for old in state.records for n in ((old, new) if old == name else (old,))]
-    staged = filled(model, copy, values)
+    staged = filled(model, copy, values.items())
 
     def steps(undo: Undo) -> Adapter:
         handle = put_on(model, copy, staged, False, undo)

@@ -55,12 +55,18 @@ class DoRA(Variant):
 
     @staticmethod
     def forward(layer: Layer[DoRAConfig], x: Tensor, y: Tensor) -> Tensor:
-        s, A, B, m = layer.cfg.scale, layer.tiny("lora_A"), layer.tiny("lora_B"), layer.tiny("lora_m")
-        with torch.no_grad():
-            less = layer.once("less", lambda: shortening(layer, A, B, s))
-        h = torch.addcmul(less, m, 1 + less)
-        longer = torch.addcmul(B, B, h[:, None]).to(y.dtype)
-        return scaled_lowrank_update(y, layer.dropout(x), layer.lora_A, longer, h.to(y.dtype), layer.bias, s)
+        s = layer.cfg.scale
+        h, longer = layer.once("h", lambda: lengthened(layer, s, y.dtype))
+        return scaled_lowrank_update(y, layer.dropout(x), layer.lora_A, longer, h, layer.bias, s)
+
+
+def lengthened(layer: Layer[DoRAConfig], s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """g − 1 (d_out,) and g B (d_out, r)."""
+    A, B, m = layer.tiny("lora_A"), layer.tiny("lora_B"), layer.tiny("lora_m")
+    with torch.no_grad():
+        less = shortening(layer, A, B, s)
+    h = torch.addcmul(less, m, 1 + less)
+    return h.to(dtype), torch.addcmul(B, B, h[:, None]).to(dtype)
 
 
 def shortening(layer: Layer[DoRAConfig], A: Tensor, B: Tensor, s: float) -> Tensor:

@@ -81,12 +81,14 @@ def fill_pairs(t: Tensor, g: Generator) -> None:
 
 def rotate(layer: Layer[HRAConfig], v: Tensor) -> Tensor:
     """v H_r ⋯ H_1. An odd r is made even by the start of its last vector."""
-    Z, M = layer.once("pairs", lambda: pairs(layer))
-    return lowrank_update(v, v, Z.to(v.dtype), M.to(v.dtype).mT)
+    Z, M = layer.once("pairs", lambda: pairs(layer, v.dtype))
+    return lowrank_update(v, v, Z, M.mT)
 
 
-def pairs(layer: Layer[HRAConfig]) -> tuple[Tensor, Tensor]:
+def pairs(layer: Layer[HRAConfig], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The two (r, d) matrices of the whole product."""
     first, dU = layer.tiny("lora_U0"), layer.tiny("lora_U")
     U = torch.cat((dU[:-1], torch.zeros_like(dU[:1]), dU[-1:])) if len(dU) % 2 else dU
     a, b = U.view(len(first), 2, -1).unbind(1)
-    return householder_pairs(first + a, b - a)
+    Z, M = householder_pairs(first + a, b - a)
+    return Z.to(dtype), M.to(dtype)

@@ -29,10 +29,11 @@ class SSteer(Variant):
     With the top r triplets of W = U S Vᵀ an output has the coordinates x_S = Uᵀ(y − b)/√S (they equal (V√S)ᵀ x), and y'
     = y + α (U√S)(δ_S ∘ x_S), δ_S = mean(x_S⁺) − mean(x_S⁻) over the rows of (positive batch, negative batch) pairs at
     their last token. √S cancels: y' = y + α U(δ_S ∘ Uᵀ(y − b)), so U (d_out, r) and δ_S (r) are all that is kept, and
-    small r keeps the noise of 1/√S out of δ_S. α is `strength` times the weight in `ll.active(model, {name: w})`. Acts
-    on every token, is affine, so it can be merged. After the
-    description of wassname's ssteer (2025), without gates; its code weighs by √S, normalises δ and takes all triplets,
-    so strengths do not carry over.
+    small r keeps the noise of 1/√S out of δ_S. U holds every column with the sign in which the rows' mean coordinate is
+    positive: δ_S changes its sign with U and the update with it, so that signs as they come would push one machine's
+    outputs forward and another's back. α is `strength` times the weight in `ll.active(model, {name: w})`. Acts on every
+    token, is affine, so it can be merged. After the description of wassname's ssteer (2025), without gates; its code
+    leaves the signs to chance, weighs by √S, normalises δ and takes all triplets, so strengths do not carry over.
     2r d_out multiply-adds per token.
     """
 
@@ -62,6 +63,9 @@ class SSteer(Variant):
                 raise ConfigError(f"{view.path}: its weight has a rank below r = {view.cfg.r}; lower r.")
             difference = positive.mean(0) - negative.mean(0)  # in which the bias cancels
             check_difference(view, difference)
+            sides = (positive.mean(0) + negative.mean(0)).to(U)
+            middle = sides if view.bias is None else sides - 2 * view.bias.to(U)
+            U = torch.where(middle @ U < 0, -U, U)
             view.lora_U, view.lora_delta = U, difference.to(U) @ U / S.sqrt()
 
     @staticmethod

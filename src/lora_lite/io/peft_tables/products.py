@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ...core.errors import FileError
 from ..peft_site import Reading, Site, difference
@@ -14,6 +15,8 @@ ROOT = 3**0.5
 DB2 = tuple(x / (4 * 2**0.5) for x in (1 + ROOT, 3 + ROOT, 3 - ROOT, 1 - ROOT))
 FILTERS: dict[str, tuple[float, ...]] = {"db1": (2**-0.5,) * 2, "haar": (2**-0.5,) * 2, "db2": DB2, "sym2": DB2}
 """Low-pass filter of the inverse transform."""
+SHORTEST = 1e-4
+"""PEFT's DeLoRA divides no vector by a smaller length."""
 
 
 def loha(site: Site) -> Reading:
@@ -166,9 +169,20 @@ def _middle(t: Tensor, d: int) -> Tensor:
 
 def delora(site: Site) -> Reading:
     """The normalised product N(B, A) alone there. N(B, A) − N(−B, A) = 2 N(B, A): half the strength, from the frozen
-    pair −B, A."""
+    pair −B, A. Vectors below a length act in part there, c b̂; here as half the difference of the unit vectors c b̂ + √(1
+    − c²) e and −c b̂ + √(1 − c²) e with an e across b̂, which is 0 for a B that starts as 0."""
     A, B, strength = site.take("delora_A"), site.take("delora_B"), site.take("delora_lambda").flatten()
-    values = {"lora_A": torch.zeros_like(A), "lora_B": 2 * B, "lora_A0": A, "lora_B0": -B}
+    a, b = A.norm(dim=1), B.norm(dim=0)
+    c = (a / a.clamp_min(SHORTEST)) * (b / b.clamp_min(SHORTEST))
+    if len(B) == 1 and bool(((c > 0) & (c < 1)).any()):
+        raise FileError(f"{site.path}: a DELORA of one output with vectors shorter than {SHORTEST:g} is not read.")
+    g = torch.Generator().manual_seed(0)
+    along, across = normalize(B, dim=0), torch.randn(B.shape, generator=g).to(B)
+    across = normalize(across - along * (along * across).sum(0), dim=0) * (1 - c.square()).clamp_min(0).sqrt()
+    frozen = torch.where(c < 1, across - c * along, -B)
+    trained = torch.where(c < 1, 2 * c * along, 2 * B)
+    A = torch.where((a > 0)[:, None], A, torch.randn(A.shape, generator=g).to(A))
+    values = {"lora_A": torch.zeros_like(A), "lora_B": trained, "lora_A0": A, "lora_B0": frozen}
     found = {**values, "lora_lambda": strength / 2, "lora_w": site.take("delora_w_norm").flatten()}
     return Reading("delora", {"r": A.shape[0]}, found)
 

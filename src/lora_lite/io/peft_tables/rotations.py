@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core.errors import FileError
 from ...ops.orthogonal import cayley_minus_identity, neumann_minus_identity, skew
 from ..peft_site import Reading, Site, difference
+
+NEARLY_PARALLEL = 1e-3
+"""What is left of a vector beside those before it, as a share of it, below which its direction is rounding."""
 
 
 def ia3(site: Site) -> Reading:
@@ -37,7 +41,12 @@ def _reflected(site: Site, U: Tensor) -> Tensor:
     """W H_1 ⋯ H_r."""
     W, U = site.weight.double(), U.double()
     if site.flag("apply_GS"):
-        basis = torch.linalg.qr(U.mT).Q
+        basis, R = torch.linalg.qr(U.mT)
+        if bool((R.diagonal().abs() < NEARLY_PARALLEL * U.norm(dim=1)).any()):
+            raise FileError(
+                f"{site.path}: an HRA with apply_GS whose vectors are parallel, as at its start: what PEFT makes of "
+                "them is rounding. Train it further, or without apply_GS."
+            )
         return (W - 2 * (W @ basis) @ basis.mT).float()
     for u in torch.nn.functional.normalize(U, dim=1):
         W = W - 2 * torch.outer(W @ u, u)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...core.errors import SelectionError
 from ..layers.attention import Attention
-from ..model.call import Call
+from ..model.call import Call, is_one, is_zero
 from ..model.site import Site, Slot
 from ..model.state import SITE
 from ..view.composed import blend
@@ -55,7 +55,7 @@ def attend(
         note_run(site)
     active, rows, call, extent = selection_of(site)
     if rows is None:
-        chosen = [(site.slots[name], weight) for name, weight in active if weight and name in site.slots]
+        chosen = [(site.slots[name], weight) for name, weight in active if not is_zero(weight) and name in site.slots]
         return _acted(module, site, chosen, what, call, None, more)
     y, weights = kind.scored(module, *what, **more)
     for group in row_groups(site.state, site.path, site.slots, rows, extent, query):
@@ -109,7 +109,7 @@ def _scored(
         return kind.scored(module, what.q, k, v, mask, **more)
 
     pairs = [pair for pair, _ in extra]
-    if all(weight == 1.0 for _, weight in extra):
+    if all(is_one(weight) for _, weight in extra):
         return scored(len(pairs))
     before, weights = scored(0)
     y = before

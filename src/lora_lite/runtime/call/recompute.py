@@ -25,7 +25,7 @@ def selection_of(site: Site) -> Selection:
     """
     state = site.state
     now = state.here.now
-    chosen = now.selection or (*state.selected, None, None)
+    chosen = now.selection or (*state.choice(), None, None)
     if torch.compiler.is_compiling():
         if inside_checkpoint() and not state.compiled_checkpoint:
             state.compiled_checkpoint = True

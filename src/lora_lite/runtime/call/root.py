@@ -48,7 +48,7 @@ def root_pre_hook(
             _watch_dtypes(model, state)
             if state.vocabulary:
                 await_head(model, state)
-    active, rows = state.selected
+    active, rows = state.choice()
     call = locate(state, active, rows, model, args, kwargs)
     call = with_context(state, model, args, kwargs, call)
     # reading the sizes would make a compiled model depend on them

@@ -33,7 +33,7 @@ def scope(model: nn.Module, what: str) -> Iterator[ModelState]:
 
     def restore() -> None:
         inside = state.selected
-        state.selected = tuple((n, w) for n, w in saved[0] if n in state.records), saved[1]
+        state.put((tuple((n, w) for n, w in saved[0] if n in state.records), saved[1]))
         state.here.now.selection = running  # after an exception inside a forward too
         state.scope_depth = depth
         if state.selected != inside:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import SelectionError
-from ..model.call import Call, Chosen, Led, Rows
+from ..model.call import Call, Chosen, Led, Rows, is_zero
 from ..model.record import Record
 from ..model.site import Site, Slot
 from ..model.state import SITE, ModelState
@@ -37,7 +37,7 @@ def lead(state: ModelState, model: nn.Module, args: tuple[Any, ...], kwargs: dic
         SelectionError: the model takes no positions or embeddings.
     """
     now = state.here.now
-    active, rows, call, extent = now.selection or (*state.selected, None, None)
+    active, rows, call, extent = now.selection or (*state.choice(), None, None)
     acting = {name: state.records[name].variant for name in _acting(active, rows)}
     tokens = [name for name, variant in acting.items() if variant.tokens is not None]
     lengths = {name: state.records[name].cfg.r for name, variant in acting.items() if variant.prefix is not None}
@@ -61,7 +61,7 @@ def lead(state: ModelState, model: nn.Module, args: tuple[Any, ...], kwargs: dic
 
 
 def _acting(active: Chosen, rows: Rows | None) -> list[str]:
-    names = [name for name, weight in active if weight] if rows is None else rows.names
+    names = [name for name, weight in active if not is_zero(weight)] if rows is None else rows.names
     return [name for name in dict.fromkeys(names) if name is not None]
 
 

@@ -87,5 +87,5 @@ def _head_site(model: nn.Module) -> Site | None:
 
 def _acting(state: ModelState) -> list[str]:
     """The adapters that act on some row."""
-    active, rows = state.here.now.selection[:2] if state.here.now.selection else state.selected
+    active, rows = state.here.now.selection[:2] if state.here.now.selection else state.choice()
     return [n for n, _ in active] if rows is None else [n for n in dict.fromkeys(rows.names) if n]

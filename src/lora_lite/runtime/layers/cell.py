@@ -30,7 +30,7 @@ class MatrixCell(Cell):
     def write(self, part: Part, block: Tensor) -> Tensor:
         weight = self.kind.stored(self.module).detach()
         matrix = self.kind.as_matrix(self.module, weight)
-        matrix[part] = block.to(weight.dtype)
+        matrix[part] = block  # which rounds it
         if matrix.data_ptr() != weight.data_ptr():  # a copy, as of a kernel with its channels last
             weight.copy_(self.kind.as_stored(self.module, matrix))
         return matrix[part]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 Chosen = tuple[tuple[str, float], ...]
 """Adapters with their weights, in attach order."""
+Traced = tuple[tuple[str, float | Tensor], ...]
+"""The same as a compiler sees it: a weight is a tensor where a graph need not depend on its value."""
 Names = tuple[str | None, ...]
 """One adapter per batch row; None is the bare base."""
 Columns = tuple[()] | tuple[Tensor | None, Tensor | None, int]
@@ -21,6 +23,16 @@ Led = dict[str, tuple[Tensor, Tensor]]
 """Path of an attention module -> the keys and values (B or 1, heads, n, head_dim) that virtual tokens leave there."""
 Memo = dict[tuple[object, ...], tuple[tuple[object, ...], object]]
 """What -> (versions of the tensors that it was computed from, value)."""
+
+
+def is_one(weight: float | Tensor) -> bool:
+    """Whether a weight changes nothing; one that a compiler follows is neither 1 nor 0."""
+    return not isinstance(weight, Tensor) and weight == 1.0
+
+
+def is_zero(weight: float | Tensor) -> bool:
+    """Whether an adapter of this weight does not act."""
+    return not isinstance(weight, Tensor) and weight == 0.0
 
 
 class Prompt:

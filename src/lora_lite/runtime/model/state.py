@@ -4,14 +4,14 @@ deepcopy and pickle."""
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..._torch import modules_called_elsewhere
 from ...core.errors import ConfigError, SelectionError, StateError, did_you_mean
-from .call import Begun, Chosen, Links, Names, PerThread, RowGroup, Rows, Running, Said
+from .call import Begun, Chosen, Links, Names, PerThread, RowGroup, Rows, Running, Said, Traced, is_one, is_zero
 from .merged import Merged
 from .record import Record
 
@@ -33,6 +33,8 @@ class ModelState:
         self.selected: tuple[Chosen, Rows | None] = (), None
         """What acts on the next call: adapters, or one per row. One attribute, so that a call in another thread reads
         both at once."""
+        self.traced: tuple[Traced, Rows | None] = (), None
+        """The same as a compiler sees it."""
         self.here = PerThread()
         """What each thread knows of the call that it runs."""
         self.row_cache: dict[tuple[Names, int, torch.device], dict[str, RowGroup]] = {}
@@ -97,7 +99,25 @@ class ModelState:
         now = self.here.now
         if now.selection is not None:
             now.selection = (active, rows, *now.selection[2:])
-        self.selected = active, rows
+        self.put((active, rows))
+
+    def put(self, selected: tuple[Chosen, Rows | None]) -> None:
+        """Let this act on the next call."""
+        self.selected = selected
+        self.traced = tuple((name, self._traced(name, weight)) for name, weight in selected[0]), selected[1]
+
+    def _traced(self, name: str, weight: float) -> float | Tensor:
+        """A weight as a tensor, so that other values need no other graph; but 1, which costs nothing, and 0 stay what
+        they are, and so does one that a page reads as a number."""
+        record = self.records.get(name)
+        if is_one(weight) or is_zero(weight) or record is None or record.variant.own_weight:
+            return weight
+        with torch.inference_mode(False):
+            return torch.tensor(weight, dtype=torch.float64, device="cpu")
+
+    def choice(self) -> tuple[Chosen, Rows | None]:
+        """What acts on the next call, for code that a compiler follows too."""
+        return cast("Any", self.traced) if torch.compiler.is_dynamo_compiling() else self.selected
 
     def said_here(self) -> Said:
         """What this thread's blocks say, or those of the one thread that has any, as around a thread that generates."""
@@ -119,6 +139,7 @@ class ModelState:
     def __setstate__(self, data: dict[str, object]) -> None:
         self.__init__()
         self.__dict__.update(data)
+        self.put(self.selected)
 
 
 def acting_names(state: ModelState) -> dict[str, None]:

@@ -4,7 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -128,18 +128,23 @@ def stage(model: nn.Module, record: Record, fill: bool = True) -> list[StagedTar
 
 
 @own_surroundings()
-def filled(model: nn.Module, record: Record, values: Mapping[str, Tensor]) -> list[StagedTarget]:
-    """Staged targets with these values, which are found by `Target.key`.
+def filled(model: nn.Module, record: Record, values: Iterable[tuple[str, Tensor]]) -> list[StagedTarget]:
+    """Staged targets with copies of these values, (`Target.key`, tensor) of each, which are taken one after the other.
 
     Raises:
         StateError: a target lies on the meta device, or a value has another shape.
     """
     staged = stage(model, record, fill=False)
+    places: dict[str, tuple[StagedTarget, str]] = {}
     for view in staged:
         for short, t in view.tensors.items():
             if t.is_meta:
                 raise StateError(f"{view.path} lies on the meta device; load the base weights before the adapter.")
-            setattr(view, short, values[view.target.key(short)])
+            places[view.target.key(short)] = view, short
+    for key, value in values:
+        view, short = places.pop(key)
+        setattr(view, short, value)
+    assert not places, f"no value was given for {list(places)}"
     return staged
 
 

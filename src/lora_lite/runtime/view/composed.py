@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.call import is_one
 from ..model.site import Slot
 from .layer import DenseView, product
 
@@ -95,4 +96,4 @@ class Composed:
 
 def blend(old: Tensor, new: Tensor, weight: float) -> Tensor:
     """old + weight (new - old); weight 1 is `new` itself."""
-    return new if weight == 1.0 or new is old else old + weight * (new - old)
+    return new if is_one(weight) or new is old else old + weight * (new - old)

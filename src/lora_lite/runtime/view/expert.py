@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ..._torch import functorch_is_active, inside_checkpoint
 from ...core.errors import StateError
 from ..layers.bank import Bank
 from ..layers.tensors import device_of
@@ -99,11 +101,31 @@ def still_with_adapters(
 
 def adapted(bank: Bank, site: Site, chosen: Chosen) -> tuple[Tensor, Tensor | None]:
     """(W' (E, d_out, d_in), b' (E, d_out) or None) of these adapters with their weights, in the base's dtype, with
-    gradients to their tensors. Methods with `factors` leave their product unformed."""
+    gradients to their tensors. Methods with `factors` leave their product unformed; what others go through on the way
+    to W' is not kept for the backward pass, which goes that way again."""
     w, b = bank.dense(), bank.bias
     slots = [(site.slots[n], weight) for n, weight in chosen if n in site.slots]
     if all(slot.factors is not None and slot.forward_input is None and not slot.own_weight for slot, _ in slots):
         return _plus_factors(bank, slots, w), b
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or functorch_is_active() or inside_checkpoint():
+        return _dense(bank, site, slots)
+    own = [t for slot, _ in slots for t in stored_tensors(bank, slot).values()]
+    before = [t._version for t in own]
+
+    def build() -> tuple[Tensor, Tensor | None]:
+        if [t._version for t in own] != before:
+            raise StateError(
+                f"{site.path}: an adapter's tensors were changed between the forward pass and its backward pass, which "
+                "builds the experts' weights anew from them. Call backward before optimizer.step()."
+            )
+        return _dense(bank, site, slots)
+
+    return checkpoint(build, use_reentrant=False, preserve_rng_state=False)
+
+
+def _dense(bank: Bank, site: Site, slots: list[tuple[Slot, float]]) -> tuple[Tensor, Tensor | None]:
+    """W' and b' of all experts, formed."""
+    w, b = bank.dense(), bank.bias
     wide = torch.promote_types(w.dtype, torch.float32)
     new, shifts = [], []
     for cell in site.kind.cells(bank, site.path):

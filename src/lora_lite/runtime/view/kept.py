@@ -8,10 +8,10 @@ code.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.call import Memo, Running
 from ..model.site import Slot, tensors_of
@@ -42,3 +42,14 @@ def memo_of(module: nn.Module) -> Memo | None:
 def versions(module: nn.Module, slot: Slot) -> tuple[object, ...]:
     """Changes whenever one of the adapter's tensors on this layer is replaced or written."""
     return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors_of(slot, module))
+
+
+def cast_once(module: nn.Module, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), kept from token to token while nobody writes it: on a GPU a cast costs as much as a product."""
+    if torch.compiler.is_compiling() or (memo := memo_of(module)) is None or tensor.is_inference():
+        return tensor.to(dtype)
+    key = (id(tensor), dtype)
+    kept = memo.get(key)
+    if kept is None or kept[0][0] != tensor._version:
+        memo[key] = kept = (tensor._version, tensor), tensor.to(dtype)  # held, so that no other tensor gets its id
+    return cast(Tensor, kept[1])

@@ -22,7 +22,7 @@ from ..model.call import Call
 from ..model.kind import Kind
 from ..model.site import Site, Slot, tensor_on
 from ..model.state import SITE, ModelState
-from .kept import memo_of, versions
+from .kept import cast_once, memo_of, versions
 from .spans import Span, spans
 
 T = TypeVar("T")
@@ -76,9 +76,10 @@ class LayerView:
                 "tiny(name), once(what, compute)"
             )
         tensor = self.master(name)
-        if self._dtype is None or tensor.dtype == self._dtype or not tensor.is_floating_point():
+        dtype = self._dtype
+        if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
             return tensor
-        return tensor.to(self._dtype)
+        return cast_once(self._module, tensor, dtype)
 
     def master(self, name: str) -> Tensor:
         """The stored tensor, uncast: for tiny algebra in full precision."""

@@ -1,0 +1,150 @@
+"""The same start, rows, rate and optimiser here and in PEFT: loss curves that lie on each other where the mathematics
+is the same, and the gap where a method departs from PEFT's on purpose.
+
+The start is PEFT's: its fresh adapter is saved, and read here.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_lite as ll
+
+from .learn import APART, Task, machine
+from .pairs import PAIRS, has_peft, peft_config
+
+__all__ = ["COLUMNS", "METHODS", "cells", "has_peft", "markdown", "picture", "run"]
+METHODS = tuple(name for name in PAIRS if "+" not in name)
+"""What both have at one size."""
+SAME = 1e-3
+"""Relative gap of the last losses below which two curves are called the same."""
+Tick = Callable[[int, int], None]
+
+
+def run(
+    task: Task, method: str, steps: int, seed: int = 1, r: int = 8, tick: Tick = lambda a, b: None
+) -> dict[str, Any]:
+    """Both curves at the method's recommended rate, without decay, clipping or a schedule.
+
+    Returns:
+        A row of plain data: `method`, `task`, `seed`, `lr`, `steps`, the losses of `ours` and `peft`, `start_apart` and
+        `last_apart` (relative differences of the first loss and of the mean of the last ten), and PEFT's type. Where
+        PEFT holds no such adapter, `refused` says why.
+    """
+    variant = ll.get_variant(method)
+    row: dict[str, Any] = {"method": method, "task": task.name, "seed": seed, "lr": variant.lr, "steps": steps}
+    try:
+        model, rival, kind = both(task, method, r, seed)
+    except (ll.LoraLiteError, ValueError) as e:
+        return {**row, "refused": str(e).splitlines()[0], **machine()}
+    ours_rates: Any = ll.adapters(model)["default"].param_groups(variant.lr)
+    theirs_rates = [{"params": [p for p in rival.parameters() if p.requires_grad], "lr": variant.lr}]
+    ours, peft = steps_of(model, ours_rates, task, steps, seed), steps_of(rival, theirs_rates, task, steps, seed)
+    losses: dict[str, list[float]] = {"ours": [], "peft": []}
+    for step, (a, b) in enumerate(zip(ours, peft, strict=True), 1):
+        losses["ours"].append(a)
+        losses["peft"].append(b)
+        tick(step, steps)
+    apart = {"start_apart": _apart(losses, slice(0, 1)), "last_apart": _apart(losses, slice(-10, None))}
+    return {**row, "peft_type": kind, **losses, **apart, **machine()}
+
+
+def both(task: Task, method: str, r: int, seed: int) -> tuple[nn.Module, nn.Module, str]:
+    """Our model and PEFT's with one start, and PEFT's type.
+
+    Raises:
+        LoraLiteError: what PEFT wrote is refused here.
+        ValueError: PEFT refuses the size.
+    """
+    import peft
+
+    model, base = task.load(), task.load()
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rival = peft.get_peft_model(base, peft_config(method, r))  # pyright: ignore[reportArgumentType]
+        rival.save_pretrained(folder)
+        ll.load(model, folder, trainable=True)
+        kind = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+    return model, rival, kind
+
+
+def steps_of(model: nn.Module, groups: Any, task: Task, steps: int, seed: int) -> Iterator[float]:
+    """Loss after loss of plain AdamW."""
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    model.train()
+    for step in range(steps):
+        loss: Tensor = model(**task.batch(seed * APART + step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield round(float(loss.detach()), 6)
+
+
+def _apart(losses: dict[str, list[float]], part: slice) -> float:
+    ours, peft = (sum(losses[who][part]) / len(losses[who][part]) for who in ("ours", "peft"))
+    return float(f"{abs(ours - peft) / abs(peft):.3g}")
+
+
+COLUMNS = ("method", "PEFT's type", "lr", "steps", "start apart", "last losses, ours", "PEFT's", "apart")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    if "refused" in row:
+        return [row["method"], "-", f"{row['lr']:g}", "-", "-", "-", "-", row["refused"]]
+    ends = [f"{sum(row[who][-10:]) / len(row[who][-10:]):.4f}" for who in ("ours", "peft")]
+    apart = "the same" if row["last_apart"] < SAME else f"{row['last_apart']:.1%}"
+    first = [row["method"], row["peft_type"], f"{row['lr']:g}", str(row["steps"])]
+    return [*first, f"{row['start_apart']:.0e}", *ends, apart]
+
+
+def markdown(rows: list[dict[str, Any]]) -> list[str]:
+    """The section of the committed page."""
+    if not rows:
+        return []
+    return [
+        "",
+        "## Beside PEFT",
+        "",
+        "A fresh adapter of PEFT's is read here and trained in both: the same rows, AdamW at the recommended rate, no "
+        f"schedule. Losses of the last ten steps; below {SAME:.1%} of each other the curves are called the same. What "
+        "is further apart trains other numbers for the same function (a gain as 1 + δ, pairs of reflections): "
+        "[departures](../departures.md).",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + " --- |" * len(COLUMNS),
+        *("| " + " | ".join(cells(row)) + " |" for row in rows),
+    ]
+
+
+def picture(rows: list[dict[str, Any]]) -> Any:
+    """A small picture for every method: our curve, and PEFT's dashed upon it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if "refused" not in row]
+    across = 3
+    down = -(-len(shown) // across)
+    figure = Figure(figsize=(8.0, 2.1 * down + 0.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, row in enumerate(shown):
+        axes = figure.add_subplot(down, across, i + 1)
+        axes.plot(row["ours"], lw=1.6, color="tab:blue", label="lora-lite")
+        axes.plot(row["peft"], lw=1.2, ls="--", color="tab:orange", label="PEFT")
+        axes.set_title(row["method"], fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+        if i == 0:
+            axes.legend(frameon=False, fontsize=7)
+    figure.supxlabel("step", fontsize=8)
+    figure.supylabel("training loss", fontsize=8)
+    return figure
