@@ -65,8 +65,8 @@ class SSteer(Variant):
             check_difference(view, difference)
             sides = (positive.mean(0) + negative.mean(0)).to(U)
             middle = sides if view.bias is None else sides - 2 * view.bias.to(U)
-            U = torch.where(middle @ U < 0, -U, U)
-            view.lora_U, view.lora_delta = U, difference.to(U) @ U / S.sqrt()
+            left = torch.where(middle @ U < 0, -U, U)
+            view.lora_U, view.lora_delta = left, difference.to(U) @ left / S.sqrt()
 
     @staticmethod
     def forward(layer: Layer[SSteerConfig], x: Tensor, y: Tensor) -> Tensor:
