@@ -78,6 +78,22 @@ def test_a_run_is_repeated_by_its_settings(files, first, tmp_path, monkeypatch, 
     assert "2 of 4 rows" in text and "train-2" in text  # the first folder holds a run
 
 
+def test_a_run_knows_how_it_asked(first, tmp_path):
+    """Its prompts were text, so that chat and serve ask in text too, whatever the tokenizer says; a flag wins."""
+    from lora_lite.cli._rows import layout_of_run
+    from lora_lite.data.tokens import PLAIN, prompt_ids
+
+    tok = tiny_llm.tokenizer()
+    turn = [{"role": "user", "content": "3+4="}]
+    assert prompt_ids(turn, tok, layout_of_run(None, tok, first)) == prompt_ids("3+4=", tok)
+    assert layout_of_run(None, tok, None) == PLAIN
+    tok.chat_template = "{{ messages[0]['content'] }}!"
+    assert tok.decode(prompt_ids(turn, tok, layout_of_run(None, tok, first))) == "3+4="
+    assert tok.decode(prompt_ids(turn, tok, layout_of_run(None, tok, None))) == "3+4=!"
+    (tmp_path / "a.jinja").write_text("{{ messages[0]['content'] }}?")
+    assert tok.decode(prompt_ids(turn, tok, layout_of_run(tmp_path / "a.jinja", tok, first))) == "3+4=?"
+
+
 def test_settings_are_words_and_flags_win(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("verb: train\nlr: 1e-4\nbest: true\nresume: false\nlayers: [1, -1]\nrank-pattern: {q_proj: 2}\n")
@@ -89,14 +105,21 @@ def test_settings_are_words_and_flags_win(tmp_path):
 
 
 def test_another_method_with_the_settings_of_a_run(first, tmp_path, monkeypatch, capsys):
-    """What the old method alone has is left out, and said; what both have stays."""
+    """What the old method alone has is left out, and said where somebody had set it; what both have stays."""
     monkeypatch.chdir(tmp_path)
     file = str(first / "run.yaml")
+    expanded(["train", "--config", file, "--method", "dora"])
+    assert "left out" not in capsys.readouterr().out
+    text = (first / "run.yaml").read_text()
+    assert "lr_ratio_B: 1.0" in text
+    file = str(tmp_path / "faster.yaml")
+    Path(file).write_text(text.replace("lr_ratio_B: 1.0", "lr_ratio_B: 4.0"))
     words = expanded(["train", "--config", file, "--method", "dora"])
     assert "--lr-ratio-B" not in words and words[words.index("--r") + 1] == "3"
-    assert "left out: " in capsys.readouterr().out
+    assert "left out: lr_ratio_B\n" in capsys.readouterr().out
     assert "--r" not in expanded(["train", "--config", file, "--method", "ia3"])
-    assert "--lr-ratio-B" in expanded(["train", "--config", file])
+    words = expanded(["train", "--config", file])
+    assert words[words.index("--lr-ratio-B") + 1] == "4.0"
     capsys.readouterr()
     assert cli.main(["train", "--config", file, "--method=dora", "--out", "b", "--dry-run"]) == 0
     assert "dora: 7 targets" in capsys.readouterr().out

@@ -17,6 +17,8 @@ import lora_lite as ll
 ADAPTER, RUN, SETTINGS = "adapter.safetensors", "run.json", "run.yaml"
 OURS = re.compile(r"adapter\.safetensors|run\.(json|yaml)|log\.jsonl|loss\.png|loss\.tmp\.png|checkpoint-\d+")
 """What a run writes; --overwrite replaces this and nothing else."""
+LAYOUT = "layout"
+"""Entry of `run.json`: the chat template by which a turn reads as the run's prompts, where those were text."""
 BEFORE = "replaced-run"
 """Where the old run waits until the new one has finished."""
 
@@ -215,6 +217,7 @@ def check_same_run(out: Path, facts: dict[str, Any]) -> None:
     except ValueError:
         raise ll.FileError(f"--resume: {path} is damaged; start again with --overwrite.") from None
     old, new = flat(before), flat(facts)
+    old.pop(LAYOUT, None)  # follows from the rows, which are compared
     if isinstance(old.get("steps"), int) and new["steps"] > old["steps"]:
         old["steps"] = new["steps"]
     other = [f"{k}: {old.get(k)!r} before, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import lora_lite as ll
 
-from ..data.forms import Row, preferred
+from ..data.forms import Row, layout_of, preferred
 from ..data.packing import packed
 from ..data.tokens import Tokens
 from . import _folder as folder
@@ -182,7 +182,7 @@ def run(args: Train) -> int:
     facts: dict[str, Any] = {"out": str(out), "method": variant.name, "trained": adapter.num_parameters()}
     with folder.opened(out, fresh=resume is None) if is_first() else contextlib.nullcontext():
         if is_first():
-            folder.write_run(out, decisive(work))
+            folder.write_run(out, decisive(work) | {folder.LAYOUT: layout(work)})
             write_settings(out / folder.SETTINGS, "train", args)
         if variant.trains:
             facts |= learn(work, model, tokenizer)
@@ -348,6 +348,16 @@ def check_best(args: Train) -> None:
             "--best needs a checkpoint only after an evaluation: make --save-every a multiple of --eval-every "
             f"{args.eval_every}."
         )
+
+
+def layout(work: Work) -> str | None:
+    """The chat template by which `chat` and `serve` ask as the rows did."""
+    if work.args.template is not None:
+        return work.reader.tokenizer.chat_template
+    tokenizer = work.reader.tokenizer
+    opening = tokenizer("")["input_ids"]
+    bos = bool(opening) and opening[0] == tokenizer.bos_token_id
+    return layout_of(work.asked[0], work.args.data == "wordmath", work.reader.chat, bos)
 
 
 def decisive(work: Work) -> dict[str, Any]:
