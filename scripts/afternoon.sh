@@ -61,7 +61,7 @@ run check exported --model demo
 run convert exported --to lora_lite --out back.safetensors
 run diff runs/a back.safetensors || [ $? = 1 ]
 run scale runs/a --by 0.5 --out weaker.safetensors
-run combine runs/a runs/b --out both.safetensors
+run combine runs/a weaker.safetensors --out both.safetensors
 run cite dora
 echo
 echo "all of it lies in $PWD"

@@ -94,6 +94,16 @@ def test_a_run_knows_how_it_asked(first, tmp_path):
     assert tok.decode(prompt_ids(turn, tok, layout_of_run(tmp_path / "a.jinja", tok, first))) == "3+4=?"
 
 
+def test_info_names_the_base_of_a_run(files, first, tmp_path, capsys):
+    assert cli.main(["info", str(first), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["base"] == str(files / "tiny") and told["steps"] is None
+    shutil.copytree(first, out := tmp_path / "a")
+    (out / "run.json").write_text("{")
+    assert cli.main(["info", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["base"] is None
+
+
 def test_settings_are_words_and_flags_win(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("verb: train\nlr: 1e-4\nbest: true\nresume: false\nlayers: [1, -1]\nrank-pattern: {q_proj: 2}\n")
@@ -201,8 +211,9 @@ def test_a_finished_run_trains_nothing_more_but_goes_on_to_more_steps(files, fir
     assert cli.main(command(files, out, *words)) == 0
     assert same(first, out) and steps(out) == [1, 2, 3, 4]
     assert "nothing is trained" in capsys.readouterr().out
-    assert cli.main(command(files, out, *words, "--steps", "6")) == 0
-    assert not same(first, out) and steps(out) == [1, 2, 3, 4, 5, 6]
+    assert cli.main(command(files, out, *words, "--steps", "8")) == 0
+    assert not same(first, out) and steps(out) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert not (out / "checkpoint-4").exists()  # the one from which it went on is of no more use
 
 
 def test_other_data_is_refused_on_resume(files, first, tmp_path, capsys):
@@ -231,6 +242,26 @@ def test_a_damaged_checkpoint_is_passed_over(first, tmp_path, name):
         _folder.last_checkpoint(out)
 
 
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [("optimizer.pt", {}), ("optimizer.pt", {"state": {}, "param_groups": [{"lr": 1.0}]}), ("optimizer.pt", [1]),
+     ("scheduler.pt", {}), ("rng_state.pth", [])],
+)  # fmt: skip
+def test_a_checkpoint_with_an_empty_state_is_passed_over(first, tmp_path, name, state):
+    shutil.copytree(first, out := tmp_path / "a")
+    assert _folder.last_checkpoint(out)[0].name == "checkpoint-4"
+    torch.save(state, out / "checkpoint-4" / name)
+    found, said = _folder.last_checkpoint(out)
+    assert found.name == "checkpoint-2" and said == [f"checkpoint-4 is damaged ({name} is empty) and left alone"]
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "{}", '{"config": 1}', "{"])
+def test_a_damaged_run_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ll.FileError, match="run.json is damaged"):
+        _folder.check_same_run(tmp_path, {"steps": 1, "config": {}})
+
+
 def test_half_a_log_line_is_dropped(tmp_path):
     log = RunLog(tmp_path, "x")
     log.add(1, loss=2.0)
@@ -238,6 +269,9 @@ def test_half_a_log_line_is_dropped(tmp_path):
     again = RunLog(tmp_path, "x")
     again.keep(5)
     assert [row["step"] for row in again.rows] == [1] and again.path.read_text().count("\n") == 1
+    log.path.write_bytes(log.path.read_bytes() + b"\xff\xfe\n")
+    again.keep(5)
+    assert [row["step"] for row in again.rows] == [1]
 
 
 def test_the_old_run_is_replaced_only_at_the_end(files, first, tmp_path, capsys, monkeypatch):

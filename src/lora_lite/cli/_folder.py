@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ OURS = re.compile(r"adapter\.safetensors|run\.(json|yaml)|log\.jsonl|loss\.png|l
 """What a run writes; --overwrite replaces this and nothing else."""
 LAYOUT = "layout"
 """Entry of `run.json`: the chat template by which a turn reads as the run's prompts, where those were text."""
+STATES = {"optimizer.pt": ("state", "param_groups"), "scheduler.pt": ("last_epoch",), "rng_state.pth": ("python",)}
+"""What a checkpoint holds beside the adapter, and what must stand in each."""
 BEFORE = "replaced-run"
 """Where the old run waits until the new one has finished."""
 
@@ -186,7 +189,7 @@ def damage_of(checkpoint: Path) -> str | None:
         native.read(checkpoint / ADAPTER)
     except (OSError, ll.LoraLiteError):
         return f"{ADAPTER} is missing or cut short"
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    for name, keys in STATES.items():
         path = checkpoint / name
         try:
             with zipfile.ZipFile(path) as archive:
@@ -195,7 +198,22 @@ def damage_of(checkpoint: Path) -> str | None:
             bad = name
         if bad is not None:
             return f"{name} is missing or cut short"
+        if not holds(path, keys):
+            return f"{name} is empty"
     return None
+
+
+def holds(path: Path, keys: Sequence[str]) -> bool:
+    """Whether a file of `torch.save` is a table that has something under each of the keys."""
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # numpy's random state is no tensor: whoever loads it allows that
+        return True
+    except (RuntimeError, EOFError):
+        return False
+    return isinstance(found, dict) and all(found.get(key) not in (None, {}, []) for key in keys)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -215,7 +233,9 @@ def check_same_run(out: Path, facts: dict[str, Any]) -> None:
     except OSError:
         raise ll.FileError(f"--resume: {out} holds no {RUN}.") from None
     except ValueError:
-        raise ll.FileError(f"--resume: {path} is damaged; start again with --overwrite.") from None
+        before = None
+    if not isinstance(before, dict) or not isinstance(before.get("config"), dict):
+        raise ll.FileError(f"--resume: {path} is damaged; start again with --overwrite.")
     old, new = flat(before), flat(facts)
     old.pop(LAYOUT, None)  # follows from the rows, which are compared
     if isinstance(old.get("steps"), int) and new["steps"] > old["steps"]:

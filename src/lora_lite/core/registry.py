@@ -111,8 +111,9 @@ def variants() -> list[type[Variant]]:
 
 def get_variant(name: str) -> type[Variant]:
     """The method called `name`; raises `ConfigError` with the nearest names otherwise."""
-    if not isinstance(name, str):
-        raise ConfigError(f"a method is asked for by its name, such as 'lora'; got {shown(name)}.")
+    asked: object = name
+    if not isinstance(asked, str):
+        raise ConfigError(f"a method is asked for by its name, such as 'lora'; got {shown(asked)}.")
     if name not in _TABLE:
         known = called(name)
         if known is not None:
