@@ -12,7 +12,7 @@ import torch
 import lora_lite as ll
 import tiny_llm
 from lora_lite import cli
-from lora_lite.cli import _fit, _folder
+from lora_lite.cli import _fit, _folder, _log
 from lora_lite.cli._log import RunLog, smooth
 from lora_lite.cli._settings import expanded, imported
 from lora_lite.io import native
@@ -290,9 +290,13 @@ def test_a_full_disk_is_one_sentence(files, tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(_log, "draw_run", full)  # whatever is written meets the same disk
     assert cli.main(command(files, tmp_path / "a")) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: the disk that holds") and err.count("\n") == 1
+    monkeypatch.setattr(_folder, "write_run", full)
+    assert cli.main(command(files, tmp_path / "b")) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'b'}: No space left on device.\n"
 
 
 # ---- stopping and ending

@@ -78,13 +78,15 @@ def opened(out: Path, fresh: bool = True) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:
+    except BaseException as e:
         if old.is_dir() and not checkpoints(out):
             for name in own_files(out):
                 _remove(out / name)
             for path in old.iterdir():
                 path.rename(out / path.name)
             old.rmdir()
+        if isinstance(e, OSError) and e.errno and e.filename is None:  # a full disk does not say where
+            raise OSError(e.errno, e.strerror, str(out)) from None
         raise
     shutil.rmtree(old, ignore_errors=True)
 

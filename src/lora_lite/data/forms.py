@@ -174,13 +174,23 @@ def _turn(message: Message, where: str, column: str) -> Message:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
         raise FileError(f"{where}: {column} is a list of objects with the strings 'role' and 'content'.")
-    return {"role": SPEAKERS.get(role, role), "content": content, **others}
+    return {"role": SPEAKERS.get(role, role), "content": _written(content, where, column), **others}
 
 
 def _string(value: Any, where: str, column: str) -> str:
     if not isinstance(value, str):
         raise FileError(f"{where}: the column '{column}' holds {type(value).__name__}, not a string.")
-    return value
+    return _written(value, where, column)
+
+
+def _written(text: str, where: str, column: str) -> str:
+    """Text that UTF-8 can write, as tokenizers ask; JSON can spell halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        half = f"\\u{ord(text[e.start]):04x}"
+        raise FileError(f"{where}: the column '{column}' holds half a character, {half}; write it whole.") from None
+    return text
 
 
 def question(row: Row) -> str | list[Message]:
