@@ -20,8 +20,11 @@ from .chat import names_of
 @dataclass(frozen=True, kw_only=True)
 class Serve(BaseFlags):
     """Answer OpenAI's requests (/v1/models, /v1/completions, /v1/chat/completions, also streamed), each with the
-    adapter that it names as its model, in one mixed batch. For evaluation and small teams: what waits is answered
-    together, and what comes meanwhile waits. For more take vLLM, which reads what `ll.export` writes."""
+    adapter that it names as its model, in one mixed batch.
+
+    For evaluation and small teams: what waits is answered together, and what comes meanwhile waits. For more take vLLM,
+    which reads what `ll.export` writes.
+    """
 
     adapters: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Folders of runs, adapter files or folders in PEFT's layout; each is served under its folder's or file's name."""
