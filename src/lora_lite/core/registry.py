@@ -111,9 +111,8 @@ def variants() -> list[type[Variant]]:
 
 def get_variant(name: str) -> type[Variant]:
     """The method called `name`; raises `ConfigError` with the nearest names otherwise."""
-    asked: object = name
-    if not isinstance(asked, str):
-        raise ConfigError(f"a method is asked for by its name, such as 'lora'; got {shown(asked)}.")
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"a method is asked for by its name, such as 'lora'; got {shown(name)}.")
     if name not in _TABLE:
         known = called(name)
         if known is not None:
