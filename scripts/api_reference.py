@@ -101,7 +101,7 @@ def groups() -> list[Group]:
         Group(
             "Configs of the methods",
             "Each has the fields of `AdapterConfig` and these.",
-            [(f"ll.{v.config.__name__}", v.config) for v in METHODS],
+            [(f"ll.{v.config.__name__}", v.config) for v in METHODS if v.config is not ll.AdapterConfig],
         ),
         Group(
             "Write a method",

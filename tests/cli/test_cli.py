@@ -625,6 +625,16 @@ def test_help_names_the_methods_own_options(capsys):
         assert all(w in text for w in words)
 
 
+@pytest.mark.parametrize("verb", [v for v in cli.VERBS if v not in ("train", "demo", "plan")])
+def test_help_fits_the_terminal(verb, capsys, monkeypatch):
+    """Lines end between words, at the terminal's width."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[1:])) <= 80  # the first is the usage
+
+
 def test_unknown_flags_and_verbs_leave_with_2(capsys):
     for argv in (["train", "--nonsense"], ["nonsense"], ["train", "--r", "many"]):
         with pytest.raises(SystemExit) as left:

@@ -12,7 +12,7 @@ import torch
 import lora_lite as ll
 import tiny_llm
 from lora_lite import cli
-from lora_lite.cli import _fit, _folder
+from lora_lite.cli import _fit, _folder, _log
 from lora_lite.cli._log import RunLog, smooth
 from lora_lite.cli._settings import expanded, imported
 from lora_lite.io import native
@@ -78,6 +78,32 @@ def test_a_run_is_repeated_by_its_settings(files, first, tmp_path, monkeypatch, 
     assert "2 of 4 rows" in text and "train-2" in text  # the first folder holds a run
 
 
+def test_a_run_knows_how_it_asked(first, tmp_path):
+    """Its prompts were text, so that chat and serve ask in text too, whatever the tokenizer says; a flag wins."""
+    from lora_lite.cli._rows import layout_of_run
+    from lora_lite.data.tokens import PLAIN, prompt_ids
+
+    tok = tiny_llm.tokenizer()
+    turn = [{"role": "user", "content": "3+4="}]
+    assert prompt_ids(turn, tok, layout_of_run(None, tok, first)) == prompt_ids("3+4=", tok)
+    assert layout_of_run(None, tok, None) == PLAIN
+    tok.chat_template = "{{ messages[0]['content'] }}!"
+    assert tok.decode(prompt_ids(turn, tok, layout_of_run(None, tok, first))) == "3+4="
+    assert tok.decode(prompt_ids(turn, tok, layout_of_run(None, tok, None))) == "3+4=!"
+    (tmp_path / "a.jinja").write_text("{{ messages[0]['content'] }}?")
+    assert tok.decode(prompt_ids(turn, tok, layout_of_run(tmp_path / "a.jinja", tok, first))) == "3+4=?"
+
+
+def test_info_names_the_base_of_a_run(files, first, tmp_path, capsys):
+    assert cli.main(["info", str(first), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["base"] == str(files / "tiny") and told["steps"] is None
+    shutil.copytree(first, out := tmp_path / "a")
+    (out / "run.json").write_text("{")
+    assert cli.main(["info", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["base"] is None
+
+
 def test_settings_are_words_and_flags_win(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("verb: train\nlr: 1e-4\nbest: true\nresume: false\nlayers: [1, -1]\nrank-pattern: {q_proj: 2}\n")
@@ -89,14 +115,21 @@ def test_settings_are_words_and_flags_win(tmp_path):
 
 
 def test_another_method_with_the_settings_of_a_run(first, tmp_path, monkeypatch, capsys):
-    """What the old method alone has is left out, and said; what both have stays."""
+    """What the old method alone has is left out, and said where somebody had set it; what both have stays."""
     monkeypatch.chdir(tmp_path)
     file = str(first / "run.yaml")
+    expanded(["train", "--config", file, "--method", "dora"])
+    assert "left out" not in capsys.readouterr().out
+    text = (first / "run.yaml").read_text()
+    assert "lr_ratio_B: 1.0" in text
+    file = str(tmp_path / "faster.yaml")
+    Path(file).write_text(text.replace("lr_ratio_B: 1.0", "lr_ratio_B: 4.0"))
     words = expanded(["train", "--config", file, "--method", "dora"])
     assert "--lr-ratio-B" not in words and words[words.index("--r") + 1] == "3"
-    assert "left out: " in capsys.readouterr().out
+    assert "left out: lr_ratio_B\n" in capsys.readouterr().out
     assert "--r" not in expanded(["train", "--config", file, "--method", "ia3"])
-    assert "--lr-ratio-B" in expanded(["train", "--config", file])
+    words = expanded(["train", "--config", file])
+    assert words[words.index("--lr-ratio-B") + 1] == "4.0"
     capsys.readouterr()
     assert cli.main(["train", "--config", file, "--method=dora", "--out", "b", "--dry-run"]) == 0
     assert "dora: 7 targets" in capsys.readouterr().out
@@ -178,8 +211,9 @@ def test_a_finished_run_trains_nothing_more_but_goes_on_to_more_steps(files, fir
     assert cli.main(command(files, out, *words)) == 0
     assert same(first, out) and steps(out) == [1, 2, 3, 4]
     assert "nothing is trained" in capsys.readouterr().out
-    assert cli.main(command(files, out, *words, "--steps", "6")) == 0
-    assert not same(first, out) and steps(out) == [1, 2, 3, 4, 5, 6]
+    assert cli.main(command(files, out, *words, "--steps", "8")) == 0
+    assert not same(first, out) and steps(out) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert not (out / "checkpoint-4").exists()  # the one from which it went on is of no more use
 
 
 def test_other_data_is_refused_on_resume(files, first, tmp_path, capsys):
@@ -208,6 +242,26 @@ def test_a_damaged_checkpoint_is_passed_over(first, tmp_path, name):
         _folder.last_checkpoint(out)
 
 
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [("optimizer.pt", {}), ("optimizer.pt", {"state": {}, "param_groups": [{"lr": 1.0}]}), ("optimizer.pt", [1]),
+     ("scheduler.pt", {}), ("rng_state.pth", [])],
+)  # fmt: skip
+def test_a_checkpoint_with_an_empty_state_is_passed_over(first, tmp_path, name, state):
+    shutil.copytree(first, out := tmp_path / "a")
+    assert _folder.last_checkpoint(out)[0].name == "checkpoint-4"
+    torch.save(state, out / "checkpoint-4" / name)
+    found, said = _folder.last_checkpoint(out)
+    assert found.name == "checkpoint-2" and said == [f"checkpoint-4 is damaged ({name} is empty) and left alone"]
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "{}", '{"config": 1}', "{"])
+def test_a_damaged_run_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ll.FileError, match="run.json is damaged"):
+        _folder.check_same_run(tmp_path, {"steps": 1, "config": {}})
+
+
 def test_half_a_log_line_is_dropped(tmp_path):
     log = RunLog(tmp_path, "x")
     log.add(1, loss=2.0)
@@ -215,6 +269,9 @@ def test_half_a_log_line_is_dropped(tmp_path):
     again = RunLog(tmp_path, "x")
     again.keep(5)
     assert [row["step"] for row in again.rows] == [1] and again.path.read_text().count("\n") == 1
+    log.path.write_bytes(log.path.read_bytes() + b"\xff\xfe\n")
+    again.keep(5)
+    assert [row["step"] for row in again.rows] == [1]
 
 
 def test_the_old_run_is_replaced_only_at_the_end(files, first, tmp_path, capsys, monkeypatch):
@@ -233,9 +290,13 @@ def test_a_full_disk_is_one_sentence(files, tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(_log, "draw_run", full)  # whatever is written meets the same disk
     assert cli.main(command(files, tmp_path / "a")) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: the disk that holds") and err.count("\n") == 1
+    monkeypatch.setattr(_folder, "write_run", full)
+    assert cli.main(command(files, tmp_path / "b")) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'b'}: No space left on device.\n"
 
 
 # ---- stopping and ending

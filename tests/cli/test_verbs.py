@@ -71,6 +71,17 @@ def test_diff(files, told):
     assert code == 1 and found["config"]["r"] == [3, 4] and found["tensors"] and len(found["only_a"]) == 14
     code, text = told("diff", files / "a.safetensors", files / "fresh.safetensors")
     assert code == 1 and "28 tensors differ of 28" in text
+    code, text = told("diff", files / "a.safetensors", files / "b.safetensors")
+    assert code == 1 and "r: 3 in a, 4 in b\n" in text
+    assert "14 tensors have other shapes, such as " in text and ": 3x48 in a, 4x48 in b" in text
+
+
+def test_diff_of_two_methods(capsys):
+    from lora_lite.cli.diff import show_settings
+
+    show_settings({"r": 3, "variant": "lora", "own": 1}, {"r": 4, "variant": "dora", "other": None})
+    said = "variant: 'lora' in a, 'dora' in b\nr: 3 in a, 4 in b\n"
+    assert capsys.readouterr().out == f"{said}settings that only a has: own\nsettings that only b has: other\n"
 
 
 def test_check(files, told):

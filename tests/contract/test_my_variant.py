@@ -149,6 +149,38 @@ def without_dropout(layer, x, y):
     return y + layer.cfg.scale * (x @ layer.lora_A.mT) @ layer.lora_B.mT
 
 
+def half_fixed_size(d_in, d_out, cfg):
+    return {"lora_A": ParamSpec((cfg.r, d_in), init="kaiming"), "lora_B": ParamSpec((d_out, 3))}
+
+
+def swapped_specs(d_in, d_out, cfg):
+    return {"lora_A": ParamSpec((cfg.r, d_out), init="kaiming"), "lora_B": ParamSpec((d_in, cfg.r))}
+
+
+def for_matrices_alone(layer, x, y):
+    return y + torch.einsum("bi,ri,or->bo", x, layer.lora_A, layer.lora_B)
+
+
+def writes_into_y(layer, x, y):
+    return y.add_(product(layer, x))
+
+
+def cuts_gradients(layer, x, y):
+    return y + layer.cfg.scale * product(layer, x).detach()
+
+
+def takes_x_alone(layer, x):
+    return x
+
+
+def weight_transposed(layer, W):
+    return (W + layer.lora_B @ layer.lora_A).mT
+
+
+def weight_in_place(layer, W):
+    return W.add_(layer.lora_B @ layer.lora_A)
+
+
 def forgets_return(layer, x, y):
     y + product(layer, x)
 
@@ -257,6 +289,20 @@ def mean_of_all_calls():
             "pages_return_what_they_rewrite",
             "forward_input on .*None.*return x",
         ),
+        (
+            {"param_specs": half_fixed_size},
+            "pages_return_what_they_rewrite",
+            r"lora_A \(4, 12\), lora_B \(20, 3\).*With r=4.*cfg\.r",
+        ),
+        (
+            {"param_specs": swapped_specs},
+            "pages_return_what_they_rewrite",
+            r"given x \(5, 12\), y \(5, 20\).*declares lora_A \(3, 20\), lora_B \(12, 3\)",
+        ),
+        ({"forward": for_matrices_alone}, "pages_return_what_they_rewrite", r"x \(3, 5, 12\).*any number of dim"),
+        ({"forward": writes_into_y}, "pages_return_what_they_rewrite", "writes into y.*add_"),
+        ({"forward": takes_x_alone}, "pages_return_what_they_rewrite", r"write the page as forward\(layer, x, y\)"),
+        ({"forward": cuts_gradients}, "gradients_come_out_of_the_page", "cuts it off"),
         ({"param_specs": list_of_specs}, "specs_are_a_dict_of_specs", "a list, not a dict"),
         ({"param_specs": shapes_only}, "specs_are_a_dict_of_specs", "'lora_A' is a tuple, not a ParamSpec"),
         ({"init": keeps_on_the_class}, "nothing_is_kept_outside_of_tensors", r"MyVariant\.norm.*has to be a tensor"),
@@ -281,6 +327,40 @@ def test_a_broken_page_is_told_why(members, check, words):
     wrong(**members)
     with pytest.raises(AssertionError, match=words):
         ll.testing.check_variant("myvariant", checks=[check])
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (lambda layer, W: None, r"weight on layers\.0\.up returns None.*return W"),
+        (weight_transposed, r"returns the shape \(12, 20\) for W \(20, 12\)"),
+        (weight_in_place, "writes into W"),
+    ],
+)
+def test_a_broken_weight_page_is_told_why(weight, words):
+    cls = my_variant()
+    members = {"name": "mine", "param_specs": staticmethod(cls.param_specs), "weight": staticmethod(weight)}
+    ll.register(type("Mine", (), members))
+    with pytest.raises(AssertionError, match=words):
+        ll.testing.check_variant("mine", checks=["pages_return_what_they_rewrite"])
+
+
+def test_the_cause_is_named_before_its_consequences():
+    """Of a page that mixes rows or is not affine, merging fails too: that is not what the author is told."""
+    order = list(ll.testing.CHECKS)
+    merging = order.index("merge_equals_forward")
+    for name in ("affine_is_what_it_says", "rows_and_tokens_are_independent", "gradients_come_out_of_the_page"):
+        assert order.index(name) < merging
+
+
+def test_a_class_that_is_not_registered_is_told_so():
+    class Mine(ll.Variant):
+        name = "mine"
+        param_specs = staticmethod(fixed_size)
+        forward = staticmethod(without_scale)
+
+    with pytest.raises(AssertionError, match="Mine is not registered: write @lora_lite.register"):
+        ll.testing.check_variant(Mine)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def committed():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_page_says_what_is(method):
-    row = committed()[method]
+    row = committed().get(method)
+    assert row is not None, f"docs/what-works-where.md has no row of {method}: make tables"
     for name in QUICK:
         found = outcome(method, name)
         assert row[name] == ("✓" if found.works else "-"), f"{name}: {found}; if that is right: make tables"
@@ -39,7 +40,7 @@ def test_the_page_says_what_is(method):
 
 
 def test_the_page_has_every_method_and_no_other():
-    assert list(committed()) == METHODS
+    assert list(committed()) == METHODS, "docs/what-works-where.md lists other methods: make tables"
     assert all(ABOUT[name] in script.PAGE.read_text() for name in ABILITIES)
 
 

@@ -7,6 +7,7 @@ import pytest
 import tiny_llm
 from lora_lite import ConfigError, FileError
 from lora_lite.data.batches import batches, collate
+from lora_lite.data.forms import formed, layout_of
 from lora_lite.data.tokens import IGNORED, PLAIN, closing_ids, prompt_ids, tokenised
 
 pytest.importorskip("trl")
@@ -79,6 +80,31 @@ def test_text_rows_are_those_of_trl(bos):
     tok = tokenizer(None, bos)
     for rows in ([{"text": "abc"}, {"text": "d<eos>"}], [{"prompt": "1+1=", "completion": "2"}]):
         assert tokenised(rows, tok).rows == by_trl(rows, tok)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [({"instruction": "Add 1.", "output": "2"}, "Add 1."), ({"prompt": "Add 1.", "completion": "2"}, "Add 1."),
+     ({"prompt": "Q: Add 1.\nA:", "completion": "2"}, "Add 1."), ({"text": "Add 1."}, "Add 1.")],
+    ids=["alpaca", "prompt", "wordmath", "text"],
+)  # fmt: skip
+def test_a_turn_is_asked_as_the_prompts_of_its_rows_were(row, asked, bos):
+    tok = tokenizer(None, bos)
+    formed_row = formed([(row, "here")], {}, chat=False)[0]
+    layout = layout_of(formed_row, wordmath="Q:" in str(row), bos=bos)
+    turns = [{"role": "user", "content": asked}]
+    want = prompt_ids(formed_row.get("prompt", formed_row.get("text")), tok)
+    assert prompt_ids(turns, tok, layout) == want and want.count(tok.bos_token_id) == bos
+    longer = [*turns, {"role": "assistant", "content": "2"}, *turns]
+    text = tok.decode(prompt_ids(longer, tok, layout))
+    assert text.count("Add 1.") == 2 and "2<eos>" in text and text.count("<bos>") == bos
+
+
+def test_turns_are_laid_out_by_the_tokenizer():
+    for row in ({"messages": TURNS}, {"prompt": TURNS[:1], "completion": TURNS[1:2]}):
+        assert layout_of(row) is layout_of(row, chat=True) is None
+    assert layout_of({"text": "<|user|>1"}, chat=True) is None  # whole texts are taken to hold the template's marks
 
 
 def test_marks_of_the_template_are_followed():

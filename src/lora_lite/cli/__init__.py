@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -95,15 +98,31 @@ def _run(words: list[str]) -> int:
         check_verb(words, VERBS)
         commands: Any = None
         for name in VERBS:
-            choice = Annotated[_command(name, None), tyro.conf.subcommand(name)]
+            command = _command(name, None)
+            choice = Annotated[command, tyro.conf.subcommand(name, description=_first_sentences(command))]
             commands = choice if commands is None else commands | choice
         tyro.cli(commands, prog="lora-lite", description=about, args=words, config=options)
         raise AssertionError("tyro leaves by itself")
     words = expanded(words)
     command = _command(verb, words)
     check_words(verb, command, words[1:])
-    args = tyro.cli(command, prog=f"lora-lite {verb}", args=words[1:], config=options)
+    args = tyro.cli(command, prog=f"lora-lite {verb}", description=_about(command), args=words[1:], config=options)
     return importlib.import_module(f".{verb}", __name__).run(args)
+
+
+def _first_sentences(command: type) -> str:
+    """What the list of all verbs says of one: the first paragraph of its docstring."""
+    return " ".join(inspect.cleandoc(command.__doc__ or "").split("\n\n")[0].split())
+
+
+def _about(command: type) -> str:
+    """The docstring of a verb, its paragraphs broken at the terminal's width.
+
+    tyro would leave that to the terminal, which breaks within words; and it joins lines again unless they are indented.
+    """
+    width = shutil.get_terminal_size().columns
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(textwrap.fill(" ".join(p.split()), width, subsequent_indent="  ") for p in paragraphs)
 
 
 def _command(name: str, words: list[str] | None) -> type:

@@ -8,7 +8,7 @@ from typing import Any
 
 import lora_lite as ll
 
-from ._folder import adapter_path
+from ._folder import adapter_path, facts_of
 
 
 def tensor_file(given: Path) -> Path:
@@ -50,8 +50,9 @@ def read_file(given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "config": head["config"],
             "ranks": ranks,
             "targets": list(head["targets"]),
+            "base": base_of(path),
             "version": head.get("version"),
-            "steps": head.get("steps"),
+            "steps": head.get("steps") or None,  # of a schedule; most methods have none
         }
     elif beside.is_file():
         config = _config(beside)
@@ -68,6 +69,15 @@ def read_file(given: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         stems = sorted({key.partition(".")[0] for key in tensors})
         facts |= {"layout": "kohya" if known else "unknown", "method": "?", "ranks": [], "targets": stems}
     return facts, tensors
+
+
+def base_of(adapter: Path) -> str | None:
+    """The base that the run of an adapter was trained on, where it is known."""
+    try:
+        found = facts_of(adapter).get("model")
+    except ll.FileError:  # a damaged run says nothing about its adapter
+        return None
+    return str(found) if found else None
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -104,7 +105,8 @@ def fit(
                 raise ll.FileError(f"the disk that holds {out} is full; {_kept(out)}") from None
             raise
         finally:
-            log.draw()
+            with contextlib.suppress(OSError):  # on a full disk, what was said of it stays
+                log.draw()
     return trainer
 
 

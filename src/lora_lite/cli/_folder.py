@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ import lora_lite as ll
 ADAPTER, RUN, SETTINGS = "adapter.safetensors", "run.json", "run.yaml"
 OURS = re.compile(r"adapter\.safetensors|run\.(json|yaml)|log\.jsonl|loss\.png|loss\.tmp\.png|checkpoint-\d+")
 """What a run writes; --overwrite replaces this and nothing else."""
+LAYOUT = "layout"
+"""Entry of `run.json`: the chat template by which a turn reads as the run's prompts, where those were text."""
+STATES = {"optimizer.pt": ("state", "param_groups"), "scheduler.pt": ("last_epoch",), "rng_state.pth": ("python",)}
+"""What a checkpoint holds beside the adapter, and what must stand in each."""
 BEFORE = "replaced-run"
 """Where the old run waits until the new one has finished."""
 
@@ -73,13 +78,15 @@ def opened(out: Path, fresh: bool = True) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:
+    except BaseException as e:
         if old.is_dir() and not checkpoints(out):
             for name in own_files(out):
                 _remove(out / name)
             for path in old.iterdir():
                 path.rename(out / path.name)
             old.rmdir()
+        if isinstance(e, OSError) and e.errno and e.filename is None:  # a full disk does not say where
+            raise OSError(e.errno, e.strerror, str(out)) from None
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -184,7 +191,7 @@ def damage_of(checkpoint: Path) -> str | None:
         native.read(checkpoint / ADAPTER)
     except (OSError, ll.LoraLiteError):
         return f"{ADAPTER} is missing or cut short"
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    for name, keys in STATES.items():
         path = checkpoint / name
         try:
             with zipfile.ZipFile(path) as archive:
@@ -193,7 +200,22 @@ def damage_of(checkpoint: Path) -> str | None:
             bad = name
         if bad is not None:
             return f"{name} is missing or cut short"
+        if not holds(path, keys):
+            return f"{name} is empty"
     return None
+
+
+def holds(path: Path, keys: Sequence[str]) -> bool:
+    """Whether a file of `torch.save` is a table that has something under each of the keys."""
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # numpy's random state is no tensor: whoever loads it allows that
+        return True
+    except (RuntimeError, EOFError):
+        return False
+    return isinstance(found, dict) and all(found.get(key) not in (None, {}, []) for key in keys)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -213,8 +235,11 @@ def check_same_run(out: Path, facts: dict[str, Any]) -> None:
     except OSError:
         raise ll.FileError(f"--resume: {out} holds no {RUN}.") from None
     except ValueError:
-        raise ll.FileError(f"--resume: {path} is damaged; start again with --overwrite.") from None
+        before = None
+    if not isinstance(before, dict) or not isinstance(before.get("config"), dict):
+        raise ll.FileError(f"--resume: {path} is damaged; start again with --overwrite.")
     old, new = flat(before), flat(facts)
+    old.pop(LAYOUT, None)  # follows from the rows, which are compared
     if isinstance(old.get("steps"), int) and new["steps"] > old["steps"]:
         old["steps"] = new["steps"]
     other = [f"{k}: {old.get(k)!r} before, {new.get(k)!r} now" for k in {**old, **new} if old.get(k) != new.get(k)]

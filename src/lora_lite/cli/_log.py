@@ -31,7 +31,7 @@ class RunLog:
     def keep(self, step: int) -> None:
         """Go on after `step`: read the lines up to it, drop later ones."""
         if self.path.is_file() and step:
-            self.rows = [r for r in _whole_lines(self.path.read_text()) if r["step"] <= step]
+            self.rows = [r for r in _whole_lines(self.path.read_text(errors="replace")) if r["step"] <= step]
         self.before = self.rows[-1]["time"] if self.rows else 0.0
         if self.speaks:
             self.path.write_text("".join(json.dumps(r) + "\n" for r in self.rows))

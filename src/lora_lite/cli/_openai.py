@@ -7,7 +7,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -82,10 +82,19 @@ class Api:
         models: name -> adapter; None is the bare base.
         max_tokens: the longest answer of a chat where the request says nothing.
         positions: the longest text that the model was made for.
+        layouts: name -> the chat template in which its turns are written; the tokenizer's where there is none.
     """
 
-    def __init__(self, engine: Engine, models: dict[str, str | None], max_tokens: int, positions: int | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        models: dict[str, str | None],
+        max_tokens: int,
+        positions: int | None,
+        layouts: Mapping[str, str] | None = None,
+    ) -> None:
         self.engine, self.models, self.max_tokens, self.positions = engine, models, max_tokens, positions
+        self.layouts = layouts or {}
         self.born = int(time.time())
 
     def app(self) -> FastAPI:
@@ -119,7 +128,7 @@ class Api:
 
     async def chat(self, asked: Chat, request: Request) -> Any:
         """The assistant's next turn."""
-        ids = self._turns(asked.messages)
+        ids = self._turns(asked.messages, asked.model)
         longest = asked.max_completion_tokens or asked.max_tokens
         if longest is None:
             room = self.max_tokens if self.positions is None else max(self.positions - len(ids), 1)
@@ -156,11 +165,11 @@ class Api:
         choices = [_whole(kind, i, answer) for i, answer in enumerate(answers)]
         return {**head, "choices": choices, "usage": _usage(answers, asked.n)}
 
-    def _turns(self, turns: list[Turn]) -> list[int]:
+    def _turns(self, turns: list[Turn], name: str) -> list[int]:
         """The tokens of what was said so far."""
         said: list[Message] = [{**turn.model_dump(exclude_unset=True), "content": _text(turn)} for turn in turns]
         try:
-            return prompt_ids(said, self.engine.tokenizer)
+            return prompt_ids(said, self.engine.tokenizer, self.layouts.get(name))
         except Exception as e:  # a template's own, of whatever class
             raise Refused(400, f"the chat template does not take these turns: {e}", "messages") from None
 

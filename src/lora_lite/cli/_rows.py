@@ -18,6 +18,7 @@ from ..data.read import check_source, read_rows
 from ..data.tokens import PLAIN, Prepared, Turns, tokenised
 from ..demo.data import wordmath_rows
 from ..demo.wordmath import Split
+from . import _folder as folder
 from ._base import length_of, positions_of
 
 
@@ -76,6 +77,14 @@ def reader_of(args: RowFlags, model: str) -> Reader:
 
     positions = positions_of(model)
     return Reader(args, load_tokenizer(model), positions)
+
+
+def layout_of_run(given: Path | None, tokenizer: Any, adapter: Path | None) -> str:
+    """The chat template for talking with an adapter: the one of a flag, the one by which turns read as the prompts of
+    its run, the tokenizer's, or "role: content" lines."""
+    if given is not None:
+        return read_template(given)
+    return folder.facts_of(adapter).get(folder.LAYOUT) or tokenizer.chat_template or PLAIN
 
 
 def check_data(source: str) -> None:

@@ -52,10 +52,10 @@ def fitting(settings: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]
     if before in (None, now.name) or before not in {v.name for v in ll.variants()}:
         return dict(settings)
     known = {f.name for f in dataclasses.fields(now.config)} - set(now.ignores)
-    own = {f.name for f in dataclasses.fields(ll.get_variant(str(before)).config)}
-    left = sorted(name for name in settings if name in own - known)
-    if left:
-        say(f"note: settings of {before} that {now.name} does not use are left out: {', '.join(left)}")
+    plain = ll.get_variant(str(before)).config(variant=str(before)).to_dict()
+    left = sorted(name for name in settings if name in plain.keys() - known)
+    if chosen := [name for name in left if settings[name] != plain[name]]:
+        say(f"note: settings of {before} that {now.name} does not use are left out: {', '.join(chosen)}")
     return {name: value for name, value in settings.items() if name not in left}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +12,12 @@ import tyro
 
 import lora_lite as ll
 
-from ..data.tokens import PLAIN, closing_ids, prompt_ids
+from ..data.tokens import closing_ids, prompt_ids
 from . import _folder as folder
 from ._adapters import check_paths, names_of
 from ._base import BaseFlags, check_base, load_base, quiet
 from ._console import say
-from ._rows import read_template
+from ._rows import layout_of_run
 
 HELP = "/adapter NAME or none switches, /undo takes back the last turn, /reset all of them, /quit leaves"
 
@@ -30,7 +31,7 @@ class Chat(BaseFlags):
     model: str | None = None  # type: ignore[assignment]
     """demo, a local model directory, or a hub id; None: the one that the adapters' runs were trained on, or demo."""
     template: Path | None = None
-    """Chat template, a Jinja file; None: the run's, or the tokenizer's, or "role: content" lines."""
+    """Chat template, a Jinja file; None: as the run's rows asked, or the tokenizer's, or "role: content" lines."""
     system: str | None = None
     """What the system says before the first turn."""
     max_new_tokens: int = 256
@@ -42,24 +43,27 @@ def run(args: Chat) -> int:
     check_paths(args.adapters)
     quiet(args.debug)
     model, tokenizer = load_base(args, folder.model_of(args.model, *args.adapters))
-    kept = next((f["template"] for f in map(folder.facts_of, args.adapters) if f.get("template")), None)
-    template = args.template or (Path(kept) if kept else None)
-    tokenizer.chat_template = read_template(template) if template else tokenizer.chat_template or PLAIN
     names = names_of(args.adapters)
+    layouts = {name: layout_of_run(args.template, tokenizer, path) for name, path in names.items()}
+    tokenizer.chat_template = next(iter(layouts.values()), layout_of_run(args.template, tokenizer, None))
     for name, path in names.items():
         ll.load(model, folder.adapter_path(path), name=name)
     ll.activate(model, next(iter(names), None))
     model.eval()
     say(f"adapters: {', '.join(names) or 'none'}. {HELP}")
-    Talk(model, tokenizer, args.system, args.max_new_tokens).loop()
+    Talk(model, tokenizer, args.system, args.max_new_tokens, layouts).loop()
     return 0
 
 
 class Talk:
     """The turns so far, and what a line of the user does to them."""
 
-    def __init__(self, model: Any, tokenizer: Any, system: str | None, new_tokens: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, system: str | None, new_tokens: int, layouts: Mapping[str, str] | None = None
+    ) -> None:
         self.model, self.tokenizer, self.new_tokens = model, tokenizer, new_tokens
+        self.layouts = layouts or {}
+        """Adapter -> the chat template in which its turns are asked; the bare base is asked as the last one was."""
         self.start = [{"role": "system", "content": system}] if system else []
         self.turns = list(self.start)
 
@@ -88,12 +92,17 @@ class Talk:
         elif word == "/undo":
             self.turns = self.turns[:-2] if len(self.turns) > len(self.start) else self.turns
         elif word == "/adapter":
-            try:
-                ll.activate(self.model, None if rest.strip() in ("", "none") else rest.strip())
-            except ll.LoraLiteError as e:
-                say(str(e), "red")
+            self.switch(rest.strip())
         else:
             say(HELP)
+
+    def switch(self, name: str) -> None:
+        """Another adapter answers from here on, asked in its own form; none: the bare base."""
+        try:
+            ll.activate(self.model, None if name in ("", "none") else name)
+        except ll.LoraLiteError as e:
+            say(str(e), "red")
+        self.tokenizer.chat_template = self.layouts.get(name, self.tokenizer.chat_template)
 
     def answer(self, line: str) -> None:
         """One turn of the user and the model's, streamed."""

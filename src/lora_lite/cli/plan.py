@@ -44,6 +44,8 @@ class Plan:
 
 def run(args: Plan) -> int:
     quiet(args.debug)
+    if args.batch < 1 or args.length < 1:
+        raise ll.ConfigError(f"--batch and --length must be positive, got {args.batch} and {args.length}.")
     model = skeleton(args.model, args.base_dtype)
     if args.compare:
         return compare(model, args)

@@ -10,19 +10,21 @@ import tyro
 
 import lora_lite as ll
 
-from ..data.tokens import PLAIN
 from . import _folder as folder
 from ._base import BaseFlags, check_base, load_base, positions_of, quiet
 from ._console import say
-from ._rows import read_template
+from ._rows import layout_of_run
 from .chat import names_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serve(BaseFlags):
     """Answer OpenAI's requests (/v1/models, /v1/completions, /v1/chat/completions, also streamed), each with the
-    adapter that it names as its model, in one mixed batch. For evaluation and small teams: what waits is answered
-    together, and what comes meanwhile waits. For more take vLLM, which reads what `ll.export` writes."""
+    adapter that it names as its model, in one mixed batch.
+
+    For evaluation and small teams: what waits is answered together, and what comes meanwhile waits. For more take vLLM,
+    which reads what `ll.export` writes.
+    """
 
     adapters: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Folders of runs, adapter files or folders in PEFT's layout; each is served under its folder's or file's name."""
@@ -31,7 +33,7 @@ class Serve(BaseFlags):
     name: str | None = None
     """What requests call the bare base; None: as --model."""
     template: Path | None = None
-    """Chat template, a Jinja file; None: the tokenizer's, or "role: content" lines."""
+    """Chat template, a Jinja file; None: as each run's rows asked, or the tokenizer's, or "role: content" lines."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets others in, and no key is asked of them."""
     port: int = 8000
@@ -57,10 +59,11 @@ def run(args: Serve) -> int:
     quiet(args.debug)
     base = folder.model_of(args.model, *args.adapters)
     model, tokenizer = load_base(args, base)
-    template = read_template(args.template) if args.template else tokenizer.chat_template
-    tokenizer.chat_template = template or PLAIN
+    names = names_of(args.adapters)
+    layouts = {name: layout_of_run(args.template, tokenizer, path) for name, path in names.items()}
+    tokenizer.chat_template = layout_of_run(args.template, tokenizer, None)
     models: dict[str, str | None] = {args.name or base: None}
-    for name, path in names_of(args.adapters).items():
+    for name, path in names.items():
         if name in models:
             raise ll.ConfigError(f"two models are called {name!r}; call the base otherwise: --name base.")
         ll.load(model, folder.adapter_path(path), name=name)
@@ -69,7 +72,7 @@ def run(args: Serve) -> int:
     engine.start()
     say(f"http://{args.host}:{args.port}/v1 serves {', '.join(models)}. For many users take vLLM: ll.export, and")
     say(f"vllm serve {base} --enable-lora --lora-modules NAME=FOLDER")
-    app = Api(engine, models, args.max_new_tokens, positions_of(base)).app()
+    app = Api(engine, models, args.max_new_tokens, positions_of(base), layouts).app()
     uvicorn.run(app, host=args.host, port=args.port, log_level="info" if args.debug else "warning")
     engine.stop()
     return 0

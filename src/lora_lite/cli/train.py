@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import lora_lite as ll
 
-from ..data.forms import Row, preferred
+from ..data.forms import Row, layout_of, preferred
 from ..data.packing import packed
-from ..data.tokens import Tokens
+from ..data.tokens import Prepared, Tokens
 from . import _folder as folder
 from . import _session as session
 from ._base import BaseFlags, check_base, check_seed, load_base, processes, quiet
@@ -182,7 +182,7 @@ def run(args: Train) -> int:
     facts: dict[str, Any] = {"out": str(out), "method": variant.name, "trained": adapter.num_parameters()}
     with folder.opened(out, fresh=resume is None) if is_first() else contextlib.nullcontext():
         if is_first():
-            folder.write_run(out, decisive(work))
+            folder.write_run(out, decisive(work) | {folder.LAYOUT: layout(work)})
             write_settings(out / folder.SETTINGS, "train", args)
         if variant.trains:
             facts |= learn(work, model, tokenizer)
@@ -225,31 +225,50 @@ def prepared(args: Train, cfg: ll.AdapterConfig, out: Path, resume: Path | None)
     check_pairs(rows + held, pairs, args.data)
     made = reader.tokens([preferred(row) for row in rows])
     evals = reader.tokens([preferred(row) for row in held]) if held else None
-    for line in reader.remarks(made) + (reader.remarks(evals) if evals and evals.lost + evals.cut else []):
-        say(f"note: {line}")
+    say_of(reader, made, evals)
     if not made.rows:
         raise ll.FileError(f"{args.data} leaves no row to train on; raise --max-length or lower --eval-rows.")
     train: Rows = [rows[i] for i in made.kept] if pairs else made.rows
     if args.packing:
         train = packed(made.rows, reader.max_length)
         say(f"{len(made.rows):,} rows are packed into {len(train):,}")
-    per_step = rows_a_step(args)
-    steps = args.steps if args.steps is not None else math.ceil(len(train) * args.epochs / per_step)
+    kept: Rows = evals.rows if evals else []
+    return Work(
+        args=args, cfg=cfg, out=out, reader=reader, train=train, evals=held if pairs else kept, seen=made.rows,
+        asked=[preferred(row) for row in held or rows], origin=origin, steps=steps_of(args, len(train)),
+        lr=rate_of(args, cfg), resume=resume,
+    )  # fmt: skip
+
+
+def say_of(reader: Reader, made: Prepared, evals: Prepared | None) -> None:
+    """What became of the rows; of those held out, only what they lost."""
+    for line in reader.remarks(made):
+        say(f"note: {line}")
+    if evals is not None and evals.lost + evals.cut:
+        for line in reader.remarks(evals):
+            say(f"note: of the eval rows, {line}")
+
+
+def steps_of(args: Train, rows: int) -> int:
+    """Optimiser steps of the run.
+
+    Raises:
+        ConfigError: the warm-up would fill them all.
+    """
+    steps = args.steps if args.steps is not None else math.ceil(rows * args.epochs / rows_a_step(args))
     if args.warmup >= max(1, steps):
         raise ll.ConfigError(
             f"--warmup {args.warmup:g} is as long as the whole run of {steps} steps, so the rate would never reach its "
             "height; give fewer, or a share below 1."
         )
-    recommended = ll.get_variant(cfg.variant).lr * (PAIRS_RATE if pairs else 1)
-    lr = recommended if args.lr is None else args.lr
-    if pairs:
-        kept = held
-    else:
-        kept = evals.rows if evals else []
-    return Work(
-        args=args, cfg=cfg, out=out, reader=reader, train=train, evals=kept, seen=made.rows,
-        asked=[preferred(row) for row in held or rows], origin=origin, steps=steps, lr=lr, resume=resume,
-    )  # fmt: skip
+    return steps
+
+
+def rate_of(args: Train, cfg: ll.AdapterConfig) -> float:
+    """The learning rate: the one given, or the method's."""
+    if args.lr is not None:
+        return args.lr
+    return ll.get_variant(cfg.variant).lr * (PAIRS_RATE if args.trainer == "dpo" else 1)
 
 
 def divided(args: Train, reader: Reader) -> tuple[list[Row], list[Row], str]:
@@ -350,6 +369,16 @@ def check_best(args: Train) -> None:
         )
 
 
+def layout(work: Work) -> str | None:
+    """The chat template by which `chat` and `serve` ask as the rows did."""
+    if work.args.template is not None:
+        return work.reader.tokenizer.chat_template
+    tokenizer = work.reader.tokenizer
+    opening = tokenizer("")["input_ids"]
+    bos = bool(opening) and opening[0] == tokenizer.bos_token_id
+    return layout_of(work.asked[0], work.args.data == "wordmath", work.reader.chat, bos)
+
+
 def decisive(work: Work) -> dict[str, Any]:
     """Everything that decides a run, as plain data."""
     args = work.args
@@ -413,6 +442,7 @@ def fit_and_say(work: Work, model: Any, tokenizer: Any) -> dict[str, Any]:
     same = {f.name for f in dataclasses.fields(Options)} & {f.name for f in dataclasses.fields(args)}
     values = {name: getattr(args, name) for name in same} | {"steps": work.steps, "lr": work.lr}
     log = RunLog(work.out, f"{args.method} on {args.data}, seed {args.seed}")
+    before = folder.step_of(work.resume) if work.resume is not None else 0  # that checkpoint may be gone at the end
     start = time.monotonic()
     try:
         trainer = fit(model, tokenizer, work.train, work.evals, Options(**values), work.out, log, work.resume)
@@ -427,7 +457,6 @@ def fit_and_say(work: Work, model: Any, tokenizer: Any) -> dict[str, Any]:
         say(f"stopped; {hint}")
         raise
     seconds = time.monotonic() - start
-    before = folder.step_of(work.resume) if work.resume is not None else 0
     old = max((row["tokens"] for row in log.rows if "tokens" in row and row["step"] <= before), default=0)
     say(last_figures(log, seconds, int(trainer.state.num_input_tokens_seen) - old))
     if trainer.state.global_step < work.steps:

@@ -48,8 +48,29 @@ OTHERWISE = {
     "road_variant": '"road_1", "road_2", "road_4" are per_pair=1, 2, 4 of RoadConfig.',
     "rotate_basis": 'AntiPaSTOConfig turns the input side, "V"; block=1 turns nothing; "U" is not offered.',
     "variant_kwargs": "They are fields of the method's own config: lora_lite.DeLoRAConfig(r=8, strength=8.0).",
+    "use_dora": "DoRA is a method of its own: lora_lite.DoRAConfig(r=8).",
+    "use_rslora": "Only LoRAConfig has it; elsewhere give the alpha that makes the scale alpha / sqrt(r).",
+    "init_lora_weights": "A start is a method of its own: lora_lite.PiSSAConfig, OLoRAConfig, EVAConfig, ...",
+    "bias": "Biases are a method of their own: lora_lite.BitFitConfig().",
+    "target_parameters": 'Fused experts are adapted by target_kinds=("experts",).',
+    **dict.fromkeys(
+        (
+            "task_type",
+            "inference_mode",
+            "peft_type",
+            "base_model_name_or_path",
+            "fan_in_fan_out",
+            "layers_pattern",
+            "trainable_token_indices",
+            "layer_replication",
+            "loftq_config",
+            "eva_config",
+            "corda_config",
+        ),
+        "That is a field of PEFT's, whose own config ll.attach and ll.plan take as it is; leave it out here.",
+    ),
 }
-"""Fields of others whose values are others here too -> what to type."""
+"""Fields of others whose values are others here too, or which nothing here needs -> what to type."""
 POSITIONS = ("variant", "r", "alpha", "dtype", "target_roles", "target_names", "exclude_names", "layers")
 """The order in which the original lora-lite took its fields."""
 

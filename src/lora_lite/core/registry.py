@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar, cast
 
 from .config import CLASSES, AdapterConfig, stay_as_it_is
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, shown
 from .variant import Derived, Variant, forward_of
 
 _TABLE: dict[str, type[Variant]] = {}
@@ -111,6 +111,8 @@ def variants() -> list[type[Variant]]:
 
 def get_variant(name: str) -> type[Variant]:
     """The method called `name`; raises `ConfigError` with the nearest names otherwise."""
+    if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"a method is asked for by its name, such as 'lora'; got {shown(name)}.")
     if name not in _TABLE:
         known = called(name)
         if known is not None:

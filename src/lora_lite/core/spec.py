@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 
 def _kaiming(t: Tensor, g: Generator) -> None:
@@ -62,7 +62,12 @@ class ParamSpec:
     below: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        try:
+            object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"ParamSpec's shape is a tuple of whole numbers such as (cfg.r, d_in), got {shown(self.shape)}."
+            ) from None
         if not self.shape:
             raise ConfigError("ParamSpec has shape (); write (1,): sharded training refuses 0-dim parameters.")
         if min(self.shape) < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,36 @@ ALPACA = {
     "the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
 }
 """Alpaca's own prompts without and with an input, for tokenizers that have no chat template."""
+
+
+def layout_of(row: Row, wordmath: bool = False, chat: bool = False, bos: bool = False) -> str | None:
+    """The chat template by which a turn reads as the prompt of such a row did, where that is text; None where the row
+    is laid out by the tokenizer's template or by none at all.
+
+    Args:
+        row: in TRL's form.
+        wordmath: it is one of the bundled word problems.
+        chat: the tokenizer has a chat template, in which whole texts are taken to be written.
+        bos: the tokenizer opens every text with its first token.
+    """
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str):
+        return framed("", "", bos) if "text" in row and not chat else None
+    if wordmath:
+        return framed("Q: ", "\nA:", bos)
+    if prompt.startswith(INTRO):
+        before, after = ALPACA[False].split("{instruction}")
+        return framed(before, after, bos)
+    return framed("", "", bos)
+
+
+def framed(before: str, after: str, bos: bool) -> str:
+    """A chat template that puts what the user says between two texts."""
+    ask = f"{{{{ {json.dumps(before)} }}}}{{{{ m['content'] }}}}{{{{ {json.dumps(after)} }}}}"
+    end = "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
+    said = f"{{{{ m['content'] }}}}{end}"
+    turn = f"{{% if m['role'] == 'user' %}}{ask}{{% else %}}{said}{{% endif %}}"
+    return "{{ bos_token }}" * bos + f"{{% for m in messages %}}{turn}{{% endfor %}}"
 
 
 def column_map(words: Sequence[str]) -> dict[str, str]:
@@ -143,13 +174,23 @@ def _turn(message: Message, where: str, column: str) -> Message:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
         raise FileError(f"{where}: {column} is a list of objects with the strings 'role' and 'content'.")
-    return {"role": SPEAKERS.get(role, role), "content": content, **others}
+    return {"role": SPEAKERS.get(role, role), "content": _written(content, where, column), **others}
 
 
 def _string(value: Any, where: str, column: str) -> str:
     if not isinstance(value, str):
         raise FileError(f"{where}: the column '{column}' holds {type(value).__name__}, not a string.")
-    return value
+    return _written(value, where, column)
+
+
+def _written(text: str, where: str, column: str) -> str:
+    """Text that UTF-8 can write, as tokenizers ask; JSON can spell halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        half = f"\\u{ord(text[e.start]):04x}"
+        raise FileError(f"{where}: the column '{column}' holds half a character, {half}; write it whole.") from None
+    return text
 
 
 def question(row: Row) -> str | list[Message]:

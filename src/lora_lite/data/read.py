@@ -48,7 +48,8 @@ def check_source(source: str) -> None:
 
 def _rows(source: str) -> Iterator[Located]:
     if source == STDIN:
-        return _json(sys.stdin.buffer.read(), "standard input")
+        given = sys.stdin
+        return _json(given.buffer.read() if hasattr(given, "buffer") else given.read().encode(), "standard input")
     check_source(source)
     path = Path(source)
     if not path.is_file():
@@ -94,7 +95,7 @@ def _json(data: bytes, where: str) -> Iterator[Located]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as e:
+            except (ValueError, RecursionError) as e:  # numbers of thousands of digits and deep nesting too
                 raise FileError(f"{where}:{number}: not JSON ({e}).") from None
             yield _checked(row, f"{where}:{number}")
 
@@ -107,6 +108,8 @@ def _array(text: str, where: str) -> list[Any] | None:
         if e.msg == "Extra data":  # a line that is a list: each line is checked by itself
             return None
         raise FileError(f"{where}:{e.lineno}: not JSON ({e}).") from None
+    except (ValueError, RecursionError) as e:
+        raise FileError(f"{where}: not JSON ({e}).") from None
     return whole if isinstance(whole, list) and (not whole or isinstance(whole[0], dict)) else None
 
 

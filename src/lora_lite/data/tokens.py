@@ -241,11 +241,14 @@ def _warnings() -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
-def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any) -> list[int]:
-    """The tokens before an answer: text as it is, turns in the chat template with its opening of the next answer."""
+def prompt_ids(prompt: str | Sequence[Message], tokenizer: Any, template: str | None = None) -> list[int]:
+    """The tokens before an answer: text as it is, turns in the chat template (the tokenizer's where none is given) with
+    its opening of the next answer."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    made = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)
+    made = tokenizer.apply_chat_template(
+        list(prompt), chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
     return list(made["input_ids"])
 
 

@@ -111,8 +111,12 @@ def _check_options(weights: Mapping[str, float], method: str, rank: int | None, 
         raise ConfigError(f"method {method!r} makes an update of full rank; say to which rank it is cut: rank=16.")
     if not 0 < density <= 1:
         raise ConfigError(f"density must lie in (0, 1], got {density}.")
-    if not all(math.isfinite(w) for w in weights.values()):
-        raise ConfigError(f"weights must be finite, got {dict(weights)}.")
+    try:
+        fine = all(math.isfinite(w) for w in weights.values())
+    except (TypeError, OverflowError):
+        fine = False
+    if not fine:
+        raise ConfigError(f"weights must be finite numbers, got {dict(weights)}.")
 
 
 def _check_summable(record: Record, weights: Mapping[str, float]) -> None:

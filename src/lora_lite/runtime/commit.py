@@ -49,7 +49,7 @@ SAVING_HOOKS = {"_state_dict_hooks": after_state_dict}
 
 def check_attachable(model: nn.Module, name: str) -> None:
     """Raise when an adapter cannot be added to this model under this name."""
-    if not name or not all(c.isalnum() or c in "_-" for c in name):
+    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "_-" for c in name):
         raise StateError(f"an adapter's name consists of letters, digits, '_' and '-'; got {name!r}.")
     check_module(model)
     _check_not_distributed(model)

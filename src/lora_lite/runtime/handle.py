@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.config import AdapterConfig
-from ..core.errors import StateError
+from ..core.errors import ConfigError, StateError, shown
 from .model.record import Record
 from .model.site import base_parameters, owned_tensors
 from .model.state import outside_calls, record_of, state_of, unwrap
@@ -117,7 +117,13 @@ class Adapter:
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimiser groups: each tensor at `lr` times its ratio (LoRA+), weight decay 0 on gains, rotations and
-        magnitudes."""
+        magnitudes.
+
+        Raises:
+            ConfigError: a rate or decay that is no number, or below 0.
+        """
+        _check_rate("lr", lr)
+        _check_rate("weight_decay", weight_decay)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for target, short, _, tensor in owned_tensors(self._model, self.record):
             spec = target.specs[short]
@@ -140,6 +146,16 @@ class Adapter:
             else f"{self.cfg.variant} on {len(self.targets)} targets, {self.num_parameters():,} trained parameters"
         )
         return f"{head}\n{body}"
+
+
+def _check_rate(name: str, value: Any) -> None:
+    """Raise unless it is a number of 0 or more."""
+    try:
+        fine = bool(value >= 0)
+    except TypeError:
+        fine = False
+    if not fine:
+        raise ConfigError(f"param_groups: {name} is a number of 0 or more, such as 1e-3; got {shown(value)}.")
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

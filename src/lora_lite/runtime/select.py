@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import matches
-from ..core.errors import SelectionError, StateError, did_you_mean, listing
+from ..core.errors import SelectionError, StateError, did_you_mean, listing, shown
 from .call.recompute import changed
 from .call.scope import scope
 from .model.call import Prompt, Rows, Said
@@ -129,19 +129,28 @@ def _resolve(state: ModelState, choice: Choice) -> tuple[tuple[str, float], ...]
     elif isinstance(choice, str):
         weights = {choice: 1.0}
     elif isinstance(choice, Mapping):
-        weights = {name: float(w) for name, w in choice.items()}
+        weights = {name: _weight(name, w) for name, w in choice.items()}
     elif isinstance(choice, Iterable):
         weights = dict.fromkeys(choice, 1.0)
     else:
         raise SelectionError(f"adapters are chosen by a name, names, {{name: weight}} or None; got {choice!r}.")
-    for name, w in weights.items():
+    for name in weights:
         _known(state, name)
-        if not math.isfinite(w):
-            raise SelectionError(f"the weight of adapter {name!r} must be finite, got {w}.")
     not_merged(state, "choosing adapters")
     if len(weights) < 2:
         return tuple(weights.items())
     return tuple((name, weights[name]) for name in state.records if name in weights)
+
+
+def _weight(name: object, value: Any) -> float:
+    """The weight of an adapter, a finite number."""
+    try:
+        fine = math.isfinite(value)
+    except (TypeError, OverflowError):
+        fine = False
+    if not fine:
+        raise SelectionError(f"the weight of adapter {name!r} must be a finite number, got {shown(value)}.")
+    return float(value)
 
 
 def _known(state: ModelState, name: object) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..core.registry import get_variant
+from ..core.registry import get_variant, variants
 from ..core.variant import Variant
 from .abilities import ABILITIES as ABILITIES
 from .abilities import Outcome as Outcome
@@ -58,6 +58,10 @@ def check_variant(
         AssertionError: a promise is broken; the message says which and how.
     """
     found = get_variant(variant) if isinstance(variant, str) else variant
+    if found not in variants():
+        raise AssertionError(
+            f"{getattr(found, '__name__', found)} is not registered: write @lora_lite.register above the class."
+        )
     ran: dict[str, None] = {}
     for name in CHECKS if checks is None else checks:
         for dtype in (torch.float32, torch.bfloat16):

@@ -69,6 +69,8 @@ class LayerView:
         # reached only for names that are not the view's own
         if name == "_lora_cfg":
             raise AttributeError("a layer's config is layer.cfg; layer.cfg.scale is alpha / r")
+        if name in ("scale", "alpha", "r"):
+            raise AttributeError(f"{name} stands in the config of the layer: layer.cfg.{name}")
         if not name.startswith("lora_"):
             raise AttributeError(
                 f"a layer view has no {name!r}; it offers lora_*, weight, row_norms(), column_norms(), bias, cfg, "

@@ -55,6 +55,26 @@ def _merged_and_not(case: Case, model: nn.Module, paths: list[str], **options: A
         )
 
 
+@check("5_merge", lambda case: case.linear and full_precision(case))
+def affine_is_what_it_says(case: Case) -> None:
+    """f(a u + (1 - a) v) = a f(u) + (1 - a) f(v) on one layer, exactly when the method says so."""
+    model = case.random(dtype="float64")
+    model = model.double()
+    layer = model.get_submodule(adapters(model)["default"].targets[0])
+    g = torch.Generator().manual_seed(8)
+    u, v = (3 * torch.randn(16, layer.in_features, generator=g, dtype=torch.float64) for _ in range(2))  # type: ignore[arg-type]
+    both, apart = run(layer, 0.3 * u + 0.7 * v), 0.3 * run(layer, u) + 0.7 * run(layer, v)
+    if case.variant.affine:
+        case.expect(
+            relative(both, apart) < 1e-9,
+            f"affine is declared, yet f misses the affine law by {relative(both, apart):.1e}.",
+        )
+    else:
+        case.expect(
+            relative(both, apart) > 1e-6, "affine = False is declared, yet f is affine: merging would be possible."
+        )
+
+
 @check("5_merge", affine)
 def merge_equals_forward(case: Case) -> None:
     for kind in (nn.Linear, Conv1D):
@@ -113,23 +133,3 @@ def merge_of_what_is_not_affine_raises(case: Case) -> None:
     with case.raises("merging a method that is not affine", case.variant.name):
         merge(model)
     case.expect(not (d := before.difference(model)), f"after the refusal {d}.")
-
-
-@check("5_merge", lambda case: case.linear and full_precision(case))
-def affine_is_what_it_says(case: Case) -> None:
-    """f(a u + (1 - a) v) = a f(u) + (1 - a) f(v) on one layer, exactly when the method says so."""
-    model = case.random(dtype="float64")
-    model = model.double()
-    layer = model.get_submodule(adapters(model)["default"].targets[0])
-    g = torch.Generator().manual_seed(8)
-    u, v = (3 * torch.randn(16, layer.in_features, generator=g, dtype=torch.float64) for _ in range(2))  # type: ignore[arg-type]
-    both, apart = run(layer, 0.3 * u + 0.7 * v), 0.3 * run(layer, u) + 0.7 * run(layer, v)
-    if case.variant.affine:
-        case.expect(
-            relative(both, apart) < 1e-9,
-            f"affine is declared, yet f misses the affine law by {relative(both, apart):.1e}.",
-        )
-    else:
-        case.expect(
-            relative(both, apart) > 1e-6, "affine = False is declared, yet f is affine: merging would be possible."
-        )

@@ -97,16 +97,3 @@ def rows_train_their_own_adapter(case: Case) -> None:
                 relative(got, alone) < 1e-4,
                 f"in a mixed batch adapter {name!r} gets another gradient than from its rows alone.",
             )
-
-
-@check("selection")
-def rows_and_tokens_are_independent(case: Case) -> None:
-    """Changing row j must not change row i, changing a later token not an earlier one."""
-    model, x = case.random(), case.x(3, 5)
-    y = run(model, x)
-    other = x.clone()
-    other[1] += 3
-    case.expect(torch.equal(run(model, other)[[0, 2]], y[[0, 2]]), "changing one row changes another row.")
-    other = x.clone()
-    other[:, 3:] -= 2
-    case.expect(torch.equal(run(model, other)[:, :3], y[:, :3]), "changing later tokens changes earlier ones.")
