@@ -17,13 +17,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adalora": {"target_r": 2, "r": 3},  # the default budget is more than a toy rank, so that nothing would be pruned
 }
 """Config fields of methods whose defaults show nothing on 12x20 layers."""
+NUMBERS = ("2_identity", "5_merge", "6_dtypes", "tensors")
+"""Promises that may hold in one dtype and not in another."""
 WIDTH_CHECK = "a_step_is_as_long_at_any_width"
 
 
 def cases(promise: str, only: tuple[str, ...] | None = None) -> Any:
     """Parametrises a test over every check of a promise, every registered variant, fp32 and bf16, bias and none.
 
-    Quick are fp32 with a bias and bf16 without, where a check applies to them; the other two combinations are slow.
+    Quick are fp32 with a bias and, for the promises about numbers, bf16 without, where a check applies to them; the
+    other combinations are slow.
 
     Args:
         only: the methods whose cases are quick; None means all.
@@ -38,6 +41,8 @@ def cases(promise: str, only: tuple[str, ...] | None = None) -> Any:
                     fitting.setdefault(name, []).append(case)
         for name, all_of_it in fitting.items():
             quick = [case for case in all_of_it if case.bias == (case.dtype == torch.float32)] or all_of_it
+            if promise not in NUMBERS:
+                quick = [case for case in quick if case.dtype == torch.float32] or quick
             long = name == WIDTH_CHECK and (variant.needs_weight or variant.needs_data)
             long = long or (only is not None and variant.name not in only)
             for case in all_of_it:

@@ -44,6 +44,7 @@ def test_figures_table_and_picture(tmp_path, capsys):
     assert [r["method"] for r in again] == ["lora", "ia3"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_methods_that_start_from_weights_or_data(tmp_path):
     """The start of a method from data is that of batches which the benchmark draws."""

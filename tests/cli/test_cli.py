@@ -161,7 +161,11 @@ def test_every_train_flag_has_its_test():
     assert all(name in globals() for name in ELSEWHERE.values() if name.startswith("test"))
 
 
-@pytest.mark.parametrize("flag", ACTS)
+QUICK = ("steps", "lr", "seed", "data", "eval_every")
+"""Flags whose test is quick; a run of each takes seconds."""
+
+
+@pytest.mark.parametrize("flag", [pytest.param(f, marks=[pytest.mark.slow] * (f not in QUICK)) for f in ACTS])
 def test_the_flag_acts(flag, files, plain, tmp_path):
     value, observed = ACTS[flag]
     beside = BESIDE.get(flag, {})
@@ -173,6 +177,7 @@ def test_the_flag_acts(flag, files, plain, tmp_path):
         assert getattr(run, observed) != getattr(plain, observed)
 
 
+@pytest.mark.slow
 def test_reference_weights(files, plain, tmp_path, capsys):
     full = tiny_llm.model()
     with torch.no_grad():
@@ -183,10 +188,12 @@ def test_reference_weights(files, plain, tmp_path, capsys):
     assert not run.same_tensors(plain)
 
 
+@pytest.mark.slow
 def test_the_same_flags_give_the_same_adapter(files, plain, tmp_path):
     assert do_train(files, tmp_path / "again").same_tensors(plain)
 
 
+@pytest.mark.slow
 def test_the_method_and_its_flags(files, tmp_path):
     run = do_train(files, tmp_path / "run", method="lora", r="3", alpha="5", layers="-1", **{"target-names": "q_proj"})
     head, tensors = native.read(run.out / "adapter.safetensors")
@@ -197,11 +204,13 @@ def test_the_method_and_its_flags(files, tmp_path):
     assert native.read_header(run.out / "adapter.safetensors")["config"]["variant"] == other
 
 
+@pytest.mark.slow
 def test_epochs(files, tmp_path):
     run = do_train(files, tmp_path / "run", steps=None, epochs="2")
     assert len(run.tokens) == 10  # 20 rows, 4 at a time, twice
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing(files, plain, tmp_path, monkeypatch):
     import transformers
 
@@ -218,6 +227,7 @@ def test_gradient_checkpointing(files, plain, tmp_path, monkeypatch):
         torch.testing.assert_close(run.tensors[k], v, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_best(files, tmp_path):
     (files / "against.jsonl").write_text(
         '{"prompt": "1+1=", "completion": "zzzzzzzzzzzzzzzzzzzz"}\n' * 4
@@ -239,6 +249,7 @@ def test_best(files, tmp_path):
     assert not run.same_tensors(last)
 
 
+@pytest.mark.slow
 def test_calibration(files, tmp_path, capsys):
     runs = [
         do_train(files, tmp_path / n, method="eva", steps="1", **{"calibration-batches": n, "batch-size": "2"})
@@ -507,6 +518,7 @@ def test_train_says_what_a_fitted_method_needs(files, tmp_path, capsys):
     assert not (tmp_path / "x" / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_long_work_reports_in_lines(small_demo, tmp_path, monkeypatch):
     from lora_lite.cli import _console
 
@@ -519,6 +531,7 @@ def test_long_work_reports_in_lines(small_demo, tmp_path, monkeypatch):
     assert "\x1b" not in text and "\r" not in text
 
 
+@pytest.mark.slow
 def test_demo_flags(small_demo, tmp_path, capsys, threads):
     out = tmp_path / "x"
     text = small_demo("--out", str(out), "--lr", "0.02", "--r", "2", "--method", "eva", "--threads", "2")
@@ -726,6 +739,7 @@ def test_plan_counts_costs(capsys):
     assert cost["extra_step"] > cost["extra_forward"] > 0
 
 
+@pytest.mark.slow
 def test_plan_compares_methods(capsys):
     assert cli.main(["plan", "--compare", "lora", "ia3", "--length", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()

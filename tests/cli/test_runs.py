@@ -302,6 +302,7 @@ def test_a_full_disk_is_one_sentence(files, tmp_path, monkeypatch, capsys):
 # ---- stopping and ending
 
 
+@pytest.mark.slow
 def test_patience_and_divergence(files, tmp_path, capsys):
     (files / "against.jsonl").write_text('{"prompt": "1+1=", "completion": "zzzzzzzzzzzzzzzzzzzz"}\n' * 4)
     words = ("--eval-data", str(files / "against.jsonl"), "--eval-rows", "2", "--lr", "0.1")

@@ -302,7 +302,7 @@ def test_many_keys(good):
     text = refused(write(folder / "many.safetensors", head, many), "4000 are unexpected")
     assert len(text) < 1000
     head["targets"] |= {f"layers.{i}.up": head["targets"]["layers.0.up"] for i in range(30_000)}
-    refused(write(folder / "many.safetensors", head, tensors), within=3.0)
+    refused(write(folder / "many.safetensors", head, tensors), within=8.0)  # minutes if quadratic
 
 
 def test_a_pattern_of_a_file_is_never_run(good):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lora_lite as ll
 
 from ._console import Bar, clock, say, table
-
-if TYPE_CHECKING:
-    from .bench_learn import Learn
 
 STEPS = 60
 """Enough for curves to part that will."""
@@ -28,15 +26,14 @@ def read_beside(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def run_beside(args: Learn) -> int:
-    """Compare what is not compared yet; a method with other steps or on another task is another row.
+def run_beside(args: Any, load: Callable[[], Any], guess: float) -> int:
+    """`load` gives the task, whose step takes about `guess` seconds. Compare what is not compared yet; a method with other steps or on another task is another row.
 
     Raises:
         ConfigError: a method that PEFT does not have, or no PEFT.
     """
     from ..bench import beside_peft
     from ..core.errors import did_you_mean
-    from .bench_learn import GUESS, task
 
     names = beside_peft.METHODS if "all" in args.methods else args.methods
     for name in names:
@@ -54,10 +51,10 @@ def run_beside(args: Learn) -> int:
     known = {(r["method"], r["task"], r["steps"]) for r in rows}
     todo = [name for name in names if (name, args.task, steps) not in known]
     if args.dry_run:
-        seconds = 2 * steps * GUESS[args.task] * len(todo)
+        seconds = 2 * steps * guess * len(todo)
         table(("method", ""), [(n, "" if n in todo else "known") for n in names], title=f"about {clock(seconds)}")
         return 0
-    the_task = task(args) if todo else None
+    the_task = load() if todo else None
     path = place(args.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     with Bar("beside PEFT", steps * len(todo)) as bar:

@@ -89,7 +89,7 @@ def run(args: Learn) -> int:
     if args.beside_peft:
         from .bench_beside import run_beside
 
-        return run_beside(args)
+        return run_beside(args, lambda: task(args), GUESS[args.task])
     check(args)
     from ..bench import board
 

@@ -198,7 +198,7 @@ def show(args: Eval, result: dict[str, Any], samples: list[Answer]) -> None:
 def cell(key: str, value: Any) -> Any:
     """A value as the table shows it."""
     if value is None:
-        return "none"
+        return "none: the bare base" if key == "adapter" else "none"
     if isinstance(value, float):
         return f"{value:.1%}" if key.startswith("accuracy") else f"{value:.4f}"
     return value
