@@ -27,7 +27,8 @@ def read_beside(results: Path) -> list[dict[str, Any]]:
 
 
 def run_beside(args: Any, load: Callable[[], Any], guess: float) -> int:
-    """`load` gives the task, whose step takes about `guess` seconds. Compare what is not compared yet; a method with other steps or on another task is another row.
+    """Compare what is not compared yet; a method with other steps or on another task is another row. `load` gives the
+    task, whose step takes about `guess` seconds.
 
     Raises:
         ConfigError: a method that PEFT does not have, or no PEFT.
