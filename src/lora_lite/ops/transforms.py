@@ -17,13 +17,13 @@ def block_diag(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def rfft(x: Tensor) -> Tensor:
-    """Fourier transform of real x along its last dimension, the non-negative frequencies."""
-    return torch.fft.rfft(x)
+    """Fourier transform of real x along its last dimension, the non-negative frequencies. MKL refuses a batch of none."""
+    return torch.fft.rfft(x) if x.numel() else x[..., : x.shape[-1] // 2 + 1] * (1 + 0j)
 
 
 def irfft(x: Tensor, n: int) -> Tensor:
     """The inverse of `rfft`, n numbers long."""
-    return torch.fft.irfft(x, n)
+    return torch.fft.irfft(x, n) if x.numel() else x.real[..., :1].expand(*x.shape[:-1], n)
 
 
 def mixed(X: Tensor, K: Tensor) -> Tensor:
