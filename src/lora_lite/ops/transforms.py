@@ -17,7 +17,7 @@ def block_diag(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def rfft(x: Tensor) -> Tensor:
-    """Fourier transform of real x along its last dimension, the non-negative frequencies. MKL refuses a batch of none."""
+    """Fourier transform of real x along its last dimension, the non-negative frequencies; MKL takes no empty batch."""
     return torch.fft.rfft(x) if x.numel() else x[..., : x.shape[-1] // 2 + 1] * (1 + 0j)
 
 
