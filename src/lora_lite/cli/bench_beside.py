@@ -26,12 +26,11 @@ def read_beside(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def run_beside(args: Any, load: Callable[[], Any], guess: float) -> int:
-    """Compare what is not compared yet; a method with other steps or on another task is another row. `load` gives the
-    task, whose step takes about `guess` seconds.
+def asked(args: Any) -> tuple[tuple[str, ...], int]:
+    """The methods and the number of steps.
 
     Raises:
-        ConfigError: a method that PEFT does not have, or no PEFT.
+        ConfigError: a method that PEFT does not have, no PEFT, or no steps.
     """
     from ..bench import beside_peft
     from ..core.errors import did_you_mean
@@ -48,6 +47,19 @@ def run_beside(args: Any, load: Callable[[], Any], guess: float) -> int:
     steps = STEPS if args.steps is None else args.steps
     if steps < 1:
         raise ll.ConfigError(f"--steps must be at least 1, got {steps}.")
+    return names, steps
+
+
+def run_beside(args: Any, load: Callable[[], Any], guess: float) -> int:
+    """Compare what is not compared yet; a method with other steps or on another task is another row. `load` gives the
+    task, whose step takes about `guess` seconds.
+
+    Raises:
+        ConfigError: as `asked`.
+    """
+    from ..bench import beside_peft
+
+    names, steps = asked(args)
     rows = read_beside(args.results)
     known = {(r["method"], r["task"], r["steps"]) for r in rows}
     todo = [name for name in names if (name, args.task, steps) not in known]
