@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..bench.learn import Setting, Task
 
 TASKS = ("wordmath", "glosses", "metamath")
-STEPS = {"wordmath": 300, "glosses": 375, "metamath": 5000}
+STEPS = {"wordmath": 200, "glosses": 375, "metamath": 5000}
 SHORT = ("method", "accuracy", "95 %", "seeds", "lr", "test loss")
 """Columns of the live table."""
 REFRESH = 5.0
@@ -47,7 +47,7 @@ class Learn:
     parameters: tuple[int, ...] = ()
     """Run the methods at these numbers of trained parameters instead of their default sizes, such as 20000 120000."""
     steps: int | None = None
-    """Optimiser steps of every run; None: 300 of wordmath, 375 of glosses, 5,000 of metamath."""
+    """Optimiser steps of every run; None: 200 of wordmath, 375 of glosses, 5,000 of metamath."""
     seeds: int = 3
     """Final runs of each method."""
     grid: tuple[float, ...] = ()

@@ -27,7 +27,7 @@ class WordMath:
     name = "wordmath"
     fields: dict[str, Any] = {}
 
-    def __init__(self, batch_size: int = 16, questions: int = 300) -> None:
+    def __init__(self, batch_size: int = 8, questions: int = 300) -> None:
         self.batch_size, self.questions = batch_size, questions
         self.tokenizer = load_model()[1]
 
