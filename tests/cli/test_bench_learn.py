@@ -20,7 +20,7 @@ def test_the_dry_run_counts_what_is_left(tmp_path, capsys):
     words = ["bench", "learn", "--methods", "lora", "ia3", "--dry-run", "--results", str(tmp_path / "a.jsonl")]
     assert main([*words, "--jobs", "2"]) == 0
     said = capsys.readouterr().out
-    assert "14 runs, about" in said and "with 2 processes" in said and "0.001 0.003 0.009 0.027" in said
+    assert "16 runs, about" in said and "with 2 processes" in said and "0.001 0.003 0.009 0.027 0.081" in said
     assert main([*words, "--beside-peft", "--task", "wordmath"]) == 0
     assert not list(tmp_path.iterdir())
 

@@ -17,7 +17,7 @@ from .learn import Setting
 
 GRID = (1 / 3, 1.0, 3.0, 9.0)
 """The same factors on the recommended rate for every method."""
-GRIDS = {"wordmath": (1.0, 3.0, 9.0, 27.0)}
+GRIDS = {"wordmath": (1.0, 3.0, 9.0, 27.0, 81.0)}
 """The grids of other tasks. Recommended rates are those of models thousands wide; the base of wordmath is 160 wide, and
 the smaller the width, the larger the step that it bears."""
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -51,7 +51,7 @@ class Learn:
     seeds: int = 3
     """Final runs of each method."""
     grid: tuple[float, ...] = ()
-    """Factors on each method's recommended rate; none given: 1/3 1 3 9, and 1 3 9 27 of wordmath, whose base is
+    """Factors on each method's recommended rate; none given: 1/3 1 3 9, and 1 3 9 27 81 of wordmath, whose base is
     small."""
     jobs: int = 1
     """Processes side by side, one thread each."""
