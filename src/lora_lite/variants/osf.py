@@ -27,10 +27,10 @@ class OSF(Variant):
     W = U_h S_h V_hᵀ + U_l S_l V_lᵀ; W' = W + U S V − U_l S_l V_l with U = U_l + P ΔU, S = S_l + ΔS, V = V_l + ΔV Q,
     where P = I − U_h U_hᵀ and Q = I − V_h V_hᵀ take out the directions of the large triplets, Δ = 0 at the start. So
     the change itself stays in their complement under any optimiser: PEFT and the authors filter the gradients, after
-    which the step of Adam leaves it. Of a rectangle's shorter side, and of both sides of a square, P ΔU = U_l U_lᵀ ΔU, so
-    one factor of the change is frozen. alpha is not used. r(d_in + d_out + 1) parameters, r(d_in + d_out) multiply-adds
-    per token, and as many frozen numbers. Nayak et al. 2025, Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs
-    for Continual Learning, arXiv 2504.07097.
+    which the step of Adam leaves it. Where a side is the shorter one, or the weight a square, P ΔU = U_l U_lᵀ ΔU, so
+    that one factor of the change is frozen. alpha is not used. r(d_in + d_out + 1) parameters, r(d_in + d_out)
+    multiply-adds per token, and as many frozen numbers. Nayak et al. 2025, Sculpting Subspaces: Constrained Full
+    Fine-Tuning in LLMs for Continual Learning, arXiv 2504.07097.
     """
 
     name = "osf"
