@@ -410,6 +410,13 @@ BUGS = [
         COST + " -k base_itself",
     ),
     Bug(
+        "a deep model is a block too deep",
+        "cost/depth.py",
+        "(depth - few) // (more - few)",
+        "(depth - few + 1) // (more - few)",
+        "tests/runtime/test_cost.py -k deep_model",
+    ),
+    Bug(
         "the adapter's step includes the base's", "cost/paper.py", "step - self.base[1],", "step,", COST + " -k by_hand"
     ),
     Bug(

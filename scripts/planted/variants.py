@@ -165,4 +165,25 @@ BUGS = [
         '"lora_g": ParamSpec((d_out if cfg.side == "output" else d_in,), init="constant:1e-3", decay',
         "tests/contract/test_2_identity.py -k ia3-",
     ),
+    Bug(
+        "the moved values of OSF forgotten",
+        "variants/osf.py",
+        "return PU * (s0 + s) + U0 * s + ",
+        "return PU * (s0 + s) + ",
+        E + "test_osf.py",
+    ),
+    Bug(
+        "one side of OSF turns, not both",
+        "variants/osf.py",
+        "(turned + torch.diag(s0 + s)) @ M",
+        "torch.diag(s0 + s) @ M",
+        E + "test_osf.py",
+    ),
+    Bug(
+        "Lily's router compares tokens, not experts",
+        "variants/lily.py",
+        "(layer.lora_R @ z).softmax(0)",
+        "(layer.lora_R @ z).softmax(1)",
+        "tests/parity/test_rest_of_peft.py -k lily",
+    ),
 ]
