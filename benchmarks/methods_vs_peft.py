@@ -176,9 +176,12 @@ def page(data: dict[str, Any]) -> str:
         "backward of two square layers of 768, 256 tokens. Token: one of a generation with a cache, six layers of "
         "1,024; beside it what these layers take without any adapter, below which no adapter can be: LoHa's goal 0.05 "
         "is missed by the bare base. The same function at the same size on both sides. Missed: the lower quartile lies "
-        "above the goal. Measured on a loaded machine with two shared cores: what differs by a tenth is noise. Not "
-        "here: AdaLoRA, which needs a schedule; QA-LoRA, which PEFT has on GPTQ layers only; AdaMSS where scikit-learn "
-        "is missing; aLoRA, Poly and prompts, which need more than an input.",
+        "above the goal. Measured on a loaded machine with two shared cores: what differs by a tenth is noise. Starred "
+        f"methods need more than an input and stand in a Llama of two blocks of 512: a step of {TEXT} tokens, and in "
+        f"the place of a token a generation of {NEW} behind {PROMPT}, prompt included, as each library generates "
+        "(PEFT's prefix tuning and Cartridge leave their prefix out there). Lily routes every token, PEFT the batch: "
+        "that is one more product of rank E r. Not here: QA-LoRA, which PEFT has on GPTQ layers only; X-LoRA, which "
+        "runs the model twice there and reads a hidden state of the caller's here; AdaMSS needs scikit-learn in PEFT.",
         "",
         "| method | step | token | token of the bare base |",
         "|---|---|---|---|",
@@ -186,7 +189,8 @@ def page(data: dict[str, Any]) -> str:
     for method in data["rows"]:
         steps, tokens = goals.STEP.get(method, 1.0), goals.TOKEN.get(method, 1.0)
         base = f"{data['rows'][method]['bare']['median']:.2f}"
-        lines.append(f"| `{method}` | {cell(method, 'step', steps)} | {cell(method, 'token', tokens)} | {base} |")
+        star = "*" if method in IN_A_MODEL else ""
+        lines.append(f"| `{method}`{star} | {cell(method, 'step', steps)} | {cell(method, 'token', tokens)} | {base} |")
     return "\n".join(lines) + "\n"
 
 
