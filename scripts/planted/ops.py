@@ -161,8 +161,8 @@ BUGS = [
     Bug(
         "the length of a moved vector to first order",
         "ops/orthogonal.py",
-        "change = 2 * (u * delta).sum(-1, keepdim=True) + square",
-        "change = 2 * (u * delta).sum(-1, keepdim=True)",
+        "(torch.add(delta, u, alpha=2) * delta).sum(",
+        "(2 * u * delta).sum(",
         ORTHOGONAL,
     ),
     Bug(
