@@ -2,8 +2,9 @@
 
 Square layers after one another with a SiLU between, fp32, one thread: forward and backward of two at width 768 with 256
 tokens, and one token of a generation with a cache through six at width 1024. Both stand in one process and are timed by
-turns (ours, PEFT, ours, ...) by processor time; the figures are medians of paired ratios with quartiles. One JSON per
-run, and docs/results/methods_vs_peft.md made of it.
+turns (ours, PEFT, ours, ...) by processor time; the figures are medians of paired ratios with quartiles. Methods that
+need more than an input stand in a Llama of two blocks of width 512: forward and backward of 256 tokens, and 8 tokens of
+`generate`. One JSON per run, and docs/results/methods_vs_peft.md made of it.
 
 python benchmarks/methods_vs_peft.py                     # benchmarks/results/methods_vs_peft.json
 python benchmarks/methods_vs_peft.py --only loha hira    # these again, the others as they stand in the JSON
@@ -12,6 +13,7 @@ python benchmarks/methods_vs_peft.py --only loha hira    # these again, the othe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import time
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from lora_lite.bench import goals
-from lora_lite.bench.pairs import PAIRS, config, peft_config
+from lora_lite.bench.pairs import IN_A_MODEL, INVOCATION, OF_A_TASK, PAIRS, config, data, peft_config, peft_model
 from lora_lite.bench.speed import machine, paired
 
 OUT = Path(__file__).parent / "results" / "methods_vs_peft.json"
@@ -32,9 +34,18 @@ RANKS = {"osf": 24, "miss": 64, "miss_bat": 64} | dict.fromkeys(
     ("gralora", "hira", "lily", "peanut", "psoft", "randlora", "shira"), 32
 )
 """Of the others: 8."""
-NAMES = [name for name in PAIRS if "+" not in name]
+NAMES = sorted([*(name for name in PAIRS if "+" not in name), *IN_A_MODEL])
 LAYERS = ("up", "down")
 STEP, TOKEN = {"width": 768, "pairs": 1, "tokens": 256}, {"width": 1024, "pairs": 3, "tokens": 1}
+LLAMA: dict[str, Any] = {
+    "hidden_size": 512,
+    "num_hidden_layers": 2,
+    "intermediate_size": 1376,
+    "num_attention_heads": 8,
+    "vocab_size": 1024,
+}
+TEXT, PROMPT, NEW = 256, 32, 8
+"""Tokens of a step, and those before and in a generation."""
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "methods_vs_peft.md"
 
 
@@ -106,6 +117,48 @@ def timed(method: str, width: int, pairs: int, tokens: int, rounds: int) -> tupl
     return paired(mine, theirs), paired(bare, theirs)
 
 
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**LLAMA)).requires_grad_(False)
+
+
+def timed_in_a_model(method: str, rounds: int) -> dict[str, dict[str, float]]:
+    """The same in a Llama: a step, and a generation of several tokens."""
+    mine, bare = llama(), llama()
+    adapter = ll.attach(mine, config(method, 8), calibration_data=data(method, mine))
+    if ll.get_variant(method).on_step is not None:
+        ll.schedule(mine, torch.optim.SGD(adapter.param_groups(lr=0.0)), 1000)
+    three = [mine, peft_model(method, 8, llama()), bare]
+    ids = torch.randint(20, LLAMA["vocab_size"], (1, TEXT))
+    ids[0, PROMPT // 2 : PROMPT // 2 + len(INVOCATION)] = torch.tensor(INVOCATION)
+    tasks = {"task_ids": torch.tensor([1])} if method in OF_A_TASK else {}
+    ours = ll.context(mine, **tasks) if tasks else contextlib.nullcontext()
+
+    def a_step(model: Any, more: Any) -> None:
+        model(input_ids=ids, labels=ids, **more).loss.backward()
+
+    def some_tokens(model: Any, more: Any) -> None:
+        model.generate(input_ids=ids[:, :PROMPT], max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, **more)
+
+    found: dict[str, dict[str, float]] = {}
+    with ours:
+        for what, run in (("step", a_step), ("token", some_tokens)):
+            times: list[list[float]] = [[], [], []]
+            for i in range(rounds + 2):
+                for j, model in enumerate(three[: 2 if what == "step" else 3]):
+                    model.train(what == "step")
+                    start = time.process_time()
+                    run(model, tasks if j == 1 else {})
+                    if i > 1:
+                        times[j].append(time.process_time() - start)
+            found[what] = paired(times[0], times[1])
+        found["bare"] = paired(times[2], times[1])
+    gc.collect()
+    return found
+
+
 def page(data: dict[str, Any]) -> str:
     """The table of a JSON, with a word where the lower quartile lies above the goal."""
 
@@ -123,9 +176,12 @@ def page(data: dict[str, Any]) -> str:
         "backward of two square layers of 768, 256 tokens. Token: one of a generation with a cache, six layers of "
         "1,024; beside it what these layers take without any adapter, below which no adapter can be: LoHa's goal 0.05 "
         "is missed by the bare base. The same function at the same size on both sides. Missed: the lower quartile lies "
-        "above the goal. Measured on a loaded machine with two shared cores: what differs by a tenth is noise. Not "
-        "here: AdaLoRA, which needs a schedule; QA-LoRA, which PEFT has on GPTQ layers only; AdaMSS where scikit-learn "
-        "is missing; aLoRA, Poly and prompts, which need more than an input.",
+        "above the goal. Measured on a loaded machine with two shared cores: what differs by a tenth is noise. Starred "
+        f"methods need more than an input and stand in a Llama of two blocks of 512: a step of {TEXT} tokens, and in "
+        f"the place of a token a generation of {NEW} behind {PROMPT}, prompt included, as each library generates "
+        "(PEFT's prefix tuning and Cartridge leave their prefix out there). Lily routes every token, PEFT the batch: "
+        "that is one more product of rank E r. Not here: QA-LoRA, which PEFT has on GPTQ layers only; X-LoRA, which "
+        "runs the model twice there and reads a hidden state of the caller's here; AdaMSS needs scikit-learn in PEFT.",
         "",
         "| method | step | token | token of the bare base |",
         "|---|---|---|---|",
@@ -133,7 +189,8 @@ def page(data: dict[str, Any]) -> str:
     for method in data["rows"]:
         steps, tokens = goals.STEP.get(method, 1.0), goals.TOKEN.get(method, 1.0)
         base = f"{data['rows'][method]['bare']['median']:.2f}"
-        lines.append(f"| `{method}` | {cell(method, 'step', steps)} | {cell(method, 'token', tokens)} | {base} |")
+        star = "*" if method in IN_A_MODEL else ""
+        lines.append(f"| `{method}`{star} | {cell(method, 'step', steps)} | {cell(method, 'token', tokens)} | {base} |")
     return "\n".join(lines) + "\n"
 
 
@@ -148,8 +205,11 @@ def main() -> None:
     data["machine"] = machine()
     for method in args.only:
         try:
-            row = {"step": timed(method, **STEP, rounds=args.rounds)[0]}
-            row["token"], row["bare"] = timed(method, **TOKEN, rounds=args.rounds)
+            if method in IN_A_MODEL:
+                row = timed_in_a_model(method, args.rounds)
+            else:
+                row = {"step": timed(method, **STEP, rounds=args.rounds)[0]}
+                row["token"], row["bare"] = timed(method, **TOKEN, rounds=args.rounds)
         except Exception as e:  # what one method says must not end the run of the others
             print(f"{method}: {type(e).__name__}: {e}", flush=True)
             continue

@@ -410,6 +410,13 @@ BUGS = [
         COST + " -k base_itself",
     ),
     Bug(
+        "a deep model is a block too deep",
+        "cost/depth.py",
+        "(depth - few) // (more - few)",
+        "(depth - few + 1) // (more - few)",
+        "tests/runtime/test_cost.py -k deep_model",
+    ),
+    Bug(
         "a part's padding is not counted",
         "cost/spread.py",
         "return n * self.held(n) * self.itemsize if self.cut else 0",

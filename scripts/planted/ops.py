@@ -161,8 +161,8 @@ BUGS = [
     Bug(
         "the length of a moved vector to first order",
         "ops/orthogonal.py",
-        "change = 2 * (u * delta).sum(-1, keepdim=True) + square",
-        "change = 2 * (u * delta).sum(-1, keepdim=True)",
+        "(torch.add(delta, u, alpha=2) * delta).sum(",
+        "(2 * u * delta).sum(",
         ORTHOGONAL,
     ),
     Bug(
@@ -283,5 +283,12 @@ BUGS = [
         "return t.to(torch.promote_types(torch.float32, t.dtype))",
         "return t.float()",
         "tests/ops/test_linalg.py",
+    ),
+    Bug(
+        "the gradient of a direction has a part along it",
+        "ops/orthogonal.py",
+        "torch.addcmul(g, unit, (g * unit).sum(-1, keepdim=True), value=-1) / norm",
+        "g / norm",
+        "tests/ops/test_orthogonal.py -k unit_pair",
     ),
 ]

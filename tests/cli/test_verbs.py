@@ -120,6 +120,7 @@ def test_cite_and_the_page_of_a_method(files, told):
         ("ETHER+", "ether_plus", ""),
         ("LoRA-FA", "lora_fa", ""),
         ("LN Tuning", "whole", "norm"),
+        ("LoRA+", "lora", "lr_ratio_B"),
     ],
 )
 def test_other_names_lead_to_the_page(told, name, found, how):
@@ -137,6 +138,22 @@ def test_no_name_leads_to_two_methods():
     for variant in ll.variants():
         for name in (variant.name, *variant.also):
             assert called(name) is variant, name
+
+
+FIELD = (
+    "VeRA, PVeRA, RandLoRA, VB-LoRA, Uni-LoRA, TinyLoRA, NoLA, LoHa, LoKr, KronA, ABBA, KRAdapter, GraLoRA, MiSS, Bat, "
+    "MoRA, C3A, FourierFT, WaveFT, SHiRA, Super-Tuning, RoSA, HiRA, GLoRA, PEANuT, OSF, AdaMSS, DEFT, FRoD, aLoRA, "
+    "spectral adapter, MiCA, KaSA, BD-LoRA, QA-LoRA, MoSLoRA, VeLoRA, MonteCLoRA, SingLoRA, PoLAR, DenseLoRA, RaSA, "
+    "HydraLoRA, MoLE, LoRAMoE, MixLoRA, Arrow, X-LoRA, Poly, MHR, MTL-LoRA, Lily, Houlsby, Pfeiffer, AdapterPlus, "
+    "parallel, Compacter, PHM, AdapterFusion, prompt tuning, P-tuning, prefix tuning, Cartridge, CPT, MPT, "
+    "LLaMA-Adapter, visual prompts, Bone, BEFT, TrainableTokens, LN tuning"
+).split(", ")
+
+
+def test_every_method_of_the_field_is_found_by_its_name():
+    from lora_lite.core.registry import called
+
+    assert [name for name in FIELD if called(name) is None] == []
 
 
 def test_plan_says_whether_it_fits(files, told):

@@ -162,3 +162,24 @@ def test_lora_on_an_embedding_starts_as_pefts():
         optimizer.step()
     change = (model[0](every) - before).norm(dim=1)
     assert change[:20].min() > 1e-2 and not change[20:].any()
+
+
+@pytest.mark.parametrize("batches", [1, 4])
+def test_cordas_divisor_weighs_batches_and_moves_the_start(batches):
+    """Theirs: each batch over its largest entry, then C = Σ xxᵀ. One divisor for all would only scale C."""
+    torch.manual_seed(6)
+    model, X = Box(64, 48, False, torch.float64), torch.randn(256, 64).double().chunk(batches)
+    X = [x * (1 + i) for i, x in enumerate(X)]  # batches of different size, as texts are
+    ll.attach(model, ll.CorDAConfig(r=4, alpha=8, whiten="cov", damping=1e-3, dtype="float64"), X)
+    W = model.fc.weight.detach()
+
+    def start(rows):
+        C = sum(x.mT @ x for x in rows) / 256
+        C = C + 1e-3 * C.diagonal().mean() * torch.eye(64).double()
+        U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
+        return U[:, :4] * S[:4] @ Vh[:4] @ torch.linalg.inv(C)
+
+    ours = 2 * model.fc.lora_B0 @ model.fc.lora_A0
+    torch.testing.assert_close(ours, start(X), atol=1e-10, rtol=1e-8)
+    moved = (start([x / x.abs().max() for x in X]) - ours).norm() / ours.norm()
+    assert moved < 1e-9 if batches == 1 else moved > 0.05

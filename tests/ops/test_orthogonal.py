@@ -76,3 +76,18 @@ def test_givens():
     turned = ops.givens_tree(pair, angle.cos() - 1, angle.sin())
     torch.testing.assert_close(turned, torch.stack((angle.cos(), angle.sin()), -1))  # counterclockwise
     torch.autograd.gradcheck(lambda x, t: ops.givens_tree(x, t.cos() - 1, t.sin()), (x, theta))
+
+
+def test_unit_pair_is_the_change_of_a_direction():
+    """In both passes, and in a second one; a zero change is an exact zero."""
+    u = torch.randn(3, 7, dtype=torch.float64)
+    delta = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    unit, e = ops.unit_pair(u, delta)
+    torch.testing.assert_close(unit, u / u.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(e, (u + delta) / (u + delta).norm(dim=-1, keepdim=True) - unit)
+    assert not unit.requires_grad
+    torch.autograd.gradcheck(lambda d: ops.unit_pair(u, d)[1], (delta,))
+    torch.autograd.gradgradcheck(lambda d: ops.unit_pair(u, d)[1], (delta,))
+    assert ops.unit_pair(u, torch.zeros_like(delta))[1].count_nonzero() == 0
+    both = u.clone().requires_grad_(True)
+    torch.autograd.gradcheck(lambda u, d: torch.stack(ops.unit_pair(u, d)), (both, delta))

@@ -23,20 +23,17 @@ def test_osf():
         torch.testing.assert_close(layer.lora_S0, other._osf_S_low_init["default"], atol=1e-5, rtol=1e-4)
 
     def link(layer):
-        from lora_lite.variants.osf import OSF
-
-        A, B, A0, B0 = OSF.parts(view(layer))
-        S = layer.lora_S0 + layer.lora_S
-        U = (B + B0) / S  # (U_l + P ΔU) S without the S
-        found = {"U_low": U, "S_low": S, "V_low": A0 + A}
+        W = layer.weight.detach()
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+        r = len(layer.lora_S)
+        U_h, V_h = U[:, :-r], Vh[:-r]
+        found = {
+            "U_low": layer.lora_U0 + layer.lora_U - U_h @ (U_h.mT @ layer.lora_U),
+            "S_low": layer.lora_S0 + layer.lora_S,
+            "V_low": layer.lora_V0 + layer.lora_V - (layer.lora_V @ V_h.mT) @ V_h,
+        }
         # PEFT decomposes in fp32, so its copy of the start is put in the place of ours
         return {f"osf_svd_params.default.{k}": v for k, v in found.items()}
-
-    def view(layer):
-        from lora_lite.runtime.model.state import SITE
-        from lora_lite.runtime.view.layer import LayerView
-
-        return LayerView(layer, layer.__dict__[SITE].slots["default"], torch.float64)
 
     for path in ("up", "down"):
         layer, other = mine.get_submodule(path), theirs.get_submodule(path)

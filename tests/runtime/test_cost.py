@@ -130,6 +130,31 @@ def test_deep_models_checkpoint_to_their_blocks_inputs():
     assert many[3] < many[2] / 2
 
 
+CHOSEN = [
+    ll.VeRAConfig(r=4),  # two factors for all blocks
+    ll.LoRAConfig(r=4, layers=(1, 3)),
+    ll.LoRAConfig(r=4, rank_pattern={"layers.2.mlp.gate_proj": 2}),
+]
+
+
+def test_a_deep_model_lies_on_the_line_of_two_shallow_ones():
+    deep = llama("meta", num_hidden_layers=4)
+    line, whole = Paper(deep, B, T), Paper(deep, B, T)
+    whole.shallow = []
+    whole.base = whole._bare()
+    assert len(line.shallow) == 2 and line.base == whole.base
+    for cfg in CHOSEN:
+        assert line.cost(cfg) == whole.cost(cfg)
+
+
+def test_blocks_of_different_builds_are_counted_one_by_one():
+    deep = llama("meta", num_hidden_layers=4)
+    deep.model.layers[2].mlp = llama("meta", intermediate_size=32).model.layers[0].mlp
+    paper = Paper(deep, B, T)
+    assert paper.shallow == [] and paper.base[0] < Paper(llama("meta", num_hidden_layers=4), B, T).base[0]
+    assert Paper(llama("meta", num_hidden_layers=3), B, T).shallow == []  # nothing would be won
+
+
 def test_grouped_heads_and_a_model_that_checkpoints_already():
     plain = llama("meta", num_key_value_heads=2)
     assert Paper(plain, B, T).base[0] == measured(llama(num_key_value_heads=2))[0]

@@ -93,6 +93,43 @@ PAIRS: dict[str, Callable[[int], Pair]] = {
         ("LoraConfig", {"r": r, "lora_alpha": 2 * r, "init_lora_weights": "olora"}),
     ),
 }
+N_VIRTUAL, INVOCATION = 16, (5, 17)
+"""Tokens of a prompt, and those that wake an aLoRA."""
+PROMPT = {"num_virtual_tokens": N_VIRTUAL, "task_type": "CAUSAL_LM"}
+CONTEXT = tuple(range(5, 5 + N_VIRTUAL))
+IN_A_MODEL: dict[str, Callable[[int], Pair]] = {
+    "adalora": lambda r: (
+        {"r": r + r // 2, "target_r": r},
+        ("AdaLoraConfig", {"init_r": r + r // 2, "target_r": r, "total_step": 1000}),
+    ),
+    "alora": lambda r: (
+        {"r": 4 * r, "positions": "from:" + ",".join(map(str, INVOCATION))},
+        ("LoraConfig", {"r": 4 * r, "lora_alpha": 4 * r, "alora_invocation_tokens": list(INVOCATION)}),
+    ),
+    "poly": lambda r: (
+        {"r": r, "tasks": 2, "skills": 4},
+        ("PolyConfig", {"r": r, "n_tasks": 2, "n_skills": 4}),
+    ),
+    "prompt_tuning": lambda r: ({"r": N_VIRTUAL}, ("PromptTuningConfig", PROMPT)),
+    "p_tuning": lambda r: (
+        {"r": N_VIRTUAL, "hidden": 256},
+        ("PromptEncoderConfig", {**PROMPT, "encoder_hidden_size": 256}),
+    ),
+    "prefix_tuning": lambda r: ({"r": N_VIRTUAL}, ("PrefixTuningConfig", PROMPT)),
+    "cartridge": lambda r: ({"r": N_VIRTUAL}, ("CartridgeConfig", PROMPT)),
+    "cpt": lambda r: (
+        {"r": N_VIRTUAL, "start_tokens": CONTEXT, "token_types": (1,) * N_VIRTUAL},
+        ("CPTConfig", {"cpt_token_ids": list(CONTEXT), "cpt_tokens_type_mask": [1] * N_VIRTUAL}),
+    ),
+    "multitask_prompt_tuning": lambda r: (
+        {"r": N_VIRTUAL, "tasks": 2},
+        ("MultitaskPromptTuningConfig", {**PROMPT, "num_tasks": 2}),
+    ),
+    "adaption_prompt": lambda r: ({"r": N_VIRTUAL}, ("AdaptionPromptConfig", {"adapter_len": N_VIRTUAL})),
+}
+"""Method -> the same of those that need more than an input: a schedule, token ids, a task per row, an attention."""
+OF_A_TASK = ("multitask_prompt_tuning", "poly")
+"""Those that ask for `task_ids`."""
 WITHOUT_RANK = (
     *("adamss", "bitfit", "boft", "c3a", "fourierft", "frod", "ia3", "oft", "oft+series", "pvera", "road"),
     *("supertuning", "tinylora", "unilora", "vblora", "vera", "waveft"),
@@ -131,7 +168,8 @@ def base(size: str) -> Any:
 def config(method: str, r: int) -> ll.AdapterConfig:
     """Our config of a pair; of another method, its default at rank r."""
     variant = ll.get_variant(method.split("+")[0])
-    fields: dict[str, Any] = PAIRS[method](r)[0] if method in PAIRS else {"r": r}
+    pairs = PAIRS | IN_A_MODEL
+    fields: dict[str, Any] = pairs[method](r)[0] if method in pairs else {"r": r}
     return variant.config(variant=variant.name, **fields)
 
 
@@ -152,6 +190,19 @@ def peft_config(method: str, r: int, names: Sequence[str] = ALL) -> Any:
     name, arguments = PAIRS[method](r)[1]
     made = {k: getattr(forms, v[0])(**v[1]) if isinstance(v, tuple) else v for k, v in arguments.items()}
     return getattr(peft, name)(target_modules=list(names), **made)
+
+
+def peft_model(method: str, r: int, model: Any) -> Any:
+    """PEFT's model of one of `IN_A_MODEL` on a Llama."""
+    import peft
+
+    name, arguments = IN_A_MODEL[method](r)[1]
+    more: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if method in ("adalora", "alora", "poly"):
+        more["target_modules"] = ALL
+    if method == "adaption_prompt":
+        more["adapter_layers"] = model.config.num_hidden_layers
+    return peft.get_peft_model(model, getattr(peft, name)(**more | arguments))
 
 
 def runs_in_peft(method: str, size: str) -> bool:

@@ -26,7 +26,7 @@ class Plan:
     """demo, a local model directory, a hub id, or a shape alone: llama-8b, llama-70b, llama-405b."""
     method: str = "lora"
     cost: bool = False
-    """Also count memory and operations of a training step: seconds to a minute, with the model's depth."""
+    """Also count memory and operations of a training step: a few seconds."""
     compare: tuple[str, ...] = ()
     """Compare the costs of these methods at their default sizes, or of `all`, in one table."""
     batch: int = 1

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from .._torch import fake_mode, storage_key
 from ..core.config import AdapterConfig
-from ..core.errors import ConfigError, size_text
+from ..core.errors import ConfigError, LoraLiteError, size_text
 from ..core.registry import get_variant
 from ..runtime.commit import commit
 from ..runtime.model.record import Record
 from ..runtime.model.state import STATE, unwrap
-from ..runtime.plan import plan
+from ..runtime.plan import Plan, plan
 from ..runtime.start.staging import stage
+from ..runtime.targets.structure import describe
 from .counting import Saved, counter
+from .depth import along, shallow
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,9 @@ class Paper:
                 m.gradient_checkpointing = False  # its hooks would hide what the blocks keep; that is computed instead
         self.base_params = sum(p.numel() for p in self.model.parameters())
         self.base_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.depth, self.shallow = describe(self.model).n_layers, shallow(self.model)
         try:
-            self.base = self._count(self.model)
+            self.base = self._bare()
         except Exception as e:  # whatever a model says to tensors without values
             raise ConfigError(
                 f"{type(model).__name__} cannot be run on shapes alone: "
@@ -128,24 +131,25 @@ class Paper:
                 "model in its plain, unquantised form: AutoModelForCausalLM.from_config(config) on the meta device."
             ) from e
 
+    def _bare(self) -> tuple[int, ...]:
+        if self.shallow:
+            first, second = (self._count(m) for m in self.shallow)
+            return along(first, second, self.depth)
+        return self._count(self.model)
+
     def cost(self, cfg: AdapterConfig) -> Cost:
         """The cost of one config. Its start is not computed, so methods that read weights or data are counted too;
         methods that edit some tokens only are counted as if they edited all.
 
         Raises: as `ll.plan`.
         """
-        model = copy.deepcopy(self.model)
         if "positions" in {f.name for f in dataclasses.fields(cfg)}:
             cfg = dataclasses.replace(cfg, positions="all")  # where prompts begin and end is no matter of shapes
-        the_plan = plan(model, cfg)
-        record = Record(
-            "default", get_variant(the_plan.cfg.variant), the_plan.cfg, {t.path: t for t in the_plan.targets}
-        )
-        commit(model, record, stage(model, record, fill=False), trainable=True)
-        forward, step, saved, checkpointed = self._count(model)
-        gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        the_plan = plan(self.model, cfg)
+        counts = self._from_shallow(the_plan) or self._adapted(self.model, the_plan)
+        forward, step, saved, checkpointed, gradients = counts
         return Cost(
-            record.variant.name,
+            get_variant(the_plan.cfg.variant).name,
             self.batch,
             self.length,
             the_plan.trainable,
@@ -164,7 +168,31 @@ class Paper:
             step - self.base[1],
         )
 
-    def _count(self, model: Any) -> tuple[int, int, int, int]:
+    def _from_shallow(self, the_plan: Plan) -> tuple[int, ...] | None:
+        """What `_adapted` counts, from the shallow models; None where there are none, or where the plan does not lie
+        on their line: a config that chooses blocks, a method whose tensors depend on the depth."""
+        if not self.shallow:
+            return None
+        try:
+            one, two = (plan(m, the_plan.cfg) for m in self.shallow)
+        except LoraLiteError:  # a pattern that names a later block
+            return None
+        if along(_size(one), _size(two), self.depth) != _size(the_plan):
+            return None
+        first, second = (self._adapted(m, p) for m, p in zip(self.shallow, (one, two), strict=True))
+        return along(first, second, self.depth)
+
+    def _adapted(self, model: Any, the_plan: Plan) -> tuple[int, ...]:
+        """What `_count` counts of a model with a plan's adapter, and the bytes of its gradients."""
+        model = copy.deepcopy(model)
+        the_plan = plan(model, the_plan.cfg)
+        variant = get_variant(the_plan.cfg.variant)
+        record = Record("default", variant, the_plan.cfg, {t.path: t for t in the_plan.targets})
+        commit(model, record, stage(model, record, fill=False), trainable=True)
+        gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        return *self._count(model), gradients
+
+    def _count(self, model: Any) -> tuple[int, ...]:
         """(operations of the forward pass, of both passes, bytes saved between them, the same with checkpointing)."""
         with without_weights(model, self.mode):
             own = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
@@ -195,6 +223,10 @@ def cost(model: nn.Module, cfg: AdapterConfig, batch: int = 1, length: int = 204
         TargetError: as `ll.plan`.
     """
     return Paper(model, batch, length).cost(cfg)
+
+
+def _size(the_plan: Plan) -> tuple[int, ...]:
+    return len(the_plan.targets), the_plan.trainable, the_plan.params, the_plan.bytes
 
 
 def _like(t: Tensor, device: str) -> Tensor:

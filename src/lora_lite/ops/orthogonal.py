@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import own_backward
+from .autograd import own_backward, own_products
 
 
 def full_precision(t: Tensor) -> AbstractContextManager[Any]:
@@ -222,17 +222,42 @@ def pair_layout(first: Tensor, second: Tensor, d: int, group: int) -> Tensor:
     return torch.cat((whole, first[n:], second[n : d // 2])) if rest else whole
 
 
+class _UnitPair(torch.autograd.Function):
+    """A backward pass of few small kernels, which gives u no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        unit, e = _unit_pair(u, delta)
+        ctx.save_for_backward(u, delta)
+        ctx.mark_non_differentiable(unit)
+        ctx.set_materialize_grads(False)
+        return unit, e
+
+    @staticmethod
+    def backward(ctx: Any, _: None, g: Tensor | None) -> tuple[None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if g is None:
+            return None, None
+        u, delta = ctx.saved_tensors
+        moved = u + delta
+        norm = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+        unit = moved / norm
+        return None, torch.addcmul(g, unit, (g * unit).sum(-1, keepdim=True), value=-1) / norm
+
+
 def unit_pair(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """û = u/‖u‖ and e = (u+δ)/‖u+δ‖ − û along the last dimension, without cancellation: δ = 0 gives e = 0 bit for
-    bit."""
-    norm, square = (
-        torch.linalg.vector_norm(u, dim=-1, keepdim=True),
-        torch.linalg.vector_norm(delta, dim=-1, keepdim=True) ** 2,
-    )
-    change = 2 * (u * delta).sum(-1, keepdim=True) + square
+    bit. The gradient goes to δ alone where u asks none."""
+    if u.requires_grad or not own_products(delta):
+        return _unit_pair(u, delta)
+    return _UnitPair.apply(u, delta)  # pyright: ignore[reportReturnType]
+
+
+def _unit_pair(u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    change = (torch.add(delta, u, alpha=2) * delta).sum(-1, keepdim=True)
     moved = (norm * norm + change).sqrt()
     unit = u / norm
-    return unit, (delta - unit * (change / (norm + moved))) / moved
+    return unit, torch.addcmul(delta, unit, change / (norm + moved), value=-1) / moved
 
 
 def householder_wy(V: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core import ConfigError, Layer, ParamSpec, Variant
-from ..ops.lowrank import deviation_factors, deviation_update
+from ..ops.lowrank import deviation_factors, lowrank_update
 
 
 class Deviation(Variant):
@@ -33,7 +33,8 @@ class Deviation(Variant):
     @staticmethod
     def forward(layer: Layer[Any], x: Tensor, y: Tensor) -> Tensor:
         four = layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0
-        return deviation_update(y, layer.dropout(x), *four, layer.cfg.scale)
+        A, B = layer.once("factors", lambda: deviation_factors(*four))
+        return lowrank_update(y, layer.dropout(x), A, B, layer.cfg.scale)
 
     @staticmethod
     def factors(layer: Layer[Any]) -> tuple[Tensor, Tensor]:

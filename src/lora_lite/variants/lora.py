@@ -37,6 +37,7 @@ class LoRA(LowRank):
     family = "low rank"
     also = {
         "rsLoRA": "use_rslora=True",
+        "LoRA+": "lr_ratio_B=16",
         "LoftQ": "reference_weights=...",
         "QLoRA": "on a 4-bit base",
         "LoCon": "target_kinds with conv",

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core import AdapterConfig, ConfigError, Layer, ParamSpec, Variant, register
 from ..core.config import MAX_RANK
 from ..ops.linalg import thin_svd
-from ..ops.lowrank import deviation_factors, lowrank_update
+from ..ops.lowrank import lowrank_update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,10 @@ class OSF(Variant):
     W = U_h S_h V_hᵀ + U_l S_l V_lᵀ; W' = W + U S V − U_l S_l V_l with U = U_l + P ΔU, S = S_l + ΔS, V = V_l + ΔV Q,
     where P = I − U_h U_hᵀ and Q = I − V_h V_hᵀ take out the directions of the large triplets, Δ = 0 at the start. So
     the change itself stays in their complement under any optimiser: PEFT and the authors filter the gradients, after
-    which the step of Adam leaves it. alpha is not used. r(d_in + d_out + 1) parameters, 4r(d_in + d_out) multiply-adds
-    per token, and as many frozen numbers. Nayak et al. 2025, Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs
-    for Continual Learning, arXiv 2504.07097.
+    which the step of Adam leaves it. Where a side is the shorter one, or the weight a square, P ΔU = U_l U_lᵀ ΔU, so
+    that one factor of the change is frozen. alpha is not used. r(d_in + d_out + 1) parameters, r(d_in + d_out)
+    multiply-adds per token, and as many frozen numbers. Nayak et al. 2025, Sculpting Subspaces: Constrained Full
+    Fine-Tuning in LLMs for Continual Learning, arXiv 2504.07097.
     """
 
     name = "osf"
@@ -64,18 +65,24 @@ class OSF(Variant):
             layer.lora_H = V[:n] if layer.in_features > layer.out_features else U[:, :n].mT
 
     @staticmethod
-    def parts(layer: Layer[OSFConfig]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ΔA, ΔB, A0, B0 with A0 = V_l and B0 = U_l S_l."""
-        U0, S0, V0, d_in, d_out = layer.lora_U0, layer.lora_S0, layer.lora_V0, layer.in_features, layer.out_features
-        U, S, V = layer.lora_U, layer.lora_S, layer.lora_V
-        PU = U - layer.lora_H.mT @ (layer.lora_H @ U) if d_out > d_in else U0 @ (U0.mT @ U)
-        VQ = V - (V @ layer.lora_H.mT) @ layer.lora_H if d_in > d_out else (V @ V0.mT) @ V0
-        return VQ, PU * (S0 + S) + U0 * S, V0, U0 * S0
+    def factors(layer: Layer[OSFConfig]) -> tuple[Tensor, Tensor]:
+        """A (r, d_in) and B (d_out, r) of the change: the factor of the shorter side is frozen."""
+        U0, s0, V0, d_in, d_out = layer.lora_U0, layer.lora_S0, layer.lora_V0, layer.in_features, layer.out_features
+        U, s, V = layer.lora_U, layer.lora_S, layer.lora_V
+        if d_in > d_out:
+            return _longer(V0.mT, V.mT, s0, s, layer.lora_H, U.mT @ U0).mT, U0
+        if d_out > d_in:
+            return V0, _longer(U0, U, s0, s, layer.lora_H, V @ V0.mT)
+        N, M = U0.mT @ U, V @ V0.mT  # P = U0 U0ᵀ and Q = V0ᵀ V0
+        turned = N * (s0 + s)
+        return V0, U0 @ (turned + (turned + torch.diag(s0 + s)) @ M + torch.diag(s))
 
     @staticmethod
     def forward(layer: Layer[OSFConfig], x: Tensor, y: Tensor) -> Tensor:
         return lowrank_update(y, layer.dropout(x), *layer.once("factors", lambda: OSF.factors(layer)))
 
-    @staticmethod
-    def factors(layer: Layer[OSFConfig]) -> tuple[Tensor, Tensor]:
-        return deviation_factors(*OSF.parts(layer))
+
+def _longer(U0: Tensor, U: Tensor, s0: Tensor, s: Tensor, H: Tensor, M: Tensor) -> Tensor:
+    """(U0 + P U) S (I + M) − U0 S0 with P = I − HᵀH and S = S0 + ΔS, without cancellation."""
+    PU = U - H.mT @ (H @ U)
+    return PU * (s0 + s) + U0 * s + ((U0 + PU) * (s0 + s)) @ M
