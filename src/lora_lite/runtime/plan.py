@@ -228,7 +228,7 @@ def _weight_notes(variant: type[Variant], targets: list[Target]) -> list[str]:
     return [
         f"each layer's adapted weight is built in every call (up to {size_text(max(sizes))} in fp32); training keeps "
         f"them ({size_text(sum(sizes))} over all layers) for the backward pass, with gradient checkpointing those of "
-        "one block at a time"
+        "one block at a time, and a model that generates with a cache keeps them in the output's dtype"
     ]
 
 
