@@ -660,6 +660,14 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"lora-lite {ll.__version__}\n"
 
 
+def test_the_package_runs_as_the_command():
+    for module in ("lora_lite", "lora_lite.cli"):
+        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, f"lora-lite {ll.__version__}\n"), done.stderr
+    done = subprocess.run([sys.executable, "-m", "lora_lite", "tarin"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Did you mean 'train'" in done.stderr
+
+
 def test_ctrl_c(monkeypatch, files):
     def stop(*_):
         raise KeyboardInterrupt

@@ -114,6 +114,32 @@ def test_settings_are_words_and_flags_win(tmp_path):
     assert expanded(["train", f"--config={file}"]) == ["train", "--steps", "3"]
 
 
+def test_switches_that_are_on_can_be_turned_off_and_come_back_from_settings(tmp_path, capsys):
+    from lora_lite.cli._flags import flags_of
+    from lora_lite.cli._verbs import command_of
+    from lora_lite.cli._words import check_words
+
+    file = tmp_path / "a.yaml"
+    for line, words in (
+        ("use_rslora: true", []),
+        ("use_rslora: false", ["--no-use-rslora"]),
+        ("best: true", ["--best"]),
+        ("best: false", []),
+    ):
+        file.write_text(f"method: lora_ga\n{line}\n")
+        assert expanded(["train", "--config", str(file)]) == ["train", "--method", "lora_ga", *words]
+    file.write_text("method: lora_ga\nbest: true\nuse_rslora: false\n")
+    words = expanded(["train", "--config", str(file), "--no-best", "--use-rslora"])
+    assert words == ["train", "--method", "lora_ga", "--no-best", "--use-rslora"]  # flags win
+    command = command_of("train", words)
+    assert check_words("train", command, words[1:]) == ["--method", "lora_ga"]  # which is so anyway
+    assert flags_of(command)["use_rslora"].default is True
+    file.write_text("method: lokr\nfactored: true\n")  # no switch: it may be None
+    assert expanded(["train", "--config", str(file)])[-2:] == ["--factored", "True"]
+    assert cli.main(["plan", "--method", "lora_ga", "--no-use-rslora", "--json"]) == 0
+    capsys.readouterr()
+
+
 def test_another_method_with_the_settings_of_a_run(first, tmp_path, monkeypatch, capsys):
     """What the old method alone has is left out, and said where somebody had set it; what both have stays."""
     monkeypatch.chdir(tmp_path)
