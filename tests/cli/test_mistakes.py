@@ -144,6 +144,8 @@ CASES = [
     (TRAIN + " --init-from {d}/nothing", "there is no such file"),
     (TRAIN + " --preset qality", "Did you mean 'quality'"),
     (TRAIN + " --method caa", "contrast pairs"),
+    (TRAIN + " --report-to tensorbord", "Did you mean 'tensorboard'"),
+    (TRAIN + " --report-to flyte", "--report-to flyte needs its package: pip install flyte"),
     # files of settings and templates
     ("train --config {d}/nothing.yaml", "cannot be read"),
     ("train --config {d}/bad.yaml", "no YAML"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -66,6 +67,7 @@ def _run(words: list[str]) -> int:
         return 0
     import tyro
 
+    from ._completion import PRINT, described, script
     from ._console import divert
     from ._settings import expanded, imported
     from ._words import check_verb, check_words
@@ -82,10 +84,14 @@ def _run(words: list[str]) -> int:
         check_verb(words, VERBS)
         commands: Any = None
         for name in VERBS:
-            command = command_of(name, None)
+            command = described(name) if words[0] == PRINT else command_of(name, None)
             choice = Annotated[command, tyro.conf.subcommand(name, description=_first_sentences(command))]
             commands = choice if commands is None else commands | choice
-        tyro.cli(commands, prog="lora-lite", description=about, args=words, config=options)
+        parse = functools.partial(tyro.cli, commands, prog="lora-lite", description=about, args=words, config=options)
+        if words[0] == PRINT:
+            print(script(parse), end="")
+            return 0
+        parse()
         raise AssertionError("tyro leaves by itself")
     words = expanded(words)
     command = command_of(verb, words)
