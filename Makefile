@@ -57,7 +57,7 @@ format: $(STAMP) ## rewrite the source in the project's style
 	@$(PY) -m ruff format .
 
 tables: $(STAMP) ## write generated documents again: methods, API, what works where, formats, costs, architectures, promises, CONTRIBUTING
-	@for script in readme_tables rooms_table api_reference methods_page what_works_where cost_tables architectures_page promises_page formats_page; do \
+	@for script in readme_tables rooms_table api_reference methods_page what_works_where cost_tables large_tables architectures_page promises_page formats_page; do \
 		echo "scripts/$$script.py"; OMP_NUM_THREADS=1 $(PY) scripts/$$script.py || exit 1; done
 
 site: $(STAMP) ## the documentation site, into build/site

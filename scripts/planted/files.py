@@ -410,6 +410,20 @@ BUGS = [
         COST + " -k base_itself",
     ),
     Bug(
+        "a part's padding is not counted",
+        "cost/spread.py",
+        "return n * self.held(n) * self.itemsize if self.cut else 0",
+        "return math.prod(self.shape) * self.itemsize if self.cut else 0",
+        "tests/interop/test_spread.py -k by_hand",
+    ),
+    Bug(
+        "what stands outside the blocks is gathered twice",
+        "cost/spread.py",
+        "(2 if p.block else 1)",
+        "2",
+        "tests/interop/test_spread.py -k by_hand",
+    ),
+    Bug(
         "the adapter's step includes the base's", "cost/paper.py", "step - self.base[1],", "step,", COST + " -k by_hand"
     ),
     Bug(

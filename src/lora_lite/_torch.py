@@ -15,6 +15,7 @@ from torch import Tensor, nn, overrides
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 CALL = nn.Module._wrapped_call_impl.__code__
 
@@ -166,6 +167,14 @@ def storage_key(t: Tensor) -> int:
     """The same for tensors that share memory, of tensors without values too, which have no address. Valid while `t`
     lives. Relies on `_cdata`, the address of the storage object."""
     return t.untyped_storage()._cdata
+
+
+def storage_reference(t: Tensor) -> Any:
+    """A weak reference to the memory of a tensor, of one without values too: `cdata` is its key, `expired()` says
+    whether nothing uses it any more. Relies on `torch.multiprocessing.reductions.StorageWeakRef`."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(t.untyped_storage())
 
 
 def cpu_attention() -> tuple[Any, Any]:

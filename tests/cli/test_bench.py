@@ -224,3 +224,15 @@ def test_the_committed_page_of_a_gpu_is_that_of_the_committed_figures():
     data = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())
     assert (ROOT / "docs" / "results" / "gpu.md").read_text() == device.markdown(data)
     assert all(row["device"] == "cuda" and "failed" not in row for row in data["rows"])
+
+
+def test_memory_beside_peft_and_paper(tmp_path, capsys):
+    out = ["--json", str(tmp_path / "a.json"), "--table", str(tmp_path / "a.md")]
+    words = ["bench", "memory", "--size", "tiny", "--shapes", "1x64", "--methods", "lora", *out]
+    assert main(words) == 0
+    row = json.loads((tmp_path / "a.json").read_text())["rows"][0]
+    assert row["kept"]["base"] > row["recomputed"]["base"] > 0
+    assert 0 < row["kept"]["ours"] <= row["kept"]["peft"]
+    assert "1x64" in (tmp_path / "a.md").read_text() and "of paper" in capsys.readouterr().out
+    assert main([*words, "--dry-run"]) == 0
+    assert "0 rows" in capsys.readouterr().out

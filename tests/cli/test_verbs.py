@@ -147,6 +147,17 @@ def test_plan_says_whether_it_fits(files, told):
     assert code == 2 and "24GB" in text
 
 
+def test_plan_on_many_gpus(told, files):
+    tiny = ("plan", "--model", files / "tiny", "--length", "16")
+    text = told(*tiny, "--gpus", "4", "--shards", "2", "--gpu", "24GB")[1]
+    assert "fsdp2 on 4 in shards over 2: each holds" in text and "fits" in text
+    stated = json.loads(told(*tiny, "--gpus", "2", "--json")[1])
+    own = stated["spread"]
+    assert own["shards"] == 2 and stated["bytes"] / 2 <= own["adapter"] < 0.7 * stated["bytes"]
+    code, text = told("plan", "--gpus", "6", "--shards", "4")
+    assert code == 2 and "multiple of shards" in text
+
+
 def test_generate(files, told, tmp_path):
     rows = [
         {"prompt": "1+1="},

@@ -46,6 +46,7 @@ def test_statements_hold_nothing_of_the_task(statements):
     assert "boxs" not in text and "shelfs" not in text
 
 
+@pytest.mark.slow
 def test_prose_holds_no_answer_mark(recipe):
     texts = recipe.prose()
     assert len(texts) > 1000 and not any("####" in t for t in texts)

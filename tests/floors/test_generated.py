@@ -72,6 +72,7 @@ def test_one_command_writes_all_of_them():
         "methods_page",
         "what_works_where",
         "cost_tables",
+        "large_tables",
         "architectures_page",
         "promises_page",
         "formats_page",

@@ -14,6 +14,7 @@ import tiny_models
 from lora_lite.bench import speed
 from lora_lite.cost.counting import counter
 from lora_lite.cost.paper import Paper
+from methods import OF_EACH_KIND
 from neighbours import needs, older
 
 B, T = 2, 48
@@ -82,7 +83,10 @@ def peak_saved(model):
 METHODS = [v.name for v in ll.variants() if v.trains and v.site in ("linear", "block") and v.needs_data != "adapters"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = (*OF_EACH_KIND, "boft", "vera", "lokr", "fourierft", "molora", "bottleneck", "prefix_tuning")
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in METHODS])
 def test_within_five_percent_of_the_real_thing(method, paper, bare):
     variant = ll.get_variant(method)
     cfg = variant.config(variant=method, r=4) if method != "adalora" else variant.config(variant=method, r=6)

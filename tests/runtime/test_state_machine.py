@@ -425,7 +425,7 @@ class Adapters(RuleBasedStateMachine):
         assert hooked == {path for adapter in self.known.values() for path in adapter.tensors}
 
 
-QUICK = settings(max_examples=30, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=20, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow])
 TestAdapters = Adapters.TestCase
 TestAdapters.settings = QUICK
 

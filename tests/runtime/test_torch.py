@@ -4,6 +4,7 @@ breaks."""
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import subprocess
 import sys
@@ -169,6 +170,18 @@ def test_tensors_that_share_memory_have_one_key(kind):
         views = t.mT, t[1:], t.view(15), t.detach()
     assert {_torch.storage_key(v) for v in views} == {_torch.storage_key(t)}
     assert _torch.storage_key(other) != _torch.storage_key(t)
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_a_reference_to_memory_ends_with_its_last_user(fake):
+    with _torch.fake_mode() if fake else contextlib.nullcontext():
+        t = torch.empty(6)
+        view, reference = t.view(2, 3), _torch.storage_reference(t)
+        assert reference.cdata == _torch.storage_key(t)
+        del t
+        assert not reference.expired()
+        del view
+        assert reference.expired()
 
 
 def test_attention_on_a_cpu_is_these_operators():

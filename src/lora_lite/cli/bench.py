@@ -31,8 +31,9 @@ class Bench:
     """
 
     aliases: ClassVar = ("size", "method")
-    what: Annotated[Literal["speed"], tyro.conf.Positional] = "speed"
-    """What to measure: forward, training step, one token, verbs and memory on a small Llama, or on one large layer."""
+    what: Annotated[Literal["speed", "memory"], tyro.conf.Positional] = "speed"
+    """speed: forward, training step, one token, verbs and memory on a small Llama, or on one large layer; memory: the
+    exact peak of a step at 512 and 4,096 tokens, beside PEFT's and what `ll.cost` states."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--method"])] = ("lora",)
     """Methods, `all` for every method that PEFT has too, or `every` for those besides that have no rival."""
     sizes: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--size"])] = ()
@@ -60,6 +61,10 @@ class Bench:
 
 
 def run(args: Bench) -> int:
+    if args.what == "memory":
+        from .bench_memory import run_on as run_memory
+
+        return run_memory(args)
     if args.device is not None:
         from .bench_device import run_on
 

@@ -12,6 +12,7 @@ import lora_lite as ll
 
 from ..core.errors import did_you_mean, size_text
 from ..cost.paper import Paper
+from ..cost.spread import Spread, spread
 from ._base import BaseDtype, quiet
 from ._console import Bar, say, table
 from ._method import build_config
@@ -36,6 +37,10 @@ class Plan:
     """Storage of the base weights; auto: the checkpoint's."""
     gpu: str | None = None
     """Memory of a GPU, such as 24GB: does a training step fit? With and without gradient checkpointing."""
+    gpus: int = 1
+    """GPUs over which FSDP2 cuts the model: what each holds and sends in a step, with --gpu whether it fits."""
+    shards: int = 0
+    """GPUs that hold one copy together, fewer than --gpus (a two-dimensional mesh); 0: all."""
     json: bool = False
     """Print one JSON object."""
     debug: bool = False
@@ -52,14 +57,18 @@ def run(args: Plan) -> int:
     the_plan = ll.plan(model, build_config(args))
     limit = gibibytes(args.gpu) if args.gpu is not None else None
     cost = ll.cost(model, build_config(args), args.batch, args.length) if args.cost or limit else None
+    many = spread(model, build_config(args), args.gpus, shards=args.shards) if args.gpus != 1 or args.shards else None
     if args.json:
-        print(json.dumps(summary(the_plan) | ({"cost": dataclasses.asdict(cost)} if cost else {})))
+        counted = {"cost": cost, "spread": many}
+        print(json.dumps(summary(the_plan) | {k: dataclasses.asdict(v) for k, v in counted.items() if v}))
     else:
         show(the_plan)
         if cost and args.cost:
             say(str(cost))
+        if many:
+            say(str(many))
         if cost and limit:
-            show_fit(cost, limit)
+            show_fit(cost, limit, many)
     return 0
 
 
@@ -79,9 +88,10 @@ def gibibytes(text: str) -> float:
     return number
 
 
-def show_fit(c: ll.Cost, limit: float) -> None:
+def show_fit(c: ll.Cost, limit: float, many: Spread | None = None) -> None:
     """Whether a step fits into a GPU: base, adapter, its gradients and moments, and what the passes keep."""
     steady = c.base_bytes + c.adapter_bytes + c.gradient_bytes + c.optimizer_bytes
+    steady = many.resting + many.gathered if many else steady
     for name, saved in (
         ("a step", c.base_saved + c.extra_saved),
         ("with gradient checkpointing", c.base_checkpointed + c.extra_checkpointed),

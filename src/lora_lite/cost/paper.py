@@ -167,7 +167,7 @@ class Paper:
 
     def _count(self, model: Any) -> tuple[int, int, int, int]:
         """(operations of the forward pass, of both passes, bytes saved between them, the same with checkpointing)."""
-        with _without_weights(model, self.mode):
+        with without_weights(model, self.mode):
             own = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
             saved = Saved(model, own, self.length)
             with self.mode, counter() as count:
@@ -205,7 +205,7 @@ def _like(t: Tensor, device: str) -> Tensor:
 
 
 @contextmanager
-def _without_weights(model: nn.Module, mode: Any) -> Iterator[None]:
+def without_weights(model: nn.Module, mode: Any) -> Iterator[None]:
     """Fake tensors in place of all parameters and buffers: shapes that compute like a CPU's tensors and hold
     nothing."""
     tables: list[dict[str, Any]] = [t for m in model.modules() for t in (m._parameters, m._buffers)]  # pyright: ignore[reportAssignmentType]
