@@ -64,7 +64,7 @@ BUGS = [
     Bug(
         "a stack is used on after the data of a tensor was replaced",
         "runtime/call/grouped.py",
-        "if old.block == state.row_block or _stands(old, slots, layer):",
+        "if old.block == state.row_block or _stands(old, kindred.slots(site), layer):",
         "if True:",
         "tests/runtime/test_grouped_rows.py -k stacks_last",
     ),
@@ -549,6 +549,20 @@ BUGS = [
         "            _check_cache_found(self.mask, self.T, self.cache, self.past, who)\n",
         "",
         R + "test_positions.py -k what_it_can_do",
+    ),
+    Bug(
+        "groups of another batch are kept",
+        "runtime/call/rows.py",
+        'key = ("groups", x.shape[0], x.dim(), x.device, extent)',
+        'key = ("groups", x.shape[0], x.dim(), x.device)',
+        R + "test_grouped_rows.py -k that_are_kept",
+    ),
+    Bug(
+        "groups outlive their block",
+        "runtime/call/rows.py",
+        "if kept is not None and kept.epoch == site.state.row_epoch:",
+        "if kept is not None:",
+        R + "test_grouped_rows.py",
     ),
     Bug(
         "rows gathered in another order",

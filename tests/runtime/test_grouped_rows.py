@@ -121,7 +121,7 @@ FEATURE_WISE = [v for v in ll.variants() if v.by_feature is not None and v.site 
 def calls(monkeypatch, name):
     """How often the grouped path ran one call for several adapters."""
     seen, real = [], getattr(grouped, name)
-    monkeypatch.setattr(grouped, name, lambda *a: seen.append(len(a[2])) or real(*a))
+    monkeypatch.setattr(grouped, name, lambda *a: seen.append(len(a[2].groups)) or real(*a))
     return seen
 
 
@@ -235,3 +235,24 @@ def test_stacks_last_over_blocks_of_the_same_rows_and_no_longer(monkeypatch):
     ll.attach(model, ll.LoRAConfig(r=3, alpha=2, target_names=(r"layers\.\d",)), name="a1")
     model.layers[0].get_parameter("lora_B@a1").normal_()
     assert torch.allclose(run(), alone(), atol=1e-5)
+
+
+class Flattening(nn.Module):
+    """Takes (batch, tokens, 20), adapts what it flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(20, 20)
+
+    def forward(self, input_ids):
+        return self.up(input_ids.flatten(0, 1)).view_as(input_ids)
+
+
+def test_groups_that_are_kept_are_those_of_the_same_batch():
+    model = Flattening()
+    for name in ("a0", "a1"):
+        ll.attach(model, ll.LoRAConfig(r=3), name=name)
+    with torch.no_grad(), ll.rows(model, ["a0", "a1"]):
+        model(torch.randn(2, 3, 20))
+        with pytest.raises(ll.SelectionError, match="do not divide"):
+            model(torch.randn(3, 2, 20))  # six elements on the layer again

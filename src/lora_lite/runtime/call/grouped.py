@@ -30,21 +30,34 @@ def grouped(
     if len(groups) < 2 or x.shape[0] == 0:
         return value, groups
     together, left = _parted(layer, site, groups, y is None, x.shape[0])
-    for kin, some in together:
+    for kin, kindred in together:
         if kin == LOW_RANK:
             assert y is not None
-            value = _low_rank(layer, site, some, x, value)
+            value = _low_rank(layer, site, kindred, x, value)
         else:
-            value = _by_feature(layer, site, some, value, "input" if y is None else "output")
+            value = _by_feature(layer, site, kindred, value, "input" if y is None else "output")
     return value, left
 
 
-Parted = tuple[list[tuple[str, list[RowGroup]]], list[RowGroup]]
+class Kindred:
+    """Groups of several adapters that go together."""
+
+    __slots__ = ("groups", "names", "wide")
+
+    def __init__(self, site: Site, groups: list[RowGroup]) -> None:
+        self.groups, self.names = groups, tuple(group.name for group in groups)
+        self.wide = sum(slot.cfg.r for slot in self.slots(site)) <= WIDE
+
+    def slots(self, site: Site) -> list[Slot]:
+        return [site.slots[name] for name in self.names]
+
+
+Parted = tuple[list[tuple[str, Kindred]], list[RowGroup]]
 
 
 def _parted(layer: nn.Module, site: Site, groups: list[RowGroup], before: bool, n: int) -> Parted:
-    """Groups of several adapters that go together, and the groups that go alone; the same in all calls of one `ll.rows`
-    block."""
+    """(kin, groups of several adapters that go together), and the groups that go alone; the same in all calls of one
+    `ll.rows` block."""
     keep = not torch.compiler.is_compiling()
     key = ("kin", before, layer.training, n)
     old: Stack | None = site.stacks.get(key) if keep else None
@@ -54,7 +67,7 @@ def _parted(layer: nn.Module, site: Site, groups: list[RowGroup], before: bool, 
     for group in groups:
         alike.setdefault(_kin(site.slots[group.name], layer.training, before), []).append(group)
     left = alike.pop("", []) + [g for some in alike.values() if len(some) < 2 for g in some]
-    parted = [(kin, some) for kin, some in alike.items() if len(some) > 1], left
+    parted = [(kin, Kindred(site, some)) for kin, some in alike.items() if len(some) > 1], left
     if keep:
         _store(site, key, [], 0, parted)
     return parted
@@ -73,20 +86,20 @@ def _kin(slot: Slot, training: bool, before: bool) -> str:
 
 
 def _kept(
-    layer: nn.Module, site: Site, slots: list[Slot], key: tuple[Any, ...], build: Callable[[], tuple[Any, ...]]
+    layer: nn.Module, site: Site, kindred: Kindred, key: tuple[Any, ...], build: Callable[[], tuple[Any, ...]]
 ) -> tuple[Any, ...]:
     """`build()`; without gradients the result serves all calls of one `ll.rows` block and of those after it with the
     same rows, unless a tensor was changed meanwhile."""
     state = site.state
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return build()
-    key = (tuple(slot.name for slot in slots), *key)
+    key = (kindred.names, *key)
     old: Stack | None = site.stacks.get(key)
     if old is not None and old.epoch == state.row_epoch and old.versions == sum([t._version for t in old.own]):
-        if old.block == state.row_block or _stands(old, slots, layer):
+        if old.block == state.row_block or _stands(old, kindred.slots(site), layer):
             old.block = state.row_block
             return old.parts
-    own = [t for slot in slots for t in tensors_of(slot, layer)]
+    own = [t for slot in kindred.slots(site) for t in tensors_of(slot, layer)]
     if any(t.is_inference() for t in own):  # these count no versions
         return build()
     versions = sum(t._version for t in own)
@@ -103,51 +116,49 @@ def _stands(old: Stack, slots: list[Slot], layer: nn.Module) -> bool:
 
 
 def _store(site: Site, key: tuple[Any, ...], own: list[Tensor], versions: int, parts: tuple[Any, ...]) -> None:
-    if len(site.stacks) > 7:
-        site.stacks.clear()
     places = sum(t.data_ptr() for t in own)
-    site.stacks[key] = Stack(site.state.row_epoch, own, versions, parts, site.state.row_block, places)
+    site.keep(key, Stack(site.state.row_epoch, own, versions, parts, site.state.row_block, places))
 
 
-def _low_rank(layer: nn.Module, site: Site, groups: list[RowGroup], x: Tensor, y: Tensor) -> Tensor:
+def _low_rank(layer: nn.Module, site: Site, kindred: Kindred, x: Tensor, y: Tensor) -> Tensor:
     """y + x A_iᵀ B_iᵀ with adapter i of each row, an exact zero elsewhere."""
-    slots = [site.slots[group.name] for group in groups]
-    wide = sum(slot.cfg.r for slot in slots) <= WIDE
 
     def build() -> tuple[Any, ...]:
-        pairs = [slot.factors(LayerView(layer, slot, y.dtype)) for slot in slots]  # type: ignore[misc]
-        ranks = [A.shape[0] for A, _ in pairs]
-        if not wide:
+        pairs = [slot.factors(LayerView(layer, slot, y.dtype)) for slot in kindred.slots(site)]  # type: ignore[misc]
+        ranks, groups = [A.shape[0] for A, _ in pairs], kindred.groups
+        if not kindred.wide:
             return (*_per_row(pairs, ranks, groups), None)
         mask = torch.cat([g.member[:, None].expand(-1, r) for g, r in zip(groups, ranks, strict=True)], 1)
         return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], 1), mask
 
-    A, B, mask = _kept(layer, site, slots, (wide, y.dtype, y.shape[0]), build)
+    A, B, mask = _kept(layer, site, kindred, (kindred.wide, y.dtype, y.shape[0]), build)
     if mask is not None:  # z = x [A_1; …; A_K]ᵀ, foreign columns set to zero, y + z [B_1 … B_K]ᵀ
         z = torch.where(mask.view(mask.shape[0], *(1,) * (x.dim() - 2), mask.shape[1]), x @ A.mT, 0)
         return add_lowrank(y, z, B)
-    z = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), A.mT)
+    if x.dim() == y.dim() == 3:
+        return torch.baddbmm(y, torch.bmm(x, A), B)
+    z = torch.bmm(x.reshape(x.shape[0], -1, x.shape[-1]), A)
     return torch.baddbmm(y.reshape(y.shape[0], -1, y.shape[-1]), z, B).view(y.shape)
 
 
 def _per_row(pairs: list[tuple[Tensor, Tensor]], ranks: list[int], groups: list[RowGroup]) -> tuple[Tensor, Tensor]:
-    """A (n, r, d_in) and Bᵀ (n, r, d_out), padded to one rank and gathered by row; a zero pair serves rows without
+    """Aᵀ (n, d_in, r) and Bᵀ (n, r, d_out), padded to one rank and gathered by row; a zero pair serves rows without
     adapter."""
     pad, r = torch.nn.functional.pad, max(ranks)
     A = torch.stack([pad(A, (0, 0, 0, r - A.shape[0])) for A, _ in pairs])
     B = torch.stack([pad(B.mT, (0, 0, 0, r - B.shape[1])) for _, B in pairs])
     which = _which(groups)
-    return torch.cat((A, torch.zeros_like(A[:1])))[which], torch.cat((B, torch.zeros_like(B[:1])))[which]
+    return torch.cat((A, torch.zeros_like(A[:1])))[which].mT, torch.cat((B, torch.zeros_like(B[:1])))[which]
 
 
-def _by_feature(layer: nn.Module, site: Site, groups: list[RowGroup], value: Tensor, side: str) -> Tensor:
+def _by_feature(layer: nn.Module, site: Site, kindred: Kindred, value: Tensor, side: str) -> Tensor:
     """The method's map of every feature with the vectors of each row's adapter."""
-    slots = [site.slots[group.name] for group in groups]
-    act, vectors = slots[0].act, slots[0].by_feature
+    first, groups = site.slots[kindred.names[0]], kindred.groups
+    act, vectors = first.act, first.by_feature
     assert act is not None and vectors is not None
 
     def build() -> tuple[Any, ...]:
-        found = [vectors(LayerView(layer, slot, value.dtype), side) for slot in slots]
+        found = [vectors(LayerView(layer, slot, value.dtype), side) for slot in kindred.slots(site)]
         if found[0] is None:  # it acts on the other side
             return (None,)
         which, lead = _which(groups), (-1, *(1,) * (value.dim() - 2))
@@ -155,10 +166,10 @@ def _by_feature(layer: nn.Module, site: Site, groups: list[RowGroup], value: Ten
         gathered = [torch.cat((c, torch.zeros_like(c[:1])))[which].view(*lead, c.shape[1]) for c in columns]
         return (which.ne(len(groups)).view(*lead, 1), *gathered)
 
-    has, *gathered = _kept(layer, site, slots, (side, value.dtype, value.shape[:1], value.dim()), build)
+    has, *gathered = _kept(layer, site, kindred, (side, value.dtype, value.shape[:1], value.dim()), build)
     if has is None:
         return value
-    return torch.where(has, act(slots[0].cfg, value, *gathered), value)
+    return torch.where(has, act(first.cfg, value, *gathered), value)
 
 
 def _which(groups: list[RowGroup]) -> Tensor:

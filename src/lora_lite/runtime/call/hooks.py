@@ -20,7 +20,7 @@ from ..view.layer import LayerView
 from .acting import note_run
 from .grouped import grouped
 from .recompute import selection_of
-from .rows import row_groups
+from .rows import site_groups
 from .stand_in import rest, stand_before, step_aside
 
 ABSENT: Any = object()
@@ -131,7 +131,7 @@ def _apply_rows(
 ) -> Tensor:
     """The same with one adapter per row: several at once where they can, the rest one after the other."""
     value = x if y is None else y
-    groups = row_groups(site.state, site.path, site.slots, rows, extent, x)
+    groups = site_groups(site, rows, extent, x)
     if site.kind.groups_rows:
         value, groups = grouped(layer, site, groups, x, y)
     for group in groups:

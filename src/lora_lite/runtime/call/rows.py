@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...core.errors import SelectionError
-from ..model.call import Extent, Names, RowGroup, Rows
+from ..model.call import Extent, Names, RowGroup, Rows, Stack
+from ..model.site import Site
 from ..model.state import ModelState
 
 
@@ -24,6 +25,23 @@ def row_groups(
     adapters, each = _owners(path, rows, extent, x)
     all_groups = _groups(state, adapters, each, x.device)
     return [group for name, group in all_groups.items() if name in names]
+
+
+def site_groups(site: Site, rows: Rows, extent: Extent | None, x: Tensor) -> list[RowGroup]:
+    """The same for the adapters of a site; kept for all calls of like size in one `ll.rows` block.
+
+    Raises:
+        SelectionError: as `row_groups`.
+    """
+    if torch.compiler.is_compiling():
+        return row_groups(site.state, site.path, site.slots, rows, extent, x)
+    key = ("groups", x.shape[0], x.dim(), x.device, extent)
+    kept: Stack | None = site.stacks.get(key)
+    if kept is not None and kept.epoch == site.state.row_epoch:
+        return kept.parts[0]  # type: ignore[return-value]
+    groups = row_groups(site.state, site.path, site.slots, rows, extent, x)
+    site.keep(key, Stack(site.state.row_epoch, [], 0, (groups,)))
+    return groups
 
 
 def _owners(path: str, rows: Rows, extent: Extent | None, x: Tensor) -> tuple[Names, int]:

@@ -105,7 +105,7 @@ class Site:
         self.ran = False
         """Whether its hooks ever ran."""
         self.stacks: dict[tuple[object, ...], Stack] = {}
-        """Factors of several adapters side by side, see `grouped`."""
+        """What calls with one adapter per row keep: groups, and factors side by side, see `rows` and `grouped`."""
 
     def add(self, slot: Slot) -> None:
         """One more adapter, the last."""
@@ -118,6 +118,12 @@ class Site:
         self.stacks.clear()  # which hold its tensors
         if slot is not None:
             self._count(slot, -1)
+
+    def keep(self, key: tuple[object, ...], stack: Stack) -> None:
+        """Into `stacks`, which stays small."""
+        if len(self.stacks) > 11:
+            self.stacks.clear()
+        self.stacks[key] = stack
 
     def _count(self, slot: Slot, n: int) -> None:
         self.inputs += n * (slot.forward_input is not None)
