@@ -5,6 +5,7 @@ from __future__ import annotations
 from .bug import Bug
 
 CASES = "tests/contract/test_3_each_case.py"
+ARGUMENTS = "tests/core/test_arguments.py"
 MISTAKES = "tests/core/test_mistakes.py"
 MINE = "tests/contract/test_my_variant.py"
 TARGETS = "tests/runtime/test_targets.py"
@@ -166,5 +167,19 @@ BUGS = [
         "lambda page: page.identity_bound == 0,",
         "lambda page: page.identity_bound >= 0,",
         "tests/core/test_variant.py",
+    ),
+    Bug(
+        "a bool is a whole number",
+        "core/arguments.py",
+        "return not isinstance(value, bool) and isinstance(value, Integral)",
+        "return isinstance(value, Integral)",
+        ARGUMENTS + " -k in_words",
+    ),
+    Bug(
+        "missing arguments are left to Python",
+        "core/arguments.py",
+        "missing = [name for name in needed if name not in values]",
+        "missing = []",
+        ARGUMENTS + " -k missing",
     ),
 ]

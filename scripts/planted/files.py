@@ -96,7 +96,7 @@ BUGS = [
     ),
     Bug(
         "an unknown way of checking the base",
-        "io/load.py",
+        "io/native.py",
         'if base_check not in ("error", "warn", "ignore"):',
         'if base_check == "":',
         NATIVE + " -k within_its_rounding",

@@ -660,6 +660,40 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"lora-lite {ll.__version__}\n"
 
 
+def test_the_package_runs_as_the_command():
+    for module in ("lora_lite", "lora_lite.cli"):
+        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, f"lora-lite {ll.__version__}\n"), done.stderr
+    done = subprocess.run([sys.executable, "-m", "lora_lite", "tarin"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Did you mean 'train'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_verbs_flags_and_methods(tmp_path, capsys):
+    assert cli.main(["--tyro-print-completion", "bash"]) == 0
+    (tmp_path / "lora-lite.bash").write_text(capsys.readouterr().out)
+    for typed, found in (
+        (("tr",), {"train"}),
+        (("train", "--sche"), {"--schedule"}),
+        (("train", "--schedule", "c"), {"cosine", "constant_with_warmup"}),
+        (("plan", "--method", "dor"), {"dora"}),
+        (("train", "--target-r"), {"--target-roles"}),  # a flag of the method
+        (("info", "x"), set()),  # files
+    ):
+        words = ("lora-lite", *typed)
+        script = (
+            f"source {tmp_path / 'lora-lite.bash'}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(typed)}; "
+            '_tyro_lora_lite; echo "${COMPREPLY[*]}"; complete -p lora-lite'
+        )
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        words_found, how = done.stdout.splitlines()
+        assert set(words_found.split()) == found, typed
+        assert "-o default" in how
+    text = (tmp_path / "lora-lite.bash").read_text()
+    assert "or a data set\\n" not in text and "hub as NAME" in text  # each help stands on one line
+
+
 def test_ctrl_c(monkeypatch, files):
     def stop(*_):
         raise KeyboardInterrupt

@@ -77,6 +77,25 @@ CASES = [
     ("plan --batch 0", "--batch and --length must be positive"),
     ("plan --compare nothing", "no trained method has that name"),
     ("plan --import nothing_here", "no module is called"),
+    # words of another kind than their flag takes, missing ones, ones too many
+    (TRAIN + " --seed 1.5", "--seed takes a whole number, got '1.5'."),
+    (TRAIN + " --seed None", "--seed takes a whole number, got 'None'."),
+    (TRAIN + " --seed=", "--seed takes a whole number, got ''."),
+    (TRAIN + " --seed", "--seed needs a value: a whole number."),
+    (TRAIN + " --lr fast", "--lr takes a number or None, got 'fast'."),
+    (TRAIN + " --schedule cosin", "Did you mean 'cosine'?"),
+    (TRAIN + " --layers 1 x", "each a whole number or None, got 'x'."),
+    (TRAIN + " --layers 1 --layers 2", "after one: --layers 1 2"),
+    (TRAIN + " --rank-pattern q_proj", "pairs of a name and a whole number"),
+    (TRAIN + " --resume true", "A switch takes no value."),
+    (TRAIN + " extra", "no use for the word 'extra'"),
+    (TRAIN + " --method road --per-pair 3", "one of 1, 2, 4, got '3'."),
+    ("info", "needs FILE: lora-lite info FILE"),
+    ("info --file x", "FILE stands without a flag"),
+    ("diff a", "needs B: lora-lite diff A B"),
+    ("convert a b --out c", "no use for the word 'b'"),
+    ("merge a", "needs --out"),
+    ("bench learn --task x", "one of wordmath, glosses, metamath, got 'x'"),
     # numbers
     (TRAIN + " --seed -1", "--seed must lie between"),
     (TRAIN + " --seed 99999999999999999999", "--seed must lie between"),
@@ -125,6 +144,8 @@ CASES = [
     (TRAIN + " --init-from {d}/nothing", "there is no such file"),
     (TRAIN + " --preset qality", "Did you mean 'quality'"),
     (TRAIN + " --method caa", "contrast pairs"),
+    (TRAIN + " --report-to tensorbord", "Did you mean 'tensorboard'"),
+    (TRAIN + " --report-to flyte", "--report-to flyte needs its package: pip install flyte"),
     # files of settings and templates
     ("train --config {d}/nothing.yaml", "cannot be read"),
     ("train --config {d}/bad.yaml", "no YAML"),
@@ -237,6 +258,13 @@ def test_a_folder_that_may_not_be_written(d, tmp_path, capsys):
     (tmp_path / "locked").mkdir(mode=0o500)
     assert cli.main(TRAIN.format(d=d).replace(f"{d}/run", str(tmp_path / "locked" / "run")).split()) == 2
     assert "Permission denied" in capsys.readouterr().err
+
+
+def test_the_last_of_two_counts_and_is_said(capsys):
+    assert cli.main("plan --json --r 2 --layers 0 --r 3 --r 3".split()) == 0
+    told = capsys.readouterr()
+    assert "note: --r is given twice; the last one counts: 3" in told.err.splitlines()
+    assert json.loads(told.out)["trained"] == 3 * (4 * 2 * 160 + 3 * (160 + 432))
 
 
 # ---- in Python

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,32 @@ def test_settings_are_words_and_flags_win(tmp_path):
     ]  # fmt: skip
     file.write_text(json.dumps({"steps": 3}))
     assert expanded(["train", f"--config={file}"]) == ["train", "--steps", "3"]
+
+
+def test_switches_that_are_on_can_be_turned_off_and_come_back_from_settings(tmp_path, capsys):
+    from lora_lite.cli._flags import flags_of
+    from lora_lite.cli._verbs import command_of
+    from lora_lite.cli._words import check_words
+
+    file = tmp_path / "a.yaml"
+    for line, words in (
+        ("use_rslora: true", []),
+        ("use_rslora: false", ["--no-use-rslora"]),
+        ("best: true", ["--best"]),
+        ("best: false", []),
+    ):
+        file.write_text(f"method: lora_ga\n{line}\n")
+        assert expanded(["train", "--config", str(file)]) == ["train", "--method", "lora_ga", *words]
+    file.write_text("method: lora_ga\nbest: true\nuse_rslora: false\n")
+    words = expanded(["train", "--config", str(file), "--no-best", "--use-rslora"])
+    assert words == ["train", "--method", "lora_ga", "--no-best", "--use-rslora"]  # flags win
+    command = command_of("train", words)
+    assert check_words("train", command, words[1:]) == ["--method", "lora_ga"]  # which is so anyway
+    assert flags_of(command)["use_rslora"].default is True
+    file.write_text("method: lokr\nfactored: true\n")  # no switch: it may be None
+    assert expanded(["train", "--config", str(file)])[-2:] == ["--factored", "True"]
+    assert cli.main(["plan", "--method", "lora_ga", "--no-use-rslora", "--json"]) == 0
+    capsys.readouterr()
 
 
 def test_another_method_with_the_settings_of_a_run(first, tmp_path, monkeypatch, capsys):
@@ -300,6 +328,86 @@ def test_a_full_disk_is_one_sentence(files, tmp_path, monkeypatch, capsys):
 
 
 # ---- stopping and ending
+
+
+@pytest.fixture
+def ctrl_c():
+    """The signal is on, as it is not for what a shell starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_the_step_and_the_line_that_is_said_goes_on(files, tmp_path, monkeypatch, capsys, ctrl_c):
+    """The result is that of a run without interruption, to the bit."""
+    words = ("--r", "3", "--layers", "-1", "--dropout", "0.1", "--save-every", "0", "--score", "0")
+    assert cli.main(command(files, tmp_path / "whole", *words)) == 0
+    add = RunLog.add
+
+    def pressed(self, step, **values):
+        add(self, step, **values)
+        if step == 1 and "loss" in values:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunLog, "add", pressed)
+    out = tmp_path / "a run"
+    capsys.readouterr()
+    assert cli.main(command(files, out, *words)) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    said = capsys.readouterr()
+    assert "stopping after this step" in said.err and not (out / "adapter.safetensors").exists()
+    monkeypatch.setattr(RunLog, "add", add)
+    (line,) = (line for line in said.out.splitlines() if line.startswith("stopped"))
+    assert "checkpoint-2 is kept" in line
+    typed = shlex.split(line.partition("from there: lora-lite ")[2])
+    assert cli.main(typed) == 0
+    assert same(tmp_path / "whole", out) and steps(out) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_strikes_at_once(files, tmp_path, monkeypatch, capsys, ctrl_c):
+    add = RunLog.add
+
+    def pressed(self, step, **values):
+        add(self, step, **values)
+        if step == 1 and "loss" in values:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunLog, "add", pressed)
+    assert cli.main(command(files, tmp_path / "a", "--save-every", "0")) == 130
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("stopped before the first checkpoint") and line.endswith("--overwrite")
+    monkeypatch.setattr(RunLog, "add", add)
+    assert cli.main([*shlex.split(line.partition("lora-lite ")[2]), "--steps", "1"]) == 0
+
+
+def test_a_run_that_never_began_leaves_nothing(files, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ll.StateError("x")
+
+    monkeypatch.setattr(_fit, "fit", broken)
+    assert cli.main(command(files, tmp_path / "a")) == 2
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_a_checkpoint_that_gave_a_wrong_loss_is_no_good(files, tmp_path, capsys):
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert _fit._left_good(tmp_path, 7).endswith("checkpoint-6 begins there.")
+    assert _fit._left_good(tmp_path, 6).endswith("checkpoint-4 begins there.")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert _fit._left_good(tmp_path, 1) == "no good checkpoint is left."
+    assert cli.main(command(files, tmp_path / "b", "--lr", "1e20", "--save-every", "1", "--eval-every", "0")) == 2
+    assert "no good checkpoint is left" in capsys.readouterr().err  # that of step 1 gave the loss of step 2
+    assert not list((tmp_path / "b").glob("checkpoint-*"))
+
+
+def test_the_last_eval_loss_is_that_of_the_result(files, tmp_path, capsys):
+    assert cli.main(command(files, tmp_path / "a", "--steps", "3", "--eval-every", "2", "--score", "0")) == 0
+    rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 2, 3]
 
 
 @pytest.mark.slow

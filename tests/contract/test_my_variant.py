@@ -145,6 +145,16 @@ def fixed_size(d_in, d_out, cfg):
     return {"lora_A": ParamSpec((4, d_in), init="kaiming"), "lora_B": ParamSpec((d_out, 4))}
 
 
+def with_dropout_twice(layer, x, y):
+    dropped = layer.dropout(layer.dropout(x))
+    return y + layer.cfg.scale * (dropped @ layer.lora_A.mT) @ layer.lora_B.mT
+
+
+def with_its_own_dropout_too(layer, x, y):
+    dropped = torch.nn.functional.dropout(layer.dropout(x), layer.cfg.dropout, layer.training)
+    return y + layer.cfg.scale * (dropped @ layer.lora_A.mT) @ layer.lora_B.mT
+
+
 def without_dropout(layer, x, y):
     return y + layer.cfg.scale * (x @ layer.lora_A.mT) @ layer.lora_B.mT
 
@@ -264,6 +274,8 @@ def mean_of_all_calls():
         ({"param_specs": saddle}, "first_step_scales_with_the_learning_rate", "saddle"),
         ({"forward": upcast}, "random_adapter_does_something", "only"),
         ({"forward": without_scale}, "ignored_fields_are_declared", r"ignores alpha.*layer\.cfg\.scale.*\('alpha',\)"),
+        ({"forward": with_dropout_twice}, "dropout_arrives_once", "7.% of the rows lose their one input"),
+        ({"forward": with_its_own_dropout_too}, "dropout_arrives_once", "call it once on the way from x"),
         ({"forward": without_dropout}, "ignored_fields_are_declared", r"ignores dropout.*layer\.dropout"),
         ({"param_specs": fixed_size}, "ignored_fields_are_declared", r"ignores r:.*cfg\.r"),
         ({"ignores": ("alpha",)}, "ignored_fields_are_declared", "declares that it ignores alpha, yet"),

@@ -29,6 +29,7 @@ FLOORS = {
     "demo": 4,
     "bench": 4,
     "cli": 5,
+    "__main__": 6,
 }
 WINGS = {"progress": 1, "model": 1, "layers": 2, "view": 3, "targets": 3, "call": 4, "start": 5}
 """Inside `runtime`: a wing imports wings of lower numbers and itself. Files that stand in no wing are the verbs, above

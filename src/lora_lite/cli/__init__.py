@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -11,26 +12,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-VERBS = {
-    "demo": "Demo",
-    "data": "Data",
-    "train": "Train",
-    "eval": "Eval",
-    "plan": "Plan",
-    "generate": "Generate",
-    "chat": "Chat",
-    "serve": "Serve",
-    "info": "Info",
-    "diff": "Diff",
-    "check": "Check",
-    "merge": "Merge",
-    "combine": "Combine",
-    "scale": "Scale",
-    "convert": "Convert",
-    "cite": "Cite",
-    "variants": "Variants",
-    "bench": "Bench",
-}
+from ._verbs import VERBS, command_of
+
 EXTRAS = {
     "tyro": "cli",
     "rich": "cli",
@@ -51,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ._console import divert
 
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    divert(False)
     debug = "--debug" in words
     try:
         return _run(words)
@@ -70,9 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if debug or not isinstance(e, (LoraLiteError, OSError)):
             raise
-        if type(e).__name__ == "NoSuchWord":  # as for the other words that tyro refuses
+        if type(e).__name__ == "NoSuchWord":  # as for what tyro refuses
             raise SystemExit(_fail(f"error: {e}")) from None
         return _fail(f"error: {e}" if isinstance(e, LoraLiteError) else f"error: {_system(e)}")
+    finally:
+        divert(False)
 
 
 def _run(words: list[str]) -> int:
@@ -83,6 +67,8 @@ def _run(words: list[str]) -> int:
         return 0
     import tyro
 
+    from ._completion import PRINT, described, script
+    from ._console import divert
     from ._settings import expanded, imported
     from ._words import check_verb, check_words
 
@@ -98,15 +84,20 @@ def _run(words: list[str]) -> int:
         check_verb(words, VERBS)
         commands: Any = None
         for name in VERBS:
-            command = _command(name, None)
+            command = described(name) if words[0] == PRINT else command_of(name, None)
             choice = Annotated[command, tyro.conf.subcommand(name, description=_first_sentences(command))]
             commands = choice if commands is None else commands | choice
-        tyro.cli(commands, prog="lora-lite", description=about, args=words, config=options)
+        parse = functools.partial(tyro.cli, commands, prog="lora-lite", description=about, args=words, config=options)
+        if words[0] == PRINT:
+            print(script(parse), end="")
+            return 0
+        parse()
         raise AssertionError("tyro leaves by itself")
     words = expanded(words)
-    command = _command(verb, words)
-    check_words(verb, command, words[1:])
-    args = tyro.cli(command, prog=f"lora-lite {verb}", description=_about(command), args=words[1:], config=options)
+    command = command_of(verb, words)
+    divert("--json" in words and getattr(command, "json", None) is False)  # where it is a switch
+    left = check_words(verb, command, words[1:])
+    args = tyro.cli(command, prog=f"lora-lite {verb}", description=_about(command), args=left, config=options)
     return importlib.import_module(f".{verb}", __name__).run(args)
 
 
@@ -123,16 +114,6 @@ def _about(command: type) -> str:
     width = shutil.get_terminal_size().columns
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(textwrap.fill(" ".join(p.split()), width, subsequent_indent="  ") for p in paragraphs)
-
-
-def _command(name: str, words: list[str] | None) -> type:
-    """The dataclass of a verb; of the one that runs, with the flags of its method."""
-    command = getattr(importlib.import_module(f".{name}", __name__), VERBS[name])
-    if words is None or not hasattr(command, "method"):
-        return command
-    from ._method import chosen_method, with_method
-
-    return with_method(command, chosen_method(words))
 
 
 def _system(e: OSError) -> str:

@@ -195,6 +195,13 @@ class Bar:
                 flush=True,
             )
 
+    def remark(self, text: str) -> None:
+        """In the place of the figures until the next ones come, or on a line of its own."""
+        if self.rich is not None:
+            self.rich.update(self.task, note=text)
+        elif self.speaks:
+            print(text, file=sys.stderr, flush=True)
+
     def ticker(self, note: str) -> Callable[[], None]:
         """For work that reports every step alike: a function that counts on from the last one's steps."""
 

@@ -7,9 +7,13 @@ import dataclasses
 import errno
 import functools
 import math
+import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,9 @@ import lora_lite as ll
 from ..core.errors import size_text
 from ..data.batches import collate
 from ..interop.trainer import adapter_trainer
-from ._console import Bar, clock
-from ._folder import checkpoints
+from ._base import processes
+from ._console import Bar, clock, is_first
+from ._folder import checkpoints, step_of
 from ._log import RunLog
 from ._session import pad_of
 
@@ -71,6 +76,7 @@ def fit(
     Raises:
         StateError: the loss or its gradient is no longer finite.
         FileError: the disk is full.
+        KeyboardInterrupt: after Ctrl-C, once the step that ran has ended and is kept; after a second one at once.
     """
     base, arguments_class = _classes(options.trainer)
     fields = {f.name for f in dataclasses.fields(arguments_class)}
@@ -96,8 +102,8 @@ def fit(
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     trainer.create_model_card = lambda *_, **__: None  # TRL's would describe a whole model
-    with Bar("training", options.steps) as bar:
-        trainer.add_callback(_follower(log, bar, options, out, Moved(model)))
+    with Bar("training", options.steps) as bar, stopping(bar) as stop:
+        trainer.add_callback(_follower(log, bar, options, out, Moved(model), stop))
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except Exception as e:
@@ -120,6 +126,46 @@ def _kept(out: Path) -> str:
     """What is left of a run that stopped."""
     found = checkpoints(out)
     return f"{found[-1]} is kept." if found else "no checkpoint had been written yet."
+
+
+def _left_good(out: Path, worst: int) -> str:
+    """What is left of a run that diverged: the checkpoints before the step from which the wrong loss came. That one, if
+    it was kept, is no good and goes."""
+    if is_first():
+        for path in checkpoints(out):
+            if step_of(path) >= worst:
+                shutil.rmtree(path)
+    found = checkpoints(out)
+    return f"{found[-1]} is kept: --init-from {found[-1]} begins there." if found else "no good checkpoint is left."
+
+
+class Stop:
+    """Whether somebody asked the run to end, and whether there is a step to end after."""
+
+    asked = training = False
+
+
+@contextmanager
+def stopping(bar: Bar) -> Iterator[Stop]:
+    """Inside, the first Ctrl-C asks for an end after the step that runs, so that a checkpoint of it can be kept; the
+    second one strikes at once, and so does any that comes before the first step."""
+    stop = Stop()
+    alone = processes() == 1 and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield stop
+        return
+
+    def ask(*_: Any) -> None:
+        if stop.asked or not stop.training:
+            raise KeyboardInterrupt
+        stop.asked = True
+        bar.remark("stopping after this step; Ctrl-C again stops at once")
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _classes(trainer: str) -> tuple[type, Any]:
@@ -204,8 +250,9 @@ def block_of(name: str) -> str:
     return ".".join(parts[:-1] if number is None else parts[: number + 1])
 
 
-def _follower(log: RunLog, bar: Bar, options: Options, out: Path, moved: Moved) -> Any:
-    """A callback: every step into the log and onto the bar; a run that diverges or no longer improves is stopped."""
+def _follower(log: RunLog, bar: Bar, options: Options, out: Path, moved: Moved, stop: Stop) -> Any:
+    """A callback: every step into the log and onto the bar; a run that diverges, no longer improves or is to end is
+    stopped."""
     from transformers import TrainerCallback
 
     class Follower(TrainerCallback):
@@ -221,6 +268,19 @@ def _follower(log: RunLog, bar: Bar, options: Options, out: Path, moved: Moved) 
             if not self.begun:  # after the evaluation that precedes the first step
                 self.begun, self.mark, self.tokens = True, time.monotonic(), state.num_input_tokens_seen
                 bar.begin_at(state.global_step)
+            stop.training = True
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step >= options.steps and args.eval_strategy != "no":
+                control.should_evaluate = True  # so that the last figure is one of the result
+            control.should_save |= stop.asked
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_save |= stop.asked
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if stop.asked:
+                raise KeyboardInterrupt
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             logs = logs or {}
@@ -229,9 +289,10 @@ def _follower(log: RunLog, bar: Bar, options: Options, out: Path, moved: Moved) 
                 return
             for what, value in (("loss", loss), ("norm of the gradient", logs.get("grad_norm", 0.0))):
                 if not math.isfinite(value):
+                    worst = state.global_step - (what == "loss" and "loss" in logs)  # the loss is that before the step
                     raise ll.StateError(
                         f"the {what} is {value} at step {state.global_step}: training diverged. Try a smaller --lr (it "
-                        f"was {args.learning_rate:g}) or more --warmup; {_kept(out)}"
+                        f"was {args.learning_rate:g}) or more --warmup; {_left_good(out, worst)}"
                     )
             if "loss" in logs:
                 self.step(state, logs, float(loss))

@@ -15,6 +15,8 @@ from typing import Any
 
 import lora_lite as ll
 
+from ._log import LOG
+
 ADAPTER, RUN, SETTINGS = "adapter.safetensors", "run.json", "run.yaml"
 OURS = re.compile(r"adapter\.safetensors|run\.(json|yaml)|log\.jsonl|loss\.png|loss\.tmp\.png|checkpoint-\d+")
 """What a run writes; --overwrite replaces this and nothing else."""
@@ -68,7 +70,7 @@ def check_writable(out: Path) -> None:
 @contextmanager
 def opened(out: Path, fresh: bool = True) -> Iterator[None]:
     """The folder of a run that is being made. An earlier run is set aside, deleted once this one has ended well, and
-    put back if this one fails before it has a checkpoint."""
+    put back if this one fails before it has a checkpoint. One that fails before its first step leaves nothing."""
     old = out / BEFORE
     if fresh and (names := own_files(out)):
         shutil.rmtree(old, ignore_errors=True)
@@ -79,12 +81,12 @@ def opened(out: Path, fresh: bool = True) -> Iterator[None]:
     try:
         yield
     except BaseException as e:
-        if old.is_dir() and not checkpoints(out):
+        if fresh and not checkpoints(out) and (old.is_dir() or not (out / LOG).is_file()):
             for name in own_files(out):
                 _remove(out / name)
-            for path in old.iterdir():
+            for path in old.iterdir() if old.is_dir() else ():
                 path.rename(out / path.name)
-            old.rmdir()
+            shutil.rmtree(old, ignore_errors=True)
         if isinstance(e, OSError) and e.errno and e.filename is None:  # a full disk does not say where
             raise OSError(e.errno, e.strerror, str(out)) from None
         raise

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+LOG = "log.jsonl"
 NAMED = 6
 """Blocks that the picture names one by one; of more, the first and the last."""
 REDRAW = 30.0
@@ -19,7 +20,7 @@ class RunLog:
     on from there."""
 
     def __init__(self, folder: Path, title: str) -> None:
-        self.path, self.picture, self.title = folder / "log.jsonl", folder / "loss.png", title
+        self.path, self.picture, self.title = folder / LOG, folder / "loss.png", title
         self.rows: list[dict[str, Any]] = []
         self.drawn = time.monotonic()
         self.speaks = True

@@ -13,6 +13,8 @@ from typing import Any
 import lora_lite as ll
 
 from ._console import say
+from ._flags import Flag, flags_of
+from ._verbs import command_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {"r": 4, "batch_size": 8},
@@ -33,15 +35,25 @@ def expanded(words: Sequence[str]) -> list[str]:
     """
     verb, rest = words[0], list(words[1:])
     rest, file = taken(rest, "--config")
-    mine = {name for name, _ in flags_in(rest)}
+    mine = {name for flag, _ in flags_in(rest) for name in (flag, flag.removeprefix("no_"))}
     settings = read_settings(Path(file), verb) if file is not None else {}
     settings = fitting(settings, rest)
     _, preset = taken(rest, "--preset")
     preset = preset if preset is not None else settings.get("preset")
     if preset is not None:
         settings = {**preset_of(str(preset), rest, settings), **settings}
-    front = [w for name, value in settings.items() if name not in mine for w in words_of(name, value)]
+    flags = flags_of_verb(verb, settings, rest)
+    front = [w for name, value in settings.items() if name not in mine for w in words_of(name, value, flags.get(name))]
     return [verb, *front, *rest]
+
+
+def flags_of_verb(verb: str, settings: Mapping[str, Any], words: Sequence[str]) -> dict[str, Flag]:
+    """The flags of a command with its method's, which the words choose or the settings."""
+    from ._method import DEFAULT_METHOD
+
+    if not settings:
+        return {}
+    return flags_of(command_of(verb, ["--method", str(settings.get("method", DEFAULT_METHOD)), *words]))
 
 
 def fitting(settings: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
@@ -122,18 +134,20 @@ def read_settings(path: Path, verb: str) -> dict[str, Any]:
     return settings
 
 
-def words_of(name: str, value: Any) -> list[str]:
-    """The words of one setting: a switch, a list or a table of words, or one word."""
-    flag = f"--{name.replace('_', '-')}"
-    if value is False or (isinstance(value, (list, dict)) and not value):
+def words_of(name: str, value: Any, flag: Flag | None = None) -> list[str]:
+    """The words of one setting: a switch, which may be on unless somebody turns it off, a list or a table of words, or
+    one word."""
+    dashed = name.replace("_", "-")
+    if isinstance(value, (list, dict)) and not value:
         return []
-    if value is True:
-        return [flag]
+    if isinstance(value, bool) and (flag is None or flag.switch):
+        on = flag is not None and flag.default is True
+        return [] if value is on else [f"--{dashed}" if value else f"--no-{dashed}"]
     if isinstance(value, dict):
-        return [flag, *(str(x) for pair in value.items() for x in pair)]
+        return [f"--{dashed}", *(str(x) for pair in value.items() for x in pair)]
     if isinstance(value, (list, tuple)):
-        return [flag, *map(str, value)]
-    return [flag, str(value)]
+        return [f"--{dashed}", *map(str, value)]
+    return [f"--{dashed}", str(value)]
 
 
 def write_settings(path: Path, verb: str, args: Any) -> None:
@@ -149,7 +163,7 @@ def write_settings(path: Path, verb: str, args: Any) -> None:
             found[f.name] = value
     plain = json.loads(json.dumps(found, default=str))
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    beside.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
     beside.replace(path)
 
 

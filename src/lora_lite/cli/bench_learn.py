@@ -82,6 +82,9 @@ def main(words: list[str]) -> int:
     """`lora-lite bench learn` with these flags."""
     import tyro
 
+    from ._words import check_words
+
+    words = check_words("bench learn", Learn, words)
     return run(tyro.cli(Learn, prog="lora-lite bench learn", args=words, config=(tyro.conf.FlagCreatePairsOff,)))
 
 

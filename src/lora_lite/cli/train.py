@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import lora_lite as ll
 
+from ..core.errors import did_you_mean
 from ..data.forms import Row, layout_of, preferred
 from ..data.packing import packed
 from ..data.tokens import Prepared, Tokens
@@ -21,6 +23,7 @@ from . import _folder as folder
 from . import _session as session
 from ._base import BaseFlags, check_base, check_seed, load_base, processes, quiet
 from ._console import clock, divert, is_first, say, table
+from ._log import LOG
 from ._method import build_config, check_ignored
 from ._notice import check_packing, untrained_tokens
 from ._rows import Reader, RowFlags, check_data, fingerprint, held_out, reader_of
@@ -192,9 +195,10 @@ def run(args: Train) -> int:
     facts |= {"adapter": str(path), **compare(model, tokenizer, work.asked, args.samples, args.score)}
     say()
     report(out, path)
-    say(f"next     lora-lite chat {out}")
-    say(f"         lora-lite eval --adapter {out}")
-    say(f"         lora-lite merge {out} --out {out / 'merged'}")
+    typed = shlex.quote(str(out))
+    say(f"next     lora-lite chat {typed}")
+    say(f"         lora-lite eval --adapter {typed}")
+    say(f"         lora-lite merge {typed} --out {shlex.quote(str(out / 'merged'))}")
     if args.json:
         print(json.dumps(facts))
     return 0
@@ -335,6 +339,7 @@ def check(args: Train) -> None:
         check_best(args)
     if args.resume and args.overwrite:
         raise ll.ConfigError("--resume goes on with a run and --overwrite deletes it; give one of them.")
+    check_trackers(args.report_to)
     if args.init_from is not None and not args.init_from.exists():
         raise ll.FileError(f"--init-from {args.init_from}: there is no such file.")
 
@@ -355,6 +360,25 @@ def check_numbers(args: Train) -> None:
             raise ll.ConfigError(f"--{name} must be positive, got {value}.")
     if args.max_length is not None and args.max_length < 2:
         raise ll.ConfigError(f"--max-length must be at least 2, got {args.max_length}.")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Whether each tracker exists and its package is here, before anything is loaded.
+
+    Raises:
+        ConfigError: one is unknown or missing.
+    """
+    if not names:
+        return
+    from transformers.integrations import integration_utils as trackers
+
+    known, here = list(trackers.INTEGRATION_TO_CALLBACK), trackers.get_available_reporting_integrations()
+    for name in names:
+        if name not in (*known, "all", "none"):
+            near = did_you_mean(name, known, 1)
+            raise ll.ConfigError(f"--report-to {name}: there is no such tracker.{near} There are: {', '.join(known)}.")
+        if name in known and name not in here:
+            raise ll.ConfigError(f"--report-to {name} needs its package: pip install {name.replace('_', '-')}")
 
 
 def check_best(args: Train) -> None:
@@ -447,14 +471,7 @@ def fit_and_say(work: Work, model: Any, tokenizer: Any) -> dict[str, Any]:
     try:
         trainer = fit(model, tokenizer, work.train, work.evals, Options(**values), work.out, log, work.resume)
     except KeyboardInterrupt:
-        found = folder.checkpoints(work.out)
-        hint = (
-            "the same command with --resume goes on from the last checkpoint: lora-lite train --config "
-            f"{work.out / folder.SETTINGS} --out {work.out} --resume"
-            if found
-            else "no checkpoint had been written yet"
-        )
-        say(f"stopped; {hint}")
+        say(stopped(work.out))
         raise
     seconds = time.monotonic() - start
     old = max((row["tokens"] for row in log.rows if "tokens" in row and row["step"] <= before), default=0)
@@ -468,6 +485,17 @@ def fit_and_say(work: Work, model: Any, tokenizer: Any) -> dict[str, Any]:
         facts |= {"eval_loss_before": evals[0], "eval_loss": min(evals) if args.best else evals[-1]}
         say(f"eval loss {evals[0]:.4f} before, {facts['eval_loss']:.4f} after {clock(seconds)}")
     return facts
+
+
+def stopped(out: Path) -> str:
+    """After Ctrl-C: what is kept, and the line that goes on."""
+    found = folder.checkpoints(out)
+    line = shlex.join(["lora-lite", "train", "--config", str(out / folder.SETTINGS), "--out", str(out)])
+    if not (out / LOG).is_file():
+        return "stopped before the first step; the same command begins anew"
+    if found:
+        return f"stopped; {found[-1].name} is kept, and this goes on from there: {line} --resume"
+    return f"stopped before the first checkpoint; this begins anew: {line} --overwrite"
 
 
 def report(out: Path, adapter: Path) -> None:

@@ -26,6 +26,8 @@ def register(cls: T) -> T:
         ConfigError: a member is missing or follows from others, or the name or what the class `holds` belongs to
             another class.
     """
+    if not callable(getattr(cls, "mro", None)):
+        raise ConfigError(f"ll.register takes a class, as @ll.register above it; got {shown(cls)}.")
     name = vars(cls).get("name") or getattr(cls, "name", "")
     if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError(

@@ -72,6 +72,7 @@ class ParamSpec:
             raise ConfigError("ParamSpec has shape (); write (1,): sharded training refuses 0-dim parameters.")
         if min(self.shape) < 1:
             raise ConfigError(f"ParamSpec has the empty shape {self.shape}.")
+        self._check_kinds()
         if isinstance(self.init, str) and self.init in ELSEWHERE:
             raise ConfigError(f"init={self.init!r} is no start here: {ELSEWHERE[self.init]}.")
         if isinstance(self.init, str) and self.init.partition(":")[0] not in {*_INITS, "constant"}:
@@ -79,6 +80,26 @@ class ParamSpec:
                 f"unknown init {self.init!r}; use one of {sorted(_INITS)}, 'normal:STD', 'constant:VALUE' or a "
                 "callable."
             )
+
+    def _check_kinds(self) -> None:
+        given: dict[str, Any] = vars(self)
+        for name in ("trainable", "as_buffer", "decay"):
+            if not isinstance(given[name], bool):
+                raise ConfigError(f"ParamSpec's {name} is True or False, got {shown(given[name])}.")
+        ratio, dtype, init = given["lr_ratio"], given["dtype"], given["init"]
+        if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 <= ratio < math.inf:
+            raise ConfigError(f"ParamSpec's lr_ratio is a number from 0 on, got {shown(ratio)}.")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"ParamSpec's dtype is a torch.dtype such as torch.int64, or None, got {shown(dtype)}.")
+        if not isinstance(init, str) and not callable(init):
+            raise ConfigError(
+                f"ParamSpec's init is a word such as 'zeros' or a function that fills the tensor, got {shown(init)}."
+            )
+        below: Any = given["below"]
+        bounds: list[Any] = [*below] if isinstance(below, tuple) else [below]
+        if below is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in bounds):
+            text = shown(given["below"])
+            raise ConfigError(f"ParamSpec's below is a whole number or a tuple of them, got {text}.")
 
     @property
     def is_trained(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import fake_mode, storage_key
+from ..core.arguments import checked
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, LoraLiteError, size_text
 from ..core.registry import get_variant
@@ -208,6 +209,7 @@ class Paper:
                 return forward, count.get_total_flops(), saved.total(), saved.checkpointed()
 
 
+@checked
 def cost(model: nn.Module, cfg: AdapterConfig, batch: int = 1, length: int = 2048) -> Cost:
     """What one training step of `batch` x `length` tokens costs with an adapter of this config, counted without
     weights.

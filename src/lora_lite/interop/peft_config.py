@@ -11,6 +11,7 @@ from torch import nn
 
 import lora_lite as ll
 
+from ..core.arguments import checked
 from ..core.errors import ConfigError
 from ..runtime.attach import attach as _attach
 from ..runtime.plan import plan as _plan
@@ -210,7 +211,7 @@ def taking_peft(verb: Callable[Concatenate[nn.Module, Any, P], T]) -> Callable[C
     return found
 
 
-attach, plan = taking_peft(_attach), taking_peft(_plan)
+attach, plan = checked(taking_peft(_attach)), checked(taking_peft(_plan))
 
 
 def _starts() -> dict[Any, type[ll.AdapterConfig]]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.errors import FileError
+from ..core.arguments import checked
+from ..core.errors import ConfigError, FileError
 from ..io.load import load as load_local
 from ..io.native import BaseCheck
 from ..runtime.handle import Adapter
@@ -23,6 +24,7 @@ PATTERNS = ["*.safetensors", "*.json"]
 """What an adapter needs of a repository; nothing pickled comes."""
 
 
+@checked
 def load(
     model: nn.Module,
     path: str | os.PathLike[str] | Mapping[str, Tensor],
@@ -53,6 +55,8 @@ def load(
         StateError: the name is taken or the model is merged. In each case the model is untouched.
     """
     if isinstance(path, (str, os.PathLike)):
+        if config is not None:
+            raise ConfigError("ll.load: config= is for tensors at hand; a file or folder has its own. Leave it out.")
         place = located(path, revision)
         if is_upstream(place):
             return load_upstream(model, Path(place), name, trainable)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 
+from ..core.arguments import checked
 from ..core.errors import ConfigError, StateError
+from ..core.registry import check_config
 from ..runtime.model.state import state_of
 from . import reference
 from .card import card, fields
@@ -32,6 +34,7 @@ _Base: Any = object
 """The trainer's class, as the mixin sees it: known only where a subclass names it."""
 
 
+@checked
 def trainer(base: type, cfg: ll.AdapterConfig | None = None, **options: Any) -> type:
     """A Trainer class for adapters, from one of transformers, TRL or sentence-transformers.
 
@@ -57,6 +60,8 @@ def trainer(base: type, cfg: ll.AdapterConfig | None = None, **options: Any) -> 
             f"ll.trainer takes a trainer's class and gives one back: ll.trainer(SFTTrainer, cfg)(model=..., ...); got "
             f"{base!r}."
         )
+    if cfg is not None and not hasattr(cfg, "peft_type"):
+        check_config(cfg)
     made = adapter_trainer(base)
     if cfg is None and not options:
         return made

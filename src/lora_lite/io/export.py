@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from ..core.arguments import checked
 from ..core.errors import FileError, listing
 from ..core.files import check_path
 from ..runtime.model.record import Record
@@ -20,6 +21,7 @@ Format = Literal["peft", "lora", "diffusers", "kohya", "mlx", "llama.cpp"]
 FORMATS = get_args(Format)
 
 
+@checked
 @own_surroundings()
 def export(
     model: nn.Module,

@@ -17,7 +17,7 @@ from ..runtime.handle import Adapter
 from ..runtime.model.state import DEFAULT, unwrap
 from ..runtime.targets.structure import home_of, transformer_inside
 from .header import read_header
-from .native import BaseCheck, load_native
+from .native import BaseCheck, check_strictness, load_native
 from .other_layouts import MLX_WEIGHTS, as_lora, is_other, load_other
 from .peft_read import CONFIG, WEIGHTS, attach_peft, check_owners, load_peft, peft_paths
 
@@ -45,8 +45,7 @@ def load(
         BaseMismatchError: other base weights.
         StateError: the name is taken or the model is merged. In each case the model is untouched.
     """
-    if base_check not in ("error", "warn", "ignore"):
-        raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {base_check!r}.")
+    check_strictness(base_check)
     check_attachable(model, name)
     if isinstance(path, Mapping):
         return _load_tensors(unwrap(model), path, config, name, trainable)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import checked
 from ..core.errors import (
     BaseMismatchError,
     FileError,
@@ -20,6 +21,7 @@ from ..core.errors import (
     StateError,
     did_you_mean,
     listing,
+    shown,
 )
 from ..core.files import check_path, each_tensor, is_finite, opened, read_tensors, reading
 from ..core.spec import ParamSpec
@@ -47,6 +49,7 @@ MAX_SAMPLE = 4096
 BaseCheck = Literal["error", "warn", "ignore"]
 
 
+@checked
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -164,6 +167,7 @@ def _checked(path: str | os.PathLike[str], head: dict[str, Any], record: Record)
             yield key, t
 
 
+@checked
 @own_surroundings()
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """Full `state_dict` path (without the adapter's name) -> CPU copy of everything the adapter owns, gathered from
@@ -200,6 +204,7 @@ def _at_hand(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
         return found.detach()
 
 
+@checked
 def load_adapter_state_dict(model: nn.Module, name: str | None, state: dict[str, Tensor]) -> None:
     """Copy tensors of `adapter_state_dict` into an attached adapter, in place; compiled code stays valid.
 
@@ -265,6 +270,16 @@ def _check_tensor(key: str, got: Tensor, want: ParamSpec, where: str) -> None:
         raise FileError(f"{where}: {key} holds {got.dtype}, expected {dtype}.")
     if not want.holds(got):
         raise FileError(f"{where}: {key} holds numbers outside of its range (below {want.below}).")
+
+
+def check_strictness(base_check: object) -> None:
+    """Refuse a `base_check` that is none.
+
+    Raises:
+        FileError: it is another word, or no word at all.
+    """
+    if base_check not in ("error", "warn", "ignore"):
+        raise FileError(f"base_check must be 'error', 'warn' or 'ignore', got {shown(base_check)}.")
 
 
 def check_base(model: nn.Module, record: Record, head: dict[str, Any], base_check: str, where: str) -> None:

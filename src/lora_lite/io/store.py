@@ -11,7 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
+from ..core.arguments import checked
 from ..core.errors import ConfigError, FileError, SelectionError, did_you_mean
+from ..core.files import check_path
 from ..runtime.commit import check_attachable, commit, detach
 from ..runtime.model.record import Record
 from ..runtime.model.state import state_of, unwrap
@@ -21,7 +23,7 @@ from ..runtime.select import active as active_scope
 from ..runtime.select import rows as rows_scope
 from ..runtime.start.staging import StagedTarget
 from .load import load
-from .native import BaseCheck, read_native
+from .native import BaseCheck, check_strictness, read_native
 
 Staged = tuple[Record, list[StagedTarget]] | None
 """An adapter that is ready to be put on the model; None for other layouts than ours, which are read when it is."""
@@ -44,9 +46,12 @@ class AdapterStore:
         base_check: as in `ll.load`.
     """
 
+    @checked
     def __init__(
         self, model: nn.Module, folder: str | os.PathLike[str], resident: int = 64, base_check: BaseCheck = "error"
     ) -> None:
+        check_path(folder)
+        check_strictness(base_check)
         if resident < 1:
             raise ConfigError(f"AdapterStore: resident must be at least 1, got {resident}.")
         self.model, self.folder, self.limit = unwrap(model), Path(folder), resident

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..core.arguments import checked
 from ..core.errors import StateError, listing
 from .call.acting import check_acts, why_unhooked
 from .model.record import Record
@@ -34,6 +35,7 @@ def _trains(record: Record) -> bool:
     return any(spec.is_trained for target in record.targets.values() for spec in target.specs.values())
 
 
+@checked
 def check(model: nn.Module) -> CheckReport:
     """Whether every target of every trainable adapter learns. Call it after `loss.backward()` and before
     `zero_grad()`.

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import checked
 from ..core.errors import ConfigError, StateError
 from ..core.registry import holder
 from .commit import check_attachable, commit
@@ -28,6 +29,7 @@ METHODS = get_args(Method)
 Pair = tuple[Tensor, Tensor]
 
 
+@checked
 def combine(
     model: nn.Module,
     weights: Mapping[str, float],
@@ -86,6 +88,7 @@ def combine(
     return commit(model, record, staged, trainable=False)
 
 
+@checked
 def factors(model: nn.Module, name: str | None = None) -> dict[str, Pair]:
     """Path -> (A (k, d_in), B (d_out, k)) of an adapter whose update is B A, its scale in B: what a method is made of
     that routes between other adapters.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .._torch import forget_compiled, hook_tables, remove_hooks
+from ..core.arguments import checked
 from ..core.errors import StateError
 from .call.attention import attend, nothing
 from .call.experts import experts_post_hook, experts_pre_hook
@@ -300,6 +301,7 @@ def _remove_root_hooks(model: nn.Module) -> None:
         remove_hooks(module, SAVING_HOOKS)
 
 
+@checked
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Remove one adapter, or all of them (`name=None`). With the last one go the hooks, and the base's `requires_grad`
     comes back.
@@ -371,6 +373,7 @@ def _release(model: nn.Module, state: ModelState, undo: Undo) -> None:
     _remove_root_hooks(model)
 
 
+@checked
 def rename(model: nn.Module, old: str, new: str) -> None:
     """Give an adapter another name; its tensors stay the same objects, so optimisers keep working.
 

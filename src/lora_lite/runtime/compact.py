@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import Tensor, nn
 
+from ..core.arguments import checked
 from ..core.errors import StateError
 from .commit import change, check_free, give_name, put_in_order, put_on, take_off
 from .handle import Adapter
@@ -59,6 +60,7 @@ def compacted(
     return dataclasses.replace(record, targets=targets, scheduled=False, train_calls=0), small
 
 
+@checked
 def compact(model: nn.Module, name: str | None = None, rank: int | None = None) -> Adapter:
     """Replace an adapter by a smaller one: the live triplets of a finished rank schedule, or the first `rank` ranks of
     a nested method.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.arguments import checked
 from ..core.config import AdapterConfig
 from ..core.errors import ConfigError, StateError, shown
 from .model.record import Record
@@ -115,6 +116,7 @@ class Adapter:
         for _, p in self.named_parameters():
             yield p
 
+    @checked
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimiser groups: each tensor at `lr` times its ratio (LoRA+), weight decay 0 on gains, rotations and
         magnitudes.
@@ -158,6 +160,7 @@ def _check_rate(name: str, value: Any) -> None:
         raise ConfigError(f"param_groups: {name} is a number of 0 or more, such as 1e-3; got {shown(value)}.")
 
 
+@checked
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Name -> handle of every attached adapter, in attach order; empty for a bare model."""
     try:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import forget_compiled
+from ..core.arguments import checked
 from ..core.errors import LoraLiteError, StateError, WeightError
 from .call.acting import check_acts
 from .call.batch import call_batch, evaluating, values_of
@@ -73,6 +74,7 @@ class MergeReport:
     __repr__ = __str__
 
 
+@checked
 @own_surroundings()
 def merge(model: nn.Module, name: str | None = None, dequantize: bool = False, check: Any = None) -> MergeReport:
     """Fold adapters into the weights: W' and b' are read off the pages themselves, in fp64, a block at a time.
@@ -135,6 +137,7 @@ def _merge(model: nn.Module, state: ModelState, targets: Mergeable, merged: Merg
     return report
 
 
+@checked
 @own_surroundings()
 def unmerge(model: nn.Module) -> None:
     """Put the original bits back and make the merged adapters active again. Does nothing on a model that is not

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .._torch import within_step
+from ..core.arguments import checked
 from ..core.errors import StateError
 from .model.state import record_of, state_of
 from .schedule import torch_optimizer
@@ -21,6 +22,7 @@ A, B = "lora_A", "lora_B"
 its deviation."""
 
 
+@checked
 def precondition(model: nn.Module, optimizer: Optimizer, reg: float = 1e-6, name: str | None = None) -> RemovableHandle:
     """Before each step of `optimizer`: ∂A ← (BᵀB + δI)⁻¹ ∂A and ∂B ← ∂B (AAᵀ + δI)⁻¹, with A (r, d_in), B (d_out, r).
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._torch import hook_tables, within_step
+from ..core.arguments import checked
 from ..core.config import AdapterConfig
 from ..core.errors import StateError
 from ..core.targets import StepTargets as Promised
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     _: type[Promised[AdapterConfig]] = StepTargets
 
 
+@checked
 def schedule(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
     """Drive every scheduled adapter (rank schedules, retractions) from `optimizer.step()`.
 
@@ -108,6 +110,7 @@ def step_record(model: nn.Module, record: Record) -> None:
         record.variant.on_step(targets, record.cfg, record.steps)  # type: ignore[misc]
 
 
+@checked
 def penalty(model: nn.Module, name: str | None = None) -> Tensor:
     """Sum of the regularisers of one adapter, or of all active ones: add it to the loss. Zero for methods without any.
 

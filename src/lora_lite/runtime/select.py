@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import checked
 from ..core.config import matches
 from ..core.errors import SelectionError, StateError, did_you_mean, listing, shown
 from .call.recompute import changed
@@ -25,6 +26,7 @@ Choice = str | Sequence[str] | Mapping[str, float] | None
 Owners = Sequence[int] | Tensor | Mapping[str, Sequence[int] | Tensor]
 
 
+@checked
 def activate(model: nn.Module, choice: Choice) -> None:
     """Choose the adapters that act from now on: a name, several names, {name: weight}, or None for the bare base.
 
@@ -47,6 +49,7 @@ def activate(model: nn.Module, choice: Choice) -> None:
     all_or_nothing(steps)
 
 
+@checked
 @contextmanager
 def active(model: nn.Module, choice: Choice) -> Iterator[None]:
     """`with ll.active(model, "a"):` acts like `activate` inside the block and restores the selection afterwards, after
@@ -62,6 +65,7 @@ def active(model: nn.Module, choice: Choice) -> Iterator[None]:
         yield
 
 
+@checked
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None], owners: Owners | None = None) -> Iterator[None]:
     """`with ll.rows(model, ["a", None, "b"]):` one adapter per batch row; None is the bare base. Beam search may repeat
@@ -114,11 +118,12 @@ def _with_owners(state: ModelState, names: tuple[str | None, ...], owners: Owner
 
 def _adapters_of(names: tuple[str | None, ...], owners: Sequence[int] | Tensor) -> tuple[str | None, ...]:
     """The adapter of each element of an inner batch."""
-    numbers: list[Any] = owners.tolist() if isinstance(owners, Tensor) else list(owners)
+    given: Any = owners.tolist() if isinstance(owners, Tensor) else owners
+    numbers: list[Any] = list(given) if isinstance(given, Iterable) else []
     if not numbers or not all(type(i) is int and 0 <= i < len(names) for i in numbers):
         raise SelectionError(
             f"ll.rows(owners=...) takes, for each element of an inner batch, the number of its row, 0 to "
-            f"{len(names) - 1}; got {numbers}."
+            f"{len(names) - 1}; got {shown(given)}."
         )
     return tuple(names[i] for i in numbers)
 
@@ -162,6 +167,7 @@ def _known(state: ModelState, name: object) -> None:
         )
 
 
+@checked
 @contextmanager
 def context(model: nn.Module, **values: Sequence[Any] | Tensor) -> Iterator[None]:
     """`with ll.context(model, task_ids=[0, 2]):` what a method reads of each row, one entry per batch row.
@@ -183,6 +189,7 @@ def context(model: nn.Module, **values: Sequence[Any] | Tensor) -> Iterator[None
         yield
 
 
+@checked
 @contextmanager
 def prompt(model: nn.Module, lengths: Sequence[int] | Tensor | None) -> Iterator[None]:
     """`with ll.prompt(model, [7, 4]):` the first 7 and 4 tokens of the rows are their prompts, padding not counted.

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from ..core.arguments import checked
 from .commit import change, take_off
 from .merge import merge, unmerge
 from .model.state import state_of, unwrap
 from .model.undo import Undo, restoring
 
 
+@checked
 def merge_and_unload(
     model: nn.Module, name: str | None = None, dequantize: bool = False, check: Any = None
 ) -> nn.Module:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from ...core.errors import ConfigError, shown
 from ..model.call import Extent
 from ..model.undo import surely
 
@@ -16,10 +17,25 @@ TOKENS = ("input_ids", "inputs_embeds")
 
 
 def call_batch(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a dict (or anything with keys), a tuple, a list or a tensor."""
+    """The model's output for a dict (or anything with keys), a tuple, a list or a tensor.
+
+    Raises:
+        ConfigError: it is none of these, or nothing in it is more than a word or a number.
+    """
+    if all(part is None or isinstance(part, (str, int, float, nn.Module)) for part in _parts(batch)):
+        raise ConfigError(
+            "a batch is a tensor, or a tuple or dict of tensors as the model takes them: model(*batch), "
+            f"model(**batch); got {shown(batch)}."
+        )
     if hasattr(batch, "keys"):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _parts(batch: Any) -> Iterable[Any]:
+    if isinstance(batch, Mapping):
+        return batch.values()
+    return batch if isinstance(batch, (tuple, list)) else (batch,)
 
 
 def values_of(output: Any) -> Iterable[Any]:
