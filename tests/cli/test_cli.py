@@ -559,7 +559,7 @@ def test_plan(files, capsys):
     data = json.loads(capsys.readouterr().out)
     assert data["config"]["variant"] == "eva" and len(data["targets"]) == 14
     assert {f.name for f in dataclasses.fields(plan.Plan)} == {
-        "model", "method", "json", "cost", "compare", "batch", "length", "base_dtype", "debug", "gpu",
+        "model", "method", "json", "cost", "compare", "batch", "length", "base_dtype", "debug", "gpu", "gpus", "shards",
     }  # fmt: skip
 
 

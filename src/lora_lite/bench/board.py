@@ -104,6 +104,12 @@ class Standing:
         return statistics.fmean(grown) if grown else None
 
 
+def trainable() -> list[str]:
+    """Methods that train and by default stand on linear layers or the residual stream."""
+    usual = [v for v in ll.variants() if ll.Variant.site in v.config().target_kinds]
+    return [v.name for v in usual if v.trains and v.holds != "modules"]
+
+
 def read(path: Path) -> list[Row]:
     """The finished runs of a file, one JSON object per line; a last line that was cut by a stop is passed over.
 

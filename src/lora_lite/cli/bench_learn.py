@@ -119,6 +119,7 @@ def run(args: Learn) -> int:
 
 def check(args: Learn) -> None:
     """Values that no later step would catch with a good sentence."""
+    from ..bench.board import trainable
     from ..core.errors import did_you_mean
 
     known = trainable()
@@ -143,15 +144,9 @@ def check(args: Learn) -> None:
         raise ll.ConfigError(f"--grid needs different factors above 0, got {args.grid}.")
 
 
-def trainable() -> list[str]:
-    """Methods that train and by default stand on linear layers or the residual stream."""
-    usual = [v for v in ll.variants() if ll.Variant.site in v.config().target_kinds]
-    return [v.name for v in usual if v.trains and v.holds != "modules"]
-
-
 def chosen(args: Learn) -> list[Entry]:
     """The lines of the board; a method that cannot reach a size is said and left out."""
-    from ..bench.board import Entry
+    from ..bench.board import Entry, trainable
     from ..bench.sizes import fields_for
 
     names = trainable() if "all" in args.methods else list(args.methods)

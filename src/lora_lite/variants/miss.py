@@ -60,7 +60,7 @@ class MiSS(Variant):
         r, x = layer.cfg.r, layer.dropout(x)
         missing = -x.shape[-1] % r
         x = F.pad(x, (0, missing)) if missing else x
-        pieces = x.reshape(*x.shape[:-1], -1, r)
+        pieces = x.reshape(*x.shape[:-1], x.shape[-1] // r, r)
         return add_lowrank(y, pieces.sum(-2), spread(layer).mT)
 
     @staticmethod
