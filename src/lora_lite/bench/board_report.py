@@ -124,8 +124,8 @@ def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
 def write(folder: Path, rows: Sequence[Row], beside: Sequence[Row] = ()) -> list[Path]:
     """`learn.md`, pictures, and `learn.html` which needs no other file."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "learn.md").write_text(markdown(rows, beside), encoding="utf-8")
-    paths, figures = [folder / "learn.md"], []
+    paths: list[Path] = [folder / "learn.md"]
+    figures: list[tuple[str, Any]] = []
     if any("refused" not in row for row in beside):
         figures.append(("the same start here and in PEFT", beside_peft.picture(list(beside))))
         paths.append(folder / "learn-beside-peft.png")
@@ -138,6 +138,9 @@ def write(folder: Path, rows: Sequence[Row], beside: Sequence[Row] = ()) -> list
             figure.savefig(path)
             paths.append(path)
             figures.append((f"{protocol.task}: {what.replace('-', ' ')}", figure))
+    shown = [f"![{what}]({path.name})" for path, (what, _) in zip(paths[1:], figures, strict=True)]
+    drawn = ["", "## Pictures", "", "All in one page with the tables: [report](learn.html).", "", *shown]
+    paths[0].write_text(markdown(rows, beside) + "\n".join(drawn) + "\n", encoding="utf-8")
     page = folder / "learn.html"
     page.write_text(report(rows, figures), encoding="utf-8")
     return [*paths, page]
