@@ -95,6 +95,8 @@ CASES = [
     ("diff a", "needs B: lora-lite diff A B"),
     ("convert a b --out c", "no use for the word 'b'"),
     ("merge a", "needs --out"),
+    ("bench memory --device cpu", "leave out --device"),
+    ("plan --compare lora dora --gpus 8", "--method NAME instead of --compare"),
     ("bench learn --task x", "one of wordmath, glosses, metamath, got 'x'"),
     # numbers
     (TRAIN + " --seed -1", "--seed must lie between"),

@@ -196,3 +196,21 @@ def test_mistakes_are_named():
         ll.cost(torch.nn.Linear(3, 4), ll.LoRAConfig())
     with pytest.raises(ll.TargetError):
         ll.cost(llama("meta"), ll.LoRAConfig(target_names=("nowhere",)))
+
+
+def test_a_deep_model_without_a_config_is_counted_whole():
+    model = llama(num_hidden_layers=5)
+    bare, wanted = Paper(model, B, T), ll.cost(model, ll.LoRAConfig(r=3), B, T)
+    assert bare.shallow
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.get_input_embeddings = model, model.get_input_embeddings
+
+        def forward(self, **batch):
+            return self.inside(**batch)
+
+    paper = Paper(Own(), B, T)
+    assert not paper.shallow
+    assert paper.cost(ll.LoRAConfig(r=3)).extra_forward == wanted.extra_forward > 0

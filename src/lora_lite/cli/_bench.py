@@ -9,6 +9,12 @@ from typing import Any
 import lora_lite as ll
 
 Words = tuple[str, ...]
+Setting = tuple[str, str, str, int]
+"""Method, size, tokens, rank of a row."""
+
+
+def setting_of(row: dict[str, Any]) -> Setting:
+    return row["method"], row["size"], row["shape"], row["r"]
 
 
 def write(path: Path, text: str) -> None:

@@ -173,9 +173,10 @@ def _check_loose(verb: str, flags: Mapping[str, Flag], loose: list[str], given: 
         hint = " A switch takes no value." if extra.lower() in ("true", "false") else f" It takes: {line} [FLAGS]"
         raise NoSuchWord(f"lora-lite {verb} has no use for the word {extra!r}.{hint}")
     for flag in places:
-        words = loose if flag.many else [loose.pop(0)] if loose else []
-        if words:
-            check_values(flag, words)
+        here = loose if flag.many else loose[:1]
+        if here:
+            check_values(flag, here)
+        loose = loose[len(here) :]
     for flag in flags.values():
         if flag.default is MISSING and not flag.positional and flag.name not in given:
             raise NoSuchWord(f"lora-lite {verb} needs {flag.typed}.")

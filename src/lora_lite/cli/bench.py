@@ -11,13 +11,11 @@ import tyro
 
 import lora_lite as ll
 
-from ._bench import chosen, read, tokens, write
+from ._bench import Setting, chosen, read, setting_of, tokens, write
 from ._console import Bar, clock, say, table
 
 SECONDS = {"S4": 1.5, "M3": 3.0, "layer-8b": 60.0, "tiny": 0.05}
 """Rough seconds of one round at 512 tokens, all three models."""
-Setting = tuple[str, str, str, int]
-"""Method, size, tokens, rank of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +67,11 @@ def run(args: Bench) -> int:
         from .bench_device import run_on
 
         return run_on(args)
+    return run_timed(args)
+
+
+def run_timed(args: Bench) -> int:
+    """All rows of speed that the JSON file does not hold yet."""
     import torch
 
     from ..bench import goals, report, speed
@@ -115,10 +118,6 @@ def one_row(speed: Any, setting: Setting, rounds: int, tick: Any) -> dict[str, A
     except ll.LoraLiteError as e:
         return {**dict(zip(("method", "size", "shape", "r"), setting, strict=True)), "refused": str(e)}
     return {**row, "goals": judged(row)}
-
-
-def setting_of(row: dict[str, Any]) -> Setting:
-    return row["method"], row["size"], row["shape"], row["r"]
 
 
 def report_on(args: Bench, data: dict[str, Any], wanted: list[dict[str, Any]], report: Any) -> None:

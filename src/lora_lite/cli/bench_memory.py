@@ -7,7 +7,7 @@ from typing import Any
 
 import lora_lite as ll
 
-from ._bench import chosen, read, write
+from ._bench import chosen, read, setting_of, write
 from ._console import Bar, markdown, say, table
 
 SHAPES = ("1x512", "1x4096")
@@ -30,16 +30,18 @@ def run_on(args: Any) -> int:
     """All rows that the JSON file does not hold yet.
 
     Raises:
-        ConfigError: an unknown method, size or shape, or a picture, which this run does not draw.
+        ConfigError: an unknown method, size or shape, a picture, which this run does not draw, or a device.
     """
     from ..bench import memory, speed
 
     if args.plot is not None:
         raise ll.ConfigError("--plot draws ratios of time to PEFT; of memory write --json or --table.")
+    if args.device is not None:
+        raise ll.ConfigError("bench memory counts without a device: leave out --device.")
     sizes, shapes = args.sizes or SIZES, args.shapes or SHAPES
     todo = list(speed.settings(chosen(args, speed, sizes, shapes, speed.SIZES), sizes, shapes, args.ranks))
     data = read(args.json)
-    known = {_setting(row) for row in data["rows"]}
+    known = {setting_of(row) for row in data["rows"]}
     rest = [setting for setting in todo if setting not in known]
     if args.dry_run:
         rows = [(*setting, "known" if setting in known else "") for setting in todo]
@@ -63,12 +65,8 @@ def run_on(args: Any) -> int:
     return _report(args, data, set(todo), memory)
 
 
-def _setting(row: dict[str, Any]) -> tuple[str, str, str, int]:
-    return row["method"], row["size"], row["shape"], row["r"]
-
-
 def _report(args: Any, data: dict[str, Any], wanted: set[Any], memory: Any) -> int:
-    rows = [row for row in data["rows"] if _setting(row) in wanted]
+    rows = [row for row in data["rows"] if setting_of(row) in wanted]
     table(memory.COLUMNS, [memory.cells(row) for row in rows], title="MB at the peak beyond the bare base's")
     if args.table is not None:
         versions = ", ".join(

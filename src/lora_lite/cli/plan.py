@@ -53,6 +53,8 @@ def run(args: Plan) -> int:
         raise ll.ConfigError(f"--batch and --length must be positive, got {args.batch} and {args.length}.")
     model = skeleton(args.model, args.base_dtype)
     if args.compare:
+        if args.gpus != 1 or args.shards:
+            raise ll.ConfigError("--gpus and --shards are for one method: --method NAME instead of --compare.")
         return compare(model, args)
     the_plan = ll.plan(model, build_config(args))
     limit = gibibytes(args.gpu) if args.gpu is not None else None
@@ -90,8 +92,8 @@ def gibibytes(text: str) -> float:
 
 def show_fit(c: ll.Cost, limit: float, many: Spread | None = None) -> None:
     """Whether a step fits into a GPU: base, adapter, its gradients and moments, and what the passes keep."""
-    steady = c.base_bytes + c.adapter_bytes + c.gradient_bytes + c.optimizer_bytes
-    steady = many.resting + many.gathered if many else steady
+    alone = c.base_bytes + c.adapter_bytes + c.gradient_bytes + c.optimizer_bytes
+    steady = many.resting + many.gathered if many else alone
     for name, saved in (
         ("a step", c.base_saved + c.extra_saved),
         ("with gradient checkpointing", c.base_checkpointed + c.extra_checkpointed),

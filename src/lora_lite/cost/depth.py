@@ -22,6 +22,8 @@ def shallow(model: Any) -> list[Any]:
         return []
     path = blocks[0].path.rpartition(".")[0]
     stack = model.get_submodule(path)
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        return []
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if len(stack) != len(blocks) or len({_build(block.module) for block in blocks}) != 1 or len(kinds) > 1:
         return []
