@@ -178,7 +178,7 @@ BUGS = [
     Bug(
         "missing arguments are left to Python",
         "core/arguments.py",
-        "missing = [name for name in needed if name not in values]",
+        "missing = [name for name in self.needed if name not in values]",
         "missing = []",
         ARGUMENTS + " -k missing",
     ),

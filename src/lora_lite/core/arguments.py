@@ -43,19 +43,11 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which first raises `CallError` where its arguments do not fit its signature and annotations."""
-    parameters = dict(inspect.signature(function).parameters)
-    if "self" in parameters:
-        parameters.pop("self")
-        line = function.__qualname__.removesuffix(".__init__")
-        line = f"ll.{line}" if line == line.partition(".")[0] else f"{line[0].lower()}{line[1:]}"
-    else:
-        line = f"ll.{function.__name__}"
-    method = "self" in inspect.signature(function).parameters
-    kinds = {name: found for name, p in parameters.items() if (found := kinds_of(p.annotation))}
+    expected = Expected(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **given: P.kwargs) -> R:
-        _check(line, parameters, kinds, args[1:] if method else args, given)
+        expected.check(args, given)
         return function(*args, **given)
 
     return call
@@ -67,33 +59,48 @@ def kinds_of(annotation: object) -> list[str]:
     return words if all(word in KINDS for word in words) else []
 
 
-def _check(
-    line: str,
-    parameters: Mapping[str, inspect.Parameter],
-    kinds: Mapping[str, list[str]],
-    args: Sequence[object],
-    given: Mapping[str, Any],
-) -> None:
-    places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    typed = f"{line}({', '.join(needed)})"
-    if len(args) > len(places):
-        raise CallError(f"{line} takes {_listed(places)} in this order, and got {len(args)} arguments: {typed}")
-    values = dict(zip(places, args, strict=False))
-    for name in given:
-        if name in values:
-            raise CallError(f"{line} got {name} twice, by its place and by its name: {typed}")
-        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            near = did_you_mean(name, parameters, 1)
-            raise CallError(f"{line} has no argument {name!r}.{near} It takes {_listed(list(parameters))}.")
-    values.update(given)
-    missing = [name for name in needed if name not in values]
-    if missing:
-        raise CallError(f"{line} needs {_listed(missing)}: {typed}")
-    for name, words in kinds.items():
-        value = values.get(name, parameters[name].default)
-        if not any(KINDS[word][0](value) for word in words):
-            raise CallError(f"{line}: {name} is {_wanted(name, words)}, got {shown(value)} of {type(value).__name__}.")
+class Expected:
+    """What a public function or method takes; read once, since some are called for every token."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.parameters = dict(inspect.signature(function).parameters)
+        self.method = self.parameters.pop("self", None) is not None
+        every = self.parameters.items()
+        self.places = [name for name, p in every if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self.needed = [name for name, p in every if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        self.takes_any = any(p.kind is p.VAR_KEYWORD for _, p in every)
+        self.kinds = {name: found for name, p in every if (found := kinds_of(p.annotation))}
+        self.line = f"ll.{function.__name__}"
+        if self.method:
+            owner = function.__qualname__.removesuffix(".__init__")
+            self.line = f"{owner[0].lower()}{owner[1:]}" if "." in owner else f"ll.{owner}"
+        self.typed = f"{self.line}({', '.join(self.needed)})"
+
+    def check(self, args: Sequence[object], given: Mapping[str, Any]) -> None:
+        """Raises: CallError: an argument is missing, unknown, given twice or of another kind."""
+        args = args[1:] if self.method else args
+        if len(args) > len(self.places):
+            order = _listed(self.places)
+            raise CallError(f"{self.line} takes {order} in this order, and got {len(args)} arguments: {self.typed}")
+        values = dict(zip(self.places, args, strict=False))
+        for name in given:
+            if name in values:
+                raise CallError(f"{self.line} got {name} twice, by its place and by its name: {self.typed}")
+            if name not in self.parameters and not self.takes_any:
+                near = did_you_mean(name, self.parameters, 1)
+                raise CallError(
+                    f"{self.line} has no argument {name!r}.{near} It takes {_listed(list(self.parameters))}."
+                )
+        values.update(given)
+        missing = [name for name in self.needed if name not in values]
+        if missing:
+            raise CallError(f"{self.line} needs {_listed(missing)}: {self.typed}")
+        for name, words in self.kinds.items():
+            value = values.get(name, self.parameters[name].default)
+            if not any(KINDS[word][0](value) for word in words):
+                raise CallError(
+                    f"{self.line}: {name} is {_wanted(name, words)}, got {shown(value)} of {type(value).__name__}."
+                )
 
 
 def _wanted(name: str, words: Sequence[str]) -> str:
