@@ -183,7 +183,7 @@ def _target(path: str, entry: dict[str, Any], module: nn.Module, cfg: AdapterCon
     known = {f.name for f in dataclasses.fields(defaults)}
     changes = {k: v for k, v in entry.get("config", {}).items() if k in known}
     _check_patterns(changes, path)
-    own = method.config.from_dict({**defaults.to_dict(), **changes})
+    own = method.config.from_dict({**defaults.to_dict(), **changes}) if changes else defaults
     check_scale(own.scale, path)
     if not abs(float(entry.get("scale", own.scale)) - own.scale) <= 1e-6 * abs(own.scale):
         raise FileError(

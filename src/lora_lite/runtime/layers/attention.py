@@ -89,7 +89,7 @@ class Attention(Kind):
             )
         return "" if how in OPEN else f"its scores are computed by {how!r}, whose masks cannot be widened. {CURE}"
 
-    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> None:
+    def sample(self, module: nn.Module, rows: Tensor, columns: Tensor) -> None:
         return None
 
     def join(self, module: nn.Module, path: str, hooks: Hooks) -> None:

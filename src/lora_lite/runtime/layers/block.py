@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.kind import Kind
 
@@ -16,5 +16,5 @@ class Block(Kind):
     def size(self, module: nn.Module) -> tuple[int, int] | None:
         return None  # a block is known by the stack that it lies in
 
-    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> None:
+    def sample(self, module: nn.Module, rows: Tensor, columns: Tensor) -> None:
         return None

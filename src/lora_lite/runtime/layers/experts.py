@@ -112,7 +112,7 @@ class Experts(Kind):
         bank = cast(Bank, module)
         return [ExpertCell(bank, e) for e in range(bank.n_experts)]
 
-    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> Tensor:
+    def sample(self, module: nn.Module, rows: Tensor, columns: Tensor) -> Tensor:
         bank = cast(Bank, module)
-        which = [(k * bank.n_experts) // len(rows) for k in range(len(rows))]
-        return bank.dense().detach()[which, rows][:, columns]
+        which = torch.arange(len(rows)) * bank.n_experts // len(rows)
+        return bank.dense().detach()[which[:, None], rows, columns]

@@ -99,12 +99,12 @@ class Linear(Kind):
     def cells(self, module: nn.Module, path: str) -> list[Cell]:
         return [LinearCell(self, module, path)]
 
-    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> Tensor:
+    def sample(self, module: nn.Module, rows: Tensor, columns: Tensor) -> Tensor:
         if self.is_plain(module):
-            return self.as_matrix(module, stored_weight(module)).detach()[rows][:, columns]
+            return self.as_matrix(module, stored_weight(module)).detach()[rows, columns]
         eye = torch.zeros(len(columns), (dims(module) or (0, 0))[0], device=device_of(module))
-        eye[range(len(columns)), columns] = 1
-        return apply_linear(module, eye)[:, rows].mT
+        eye[torch.arange(len(columns)), columns] = 1
+        return apply_linear(module, eye).mT[rows, torch.arange(len(columns))]
 
 
 class LinearCell(MatrixCell):
@@ -160,7 +160,7 @@ def dims(module: nn.Module) -> tuple[int, int] | None:
         d_in, d_out = stored_weight(module).shape
         return int(d_in), int(d_out)
     for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        d_in, d_out = (getattr(module, n, None) for n in names)
+        d_in, d_out = getattr(module, names[0], None), getattr(module, names[1], None)
         if isinstance(d_in, int) and isinstance(d_out, int) and not isinstance(module, (nn.Bilinear, nn.Identity)):
             return d_in, d_out
     return None

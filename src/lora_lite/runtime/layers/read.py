@@ -73,6 +73,12 @@ def _rounded(numbers: tuple[float, ...]) -> list[float]:
     return [float(f"{v:.6g}") for v in numbers]
 
 
+@lru_cache(maxsize=512)
+def _spread(size: int, n: int) -> Tensor:
+    """n indices in the middle of n equal parts."""
+    return torch.tensor([((2 * k + 1) * size) // (2 * n) for k in range(n)])
+
+
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> dict[str, Any]:
     """A cheap signature of a layer's weight: `sample` (4 columns x 16 rows of it), its storage `dtype`, and whether it
@@ -81,9 +87,7 @@ def fingerprint(module: nn.Module) -> dict[str, Any]:
     if kind is None or (isinstance(w, Tensor) and (w.is_meta or is_sharded(w))):
         return {}
     d_in, d_out = kind.size(module) or (0, 0)
-    columns = [((2 * k + 1) * d_in) // 8 for k in range(4)]
-    rows = [((2 * k + 1) * d_out) // 32 for k in range(16)]
-    sample = kind.sample(module, rows, columns)
+    sample = kind.sample(module, _spread(d_out, 16)[:, None], _spread(d_in, 4))
     if sample is None:
         return {}
     dtype = w.dtype if isinstance(w, Tensor) and w.dtype in FLOATS else torch.float32

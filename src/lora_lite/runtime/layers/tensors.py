@@ -60,11 +60,14 @@ def is_sharded(t: Tensor | None) -> bool:
 
 def device_of(module: nn.Module) -> torch.device:
     """The device of a layer's first tensor."""
+    for table in (module._parameters, module._buffers):  # of a layer with many adapters, only the first is looked at
+        for t in table.values():
+            if t is not None:
+                return t.device
     return next((t.device for t in _tensors(module)), torch.device("cpu"))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from chain(module.parameters(recurse=False), module.buffers(recurse=False))
     yield from chain(module.parameters(), module.buffers())
     w = getattr(module, "weight", None)
     if isinstance(w, Tensor):  # experts own no tensor, and show their module's

@@ -22,7 +22,7 @@ class WholeModule(Kind):
     def size(self, module: nn.Module) -> tuple[int, int] | None:
         return None  # known by the structure around it
 
-    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> None:
+    def sample(self, module: nn.Module, rows: Tensor, columns: Tensor) -> None:
         return None
 
     def enter(self, module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

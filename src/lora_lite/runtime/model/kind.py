@@ -269,6 +269,6 @@ class Kind:
         dense = self.as_matrix(module, self.stored(module)).detach()
         return dense if dtype is None else dense.to(dtype)
 
-    def sample(self, module: nn.Module, rows: list[int], columns: list[int]) -> Tensor | None:
-        """W[rows][:, columns], for a fingerprint; None where there is nothing to look at."""
-        return self.as_matrix(module, self.stored(module)).detach()[rows][:, columns]
+    def sample(self, module: nn.Module, rows: Tensor, columns: Tensor) -> Tensor | None:
+        """W at these rows (n, 1) and columns (m,), for a fingerprint; None where there is nothing to look at."""
+        return self.as_matrix(module, self.stored(module)).detach()[rows, columns]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..._torch import is_fake
 from ...core.config import AdapterConfig
 from ...core.errors import StateError, TargetError, WeightError
+from ...core.files import is_finite
 from ...ops.linalg import DecompositionError
 from ..layers.kinds import kind_named
 from ..layers.sound import fault
@@ -193,7 +194,7 @@ def check_started(view: StagedTarget) -> None:
 
 
 def _is_finite(t: Tensor) -> bool:
-    return not t.is_floating_point() or is_fake(t) or bool(t.isfinite().all())
+    return not t.is_floating_point() or is_fake(t) or is_finite(t)
 
 
 def exactly(device: str) -> AbstractContextManager[Any]:
