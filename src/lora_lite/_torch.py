@@ -137,9 +137,17 @@ def within_step(optimizer: Optimizer) -> bool:
     return False
 
 
+def guard_hooks() -> None:
+    """From now on, compiled code looks whether a module has hooks. Otherwise that of one model runs in another model of
+    the same classes, which then is the bare base in silence. Relies on the compiler's `skip_nnmodule_hook_guards`."""
+    import torch._dynamo.config as compiler
+
+    compiler.skip_nnmodule_hook_guards = False
+
+
 def forget_compiled() -> None:
-    """Forget compiled code: torch does not guard on added or removed hooks. Relies on the compiler being the module
-    `torch._dynamo`, which is not loaded before something is compiled."""
+    """Forget compiled code, which need not have looked for the hooks that came or went. Relies on the compiler being
+    the module `torch._dynamo`, which is not loaded before something is compiled."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

@@ -142,6 +142,15 @@ def test_an_inner_step_of_one_optimiser_is_told_from_its_outer_step_and_from_ano
     assert [inside for name, inside in heard if name == "other"] == [False, False, False]
 
 
+def test_compiled_code_looks_for_hooks():
+    _torch.guard_hooks()
+    bare, other = nn.Linear(3, 5), nn.Linear(3, 5)
+    other.register_forward_hook(lambda m, args, y: y + 1)
+    x = torch.randn(2, 3)
+    for model in (bare, other, bare):
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
 def test_compiled_code_is_forgotten_and_the_compiler_is_not_loaded_for_it():
     model = nn.Linear(3, 5)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
+import tempfile
 
 import pytest
 import torch
@@ -61,8 +64,64 @@ def test_selection_weights_and_rows_are_seen():
         assert torch.equal(got[1], model(x())[1]) and not torch.allclose(got[0], model(x())[0])
 
 
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (None, CFG),
+        (CFG, None),
+        (ll.LoRAConfig(r=3, alpha=7, layers=(0,)), CFG),
+        (CFG, ll.LoRAConfig(r=3, alpha=7, layers=(1,))),
+        (CFG, ll.LoRAConfig(r=3, alpha=5)),
+        (CFG, ll.LoRAConfig(r=2, alpha=7)),
+        (CFG, ll.LoRAConfig(r=3, alpha=7, use_rslora=True)),
+        (CFG, ll.IA3Config()),
+        (ll.IA3Config(), ll.VeRAConfig(r=3)),
+    ],
+)
+def test_models_of_one_class_do_not_run_each_others_code(first, second):
+    """Both are made before either is compiled, and both are frozen: only the hooks tell them apart."""
+    models = [toy().requires_grad_(False) for _ in range(2)]
+    for model, cfg in zip(models, (first, second), strict=True):
+        if cfg is not None:
+            ll.attach(model, cfg)
+            randomise(model)
+            ll.adapters(model)["default"].trainable = False
+    with torch.no_grad():
+        for model in models * 2:
+            same(compiled(model)(x()), model(x()))
+        assert not torch.allclose(models[0](x()), models[1](x()))
+
+
+def test_blocks_that_are_compiled_one_by_one():
+    """The code of the first block, which has no adapter, is not that of the second."""
+    model = toy()
+    ll.attach(model, ll.LoRAConfig(r=3, alpha=7, layers=(1,)))
+    randomise(model)
+    want = model(x())
+    for block in model.layers:
+        block.compile(backend="eager", fullgraph=True)
+    same(model(x()), want)
+
+
+def test_a_model_that_was_unpickled_is_told_from_its_base():
+    """In a process that has attached nothing."""
+    code = """
+import sys, torch, lora_lite as ll
+from lora_lite.testing.toy import toy
+torch.manual_seed(0)
+model, x = torch.load(sys.argv[1], weights_only=False)
+for one in (toy().requires_grad_(False), model):
+    torch.testing.assert_close(torch.compile(one, backend="eager", fullgraph=True)(x), one(x))
+"""
+    model = adapted().requires_grad_(False)
+    with tempfile.NamedTemporaryFile(suffix=".pt") as f:
+        torch.save((model, x()), f.name)
+        subprocess.run([sys.executable, "-c", code, f.name], check=True)
+
+
 def test_attach_and_detach_after_a_compiled_call():
-    """torch guards neither added nor removed hooks, so attach and detach reset the compiler."""
+    """Code that was compiled before the first attach does not look for hooks, so attach and detach reset the
+    compiler."""
     model = toy()
     fast = compiled(model)
     base = fast(x())

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..._torch import modules_called_elsewhere
+from ..._torch import guard_hooks, modules_called_elsewhere
 from ...core.errors import ConfigError, SelectionError, StateError, did_you_mean
 from .call import Begun, Chosen, Links, Names, PerThread, RowGroup, Rows, Running, Said, Traced, is_one, is_zero
 from .merged import Merged
@@ -27,6 +27,7 @@ class ModelState:
     """All adapters of one model, and which of them act."""
 
     def __init__(self) -> None:
+        guard_hooks()
         self.records: dict[str, Record] = {}
         self.own: tuple[str, ...] = ()
         """The model's own parameters before it was adapted, by attribute; not those of modules inside."""
