@@ -1,9 +1,9 @@
 """Plant known bugs in copies of the package, one at a time, and show that the tests named beside each turn red.
 
-    python scripts/planted_bugs.py [--jobs 2] [--only WORD ...] [--tests "tests/io -k golden"] [--list]
+    python scripts/planted_bugs.py [--jobs 2] [--only WORD ...] [--tests "tests/io -k golden"] [--list] [--pages]
 
-The bugs stand in `scripts/planted`. Exits with 1 when one survives or gives no verdict, or when a test that caught one
-is red without it.
+The bugs stand in `scripts/planted`; with --pages, those that `planted/pages.py` makes by rule on every page. Exits with
+1 when one survives or gives no verdict, or when a test that caught one is red without it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from planted import BUGS, PACKAGE, ROOT, Bug  # noqa: E402
+from planted.pages import page_bugs  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 """A run of tests starts as a copy of this process, which has imported what takes long."""
@@ -180,8 +181,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="words; only bugs whose name or file holds one of them")
     parser.add_argument("--tests", help="pytest arguments to try instead of those beside each bug")
     parser.add_argument("--list", action="store_true", help="name the bugs and plant none")
+    parser.add_argument("--pages", action="store_true", help="bugs made by rule on the pages of methods")
     args = parser.parse_args()
-    bugs = [b for b in BUGS if not args.only or any(word in f"{b.name} {b.file}" for word in args.only)]
+    bugs = [
+        b
+        for b in (page_bugs() if args.pages else BUGS)
+        if not args.only or any(word in f"{b.name} {b.file}" for word in args.only)
+    ]
     if args.list:
         print("\n".join(f"{b.file:36} {b.name}" for b in bugs))
         return 0

@@ -848,8 +848,8 @@ BUGS = [
     Bug(
         "a fingerprint looks at the first columns",
         "runtime/model/kind.py",
-        "return self.as_matrix(module, self.stored(module)).detach()[rows][:, columns]",
-        "return self.as_matrix(module, self.stored(module)).detach()[rows][:, : len(columns)]",
+        "return self.as_matrix(module, self.stored(module)).detach()[rows, columns]",
+        "return self.as_matrix(module, self.stored(module)).detach()[rows, torch.arange(len(columns))]",
         "tests/floors/test_kinds.py -k own",
     ),
     Bug(
@@ -981,8 +981,8 @@ BUGS = [
     Bug(
         "the fingerprint of experts looks at the first one",
         "runtime/layers/experts.py",
-        "which = [(k * bank.n_experts) // len(rows) for k in range(len(rows))]",
-        "which = [0 for _ in rows]",
+        "which = torch.arange(len(rows)) * bank.n_experts // len(rows)",
+        "which = torch.zeros(len(rows), dtype=torch.int64)",
         "tests/runtime/test_experts.py -k another_base",
     ),
     Bug(
@@ -1002,8 +1002,8 @@ BUGS = [
     Bug(
         "a quantised layer's sample is its first columns",
         "runtime/layers/linear.py",
-        "eye[range(len(columns)), columns] = 1",
-        "eye[range(len(columns)), range(len(columns))] = 1",
+        "eye[torch.arange(len(columns)), columns] = 1",
+        "eye[torch.arange(len(columns)), torch.arange(len(columns))] = 1",
         R + "test_layers.py",
     ),
     Bug(

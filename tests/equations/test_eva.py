@@ -45,14 +45,16 @@ def test_A_is_the_leading_right_singular_vectors_and_the_forward_is_lora():
     torch.testing.assert_close(layer(x), slow, atol=1e-10, rtol=0)
 
 
-def test_ranks_go_where_they_explain_most():
+@pytest.mark.parametrize("centre", [False, True])
+def test_ranks_go_where_they_explain_most(centre):
     model, data = model_and_data()
+    data = [x + torch.linspace(-1, 3, 20) for x in data]
     shares = []
     for path, X in inputs(model, data).items():
-        s = torch.linalg.svdvals(X) ** 2
+        s = torch.linalg.svdvals(X - X.mean(0) * centre) ** 2
         shares += [(float(v / s.sum()), path) for v in s[:6]]
     chosen = sorted(shares, reverse=True)[:9]
-    handle = ll.attach(model, ll.EVAConfig(r=3, alpha=7, rho=2, dtype="float64"), data)
+    handle = ll.attach(model, ll.EVAConfig(r=3, alpha=7, rho=2, centre=centre, dtype="float64"), data)
     ranks = {path: sum(p == path for _, p in chosen) for path in "024"}
     assert len(set(ranks.values())) > 1
     assert {p: t.cfg.r for p, t in handle.record.targets.items()} == {p: r for p, r in ranks.items() if r}

@@ -99,6 +99,17 @@ def test_mole():
     torch.testing.assert_close(model(x), bare + (p[..., None] * h).sum(-2), atol=1e-10, rtol=0)
 
 
+def test_mole_is_kept_in_balance():
+    model, x, _, h = boxed()
+    t = attached(model, ll.MoLEConfig(balance=0.3, **F64), factors(model))
+    side_by_side = h.flatten(-2)
+    normal = side_by_side / side_by_side.square().mean(-1, keepdim=True).sqrt()
+    p = (normal @ t["lora_G"].flatten(1).mT / (3 * 12)).softmax(-1)
+    model.train()(x)
+    mean = p.flatten(0, -2).mean(0)
+    torch.testing.assert_close(ll.penalty(model, "mix"), -0.3 * sum(mean[e].log() for e in range(3)))
+
+
 @pytest.mark.parametrize("kind", ["low_rank", "bottleneck"])
 def test_adapter_fusion(kind):
     if kind == "low_rank":

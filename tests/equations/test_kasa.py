@@ -23,6 +23,20 @@ def test_start_forward_and_penalty():
     torch.testing.assert_close(ll.penalty(model), 0.3 * (values**2).sum() + 0.2 * apart)
 
 
+def test_dropout_leaves_what_the_base_loses():
+    """In training, a fresh adapter is the truncated base whatever is dropped, and the update is right on average."""
+    model, fc, x = adapted(ll.KaSAConfig(r=3, alpha=7, dropout=0.5, dtype="float64"))
+    lost = fc.lora_B0 @ fc.lora_A0
+    truncated = x @ (fc.weight - lost).mT + fc.bias
+    torch.testing.assert_close(model.train()(x), truncated, atol=1e-10, rtol=0)
+    randomise(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        draws = torch.stack([model(x) for _ in range(4000)]) - truncated
+    want = 7 / 3 * (x @ fc.lora_A.mT * fc.lora_values) @ fc.lora_B.mT
+    assert ((draws.mean(0) - want).abs() < 5 * draws.std(0) / 4000**0.5).all()
+
+
 def test_values_that_make_no_sense_are_refused():
     with pytest.raises(ll.ConfigError, match="rank 12 leaves nothing"):
         adapted(ll.KaSAConfig(r=12))

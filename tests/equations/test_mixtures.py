@@ -36,3 +36,12 @@ def test_mtl_lora_gives_each_row_its_task():
         want = bare[i] + 7 / 3 * B @ fc.lora_L[t] @ fc.lora_A @ x[i]
         torch.testing.assert_close(got[i], want, atol=1e-10, rtol=0)
         torch.testing.assert_close(three[i], want.expand(4, -1), atol=1e-10, rtol=0)
+
+
+def test_mtl_lora_of_one_task():
+    model, fc, _ = adapted(ll.MTLLoRAConfig(r=3, alpha=7, tasks=1, ups=2, temperature=0.5, dtype="float64"))
+    randomise(model)
+    p = torch.softmax(fc.lora_w[0] / 0.5, 0)
+    B = p[0] * fc.lora_B[0] + p[1] * fc.lora_B[1]
+    want = 7 / 3 * B @ fc.lora_L[0] @ fc.lora_A
+    torch.testing.assert_close(dense_change(model), want.detach(), atol=1e-10, rtol=0)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts"))
 
 from planted import BUGS, PACKAGE, Bug  # noqa: E402 -- the folder stands on the path since the line above
+from planted.pages import page_bugs  # noqa: E402
 
 ENGINE = ("core", "ops", "runtime", "io", "cost", "interop")
 """The rooms whose every working file has a bug."""
@@ -66,6 +67,13 @@ def test_every_bug_can_be_planted():
     assert not faults(BUGS, PACKAGE)
     assert len({bug.name for bug in BUGS}) == len(BUGS) >= 70
     assert all(bug.test_files for bug in BUGS)
+
+
+def test_bugs_made_by_rule_can_be_planted():
+    bugs = page_bugs()
+    assert not faults(bugs, PACKAGE)
+    assert len({bug.file for bug in bugs}) >= 70 and all(bug.test_files for bug in bugs)
+    assert page_bugs() == bugs
 
 
 def test_every_file_that_does_work_has_a_bug():
