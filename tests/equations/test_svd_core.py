@@ -139,6 +139,19 @@ def test_antipasto_steers_both_ways_within_the_angle(block, scale):
     torch.testing.assert_close(model(x), before, atol=1e-10, rtol=0)
 
 
+def test_antipasto_weighs_a_triplet_by_what_comes_out_of_it():
+    """Singular value times the root of its inputs' mean square."""
+    torch.manual_seed(11)
+    model = Box(20, 12, True, torch.float64)
+    _, S, Vh = torch.linalg.svd(model.fc.weight.detach(), full_matrices=False)
+    data = [torch.randn(50, 20, dtype=torch.float64) * torch.linspace(0.2, 2, 20) for _ in range(3)]
+    weight = S * (torch.cat(data) @ Vh.mT).square().mean(0).sqrt()
+    best = weight.argsort(descending=True)[:5].sort().values
+    assert best.tolist() != [0, 1, 2, 3, 4]
+    ll.attach(model, ll.AntiPaSTOConfig(r=5, block=1, dtype="float64", target_names=("fc",)), data)
+    torch.testing.assert_close(model.fc.lora_S, S[best], atol=1e-10, rtol=0)
+
+
 def test_antipasto_takes_the_triplets_that_the_data_uses(tmp_path):
     torch.manual_seed(11)
     model = Box(20, 12, True, torch.float64)
