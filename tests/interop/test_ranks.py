@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import tiny_llm
+from interop.processes import printed
 from measured import record
 from neighbours import needs
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
-WORKER = str(Path(__file__).with_name("ranks_worker.py"))
-PATHS = os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)])
 CLOSE = 2e-7
 """Of tensors near 1 that plain gradient descent moves by 0.1: two units in their last place; measured 9e-8."""
-ENV = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": PATHS,
-    "DS_ACCELERATOR": "cpu",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 def run(ranks: int, *words: object) -> str:
     """What the processes print."""
-    start = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [sys.executable, *start, WORKER, *map(str, words)], capture_output=True, text=True, env=ENV, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return printed("ranks_worker.py", ranks, *words)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

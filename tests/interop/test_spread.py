@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import lora_lite as ll
 import tiny_llm
+from interop.processes import printed
 from lora_lite.cost import spread as paper
 from lora_lite.testing.toy import toy
 
-WORKER = str(Path(__file__).with_name("wire_worker.py"))
-PATHS = os.pathsep.join([str(Path(__file__).parents[1]), *(p for p in sys.path if p)])
-
 
 def run(ranks: int, *words: object) -> dict[str, float]:
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", WORKER]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
-    done = subprocess.run(
-        [sys.executable, *start, *map(str, words)], capture_output=True, text=True, env=env, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(printed("wire_worker.py", ranks, *words).splitlines()[-1])
 
 
 @pytest.mark.slow
