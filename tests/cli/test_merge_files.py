@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -251,8 +252,29 @@ def test_scale(files, told, tmp_path):
     assert all(torch.allclose(p, want[n], atol=1e-5) for n, p in model.named_parameters() if n in want)
     code, text = told(*words, "--search", "0", "0.1", "1", "--data", files / "sums.jsonl")
     assert code == 0 and "lowest" in text and "nothing is written" in text
-    for bad in ((), ("--by", "1"), ("--search", "1"), ("--by", "nan", "--out", "x"), ("--by", "1", "--search", "1")):
+    for bad in (
+        (),
+        ("--by", "1"),
+        ("--by", "1", "--out", "x", "--keep", files / "sums.jsonl"),
+        ("--search", "1"),
+        ("--by", "nan", "--out", "x"),
+        ("--by", "1", "--search", "1"),
+    ):
         assert told(*words, *bad)[0] == 2
+
+
+def test_what_is_forgotten_stands_beside_what_is_learnt(files, told, tmp_path):
+    known = tmp_path / "known.jsonl"
+    known.write_text('{"text": "1 2 3"}\n{"text": "3 2 1 3"}\n')
+    words = ("scale", files / "a.safetensors", "--model", files / "tiny", "--data", files / "sums.jsonl")
+    code, text = told(*words, "--search", "0", "0.5", "1", "--keep", known)
+    assert code == 0 and re.search(r"^ *0 +\d\.\d{4} +\d\.\d{4} +\+0\.0000", text, re.M), text
+    curve = json.loads(told(*words, "--search", "0", "1", "--keep", known, "--json")[1])["curve"]
+    alone = told("eval", "--model", files / "tiny", "--data", known, "--max-new-tokens", "0", "--json")
+    assert curve[0]["kept"] == pytest.approx(json.loads(alone[1])["loss"], abs=1e-5)
+    assert curve[0]["kept"] != curve[1]["kept"] and curve[0]["kept"] != curve[0]["loss"]
+    code, text = told(*words, "--search", "0.5", "1", "--keep", known)
+    assert code == 0 and "forgotten" in text and not re.search(r"[+-]\d\.\d{4}", text)  # the base was not asked
 
 
 def test_convert_there_and_back(files, told, tmp_path):

@@ -76,7 +76,8 @@ def recomputed(model: Any, on: bool) -> Any:
 def measure(method: str, size: str, rows: int, length: int, r: int) -> dict[str, Any]:
     """A row: bytes beyond the bare base's at the peak, of ours, of PEFT's and on paper, for both `MODES`.
 
-    PEFT's is missing where it has no such method, or keeps tensors beside its modules' own. Paper is what `ll.cost`
+    PEFT's is missing where it has no such method, keeps tensors beside its modules' own, or asks for their
+    values. Paper is what `ll.cost`
     says is saved, and the gradients of what is trained, which stand at the end.
     """
     models = all_three(size, method, r)
@@ -89,7 +90,8 @@ def measure(method: str, size: str, rows: int, length: int, r: int) -> dict[str,
             with recomputed(model, mode == "recomputed"):
                 try:
                     found[name] = peak(model, rows, length)
-                except AssertionError:  # of torch: tensors that the model does not know as its own stay what they are
+                # torch's: of tensors that the model does not know as its own, or of a step that asks for a value
+                except (AssertionError, RuntimeError):
                     if name != "peft":
                         raise
         row[mode] = {

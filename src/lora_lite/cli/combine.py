@@ -16,7 +16,7 @@ from . import _folder as folder
 from ._adapters import BaseCheck, check_paths, load_all, names_of, weights_of
 from ._base import BaseFlags, check_base, load_base, quiet
 from ._console import say
-from ._search import SearchFlags, check_search, corners, show_curve, tried
+from ._search import SearchFlags, best_of, check_search, corners, show_curve, tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +64,13 @@ def run(args: Combine) -> int:
     chosen, curve = dict(zip(names, weights, strict=True)), []
     if args.search:
         curve = tried(args, model, tokenizer, name, corners(list(names), args.search))
-        chosen = min(curve, key=lambda point: point[1])[0]
+        chosen = best_of(curve)
     largest = max(max(t.cfg.r for t in ll.adapters(model)[n].record.targets.values()) for n in names)
     rank = args.rank if args.rank is not None or args.how == "sum" else largest
     made = ll.combine(model, chosen, name="combined", method=args.how, rank=rank, density=args.density, seed=args.seed)
     path = ll.save(model, args.out, name="combined")
     if args.json:
-        points = [{"weights": w, "loss": loss} for w, loss in curve]
+        points = [{"weights": p.weights, **p.told} for p in curve]
         facts = {"out": str(path), "weights": chosen, "how": args.how, "targets": len(made.targets), "curve": points}
         print(json.dumps(facts))
         return 0

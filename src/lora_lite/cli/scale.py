@@ -16,7 +16,7 @@ from . import _folder as folder
 from ._adapters import BaseCheck, check_paths, load_all, names_of
 from ._base import BaseFlags, check_base, load_base, quiet
 from ._console import say
-from ._search import SearchFlags, check_search, corners, show_curve, tried
+from ._search import SearchFlags, best_of, check_search, corners, show_curve, tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +61,13 @@ def run(args: Scale) -> int:
     model, tokenizer = load_base(args, base)
     load_all(model, names, args.base_check)
     curve = tried(args, model, tokenizer, base, corners([name], args.search)) if args.search else []
-    by = args.by if args.by is not None else min(curve, key=lambda point: point[1])[0][name]
+    by = args.by if args.by is not None else best_of(curve)[name]
     path = None
     if args.out is not None:
         ll.combine(model, {name: by}, name="scaled")
         path = ll.save(model, args.out, name="scaled")
     if args.json:
-        points = [{"weight": w[name], "loss": loss} for w, loss in curve]
+        points = [{"weight": p.weights[name], **p.told} for p in curve]
         print(json.dumps({"by": by, "out": None if path is None else str(path), "curve": points}))
         return 0
     show_curve(curve)
