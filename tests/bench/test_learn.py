@@ -196,6 +196,15 @@ def test_the_page_and_the_report(tmp_path):
     assert "Not finished: ia3." in board_report.markdown(rows[:-1])
 
 
+def test_methods_whose_rate_is_not_chosen_stand_apart():
+    rows = finished()
+    began = next(s for s in board.left([], PROTOCOL, [Entry("dora")]) if PROTOCOL.factor(s) == 1)
+    page = board_report.markdown([*rows, row(began, 0.4, factor=1.0)])
+    finals, first = page.split("Whose rate is not chosen yet")
+    assert "| dora |" not in finals and f"| dora | 40.0% | {began.lr:g} | 1 | 1 |" in first
+    assert "Whose rate" not in board_report.markdown(rows)
+
+
 def test_no_runs_no_tables():
     assert "##" not in board_report.markdown([])
 

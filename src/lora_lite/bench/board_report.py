@@ -110,15 +110,36 @@ def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
         size = "default sizes" if default else "chosen numbers of trained parameters"
         lines += ["", f"## {protocol.task}, {protocol.steps} steps, {size}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-        lines += ["| " + " | ".join(cells(s)) + " |" for s in standings]
-        open_now = [s.entry.label for s in standings if len(s.finals) < protocol.seeds]
+        lines += ["| " + " | ".join(cells(s)) + " |" for s in standings if s.finals]
+        open_now = [s.entry.label for s in standings if 0 < len(s.finals) < protocol.seeds]
         begun = {s.entry.method for s in standings}
         absent = [name for name in trainable() if name not in begun] if default else []
         if open_now:
             lines += ["", f"Not finished: {', '.join(open_now)}."]
+        lines += _first([s for s in standings if not s.finals], protocol)
         if absent:
             lines += ["", f"Not begun: {', '.join(absent)}."]
     return "\n".join([*lines, *beside_peft.markdown(list(beside))]) + "\n"
+
+
+def _first(begun: Sequence[Standing], protocol: Protocol) -> list[str]:
+    """What is known of entries whose rate is not chosen yet: one seed each, and validation questions."""
+    if not begun:
+        return []
+    lines = [
+        "",
+        f"Whose rate is not chosen yet: the best of the rates that have run, of {len(protocol.grid)}, on validation "
+        "questions with seed 0. One seed moves by some ten points, and another rate may be better: this says that a "
+        "method learns, and not how well.",
+        "",
+        "| method | on validation | lr | times the recommended | rates run |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    found = [(max(s.rates, key=lambda lr: s.rates[lr]), s) for s in begun]
+    for lr, s in sorted(found, key=lambda pair: -pair[1].rates[pair[0]]):
+        factor = protocol.grid[protocol.rates(s.entry).index(lr)]
+        lines.append(f"| {s.entry.label} | {s.rates[lr]:.1%} | {lr:g} | {factor:.3g} | {len(s.rates)} |")
+    return lines
 
 
 def write(folder: Path, rows: Sequence[Row], beside: Sequence[Row] = ()) -> list[Path]:
