@@ -105,9 +105,10 @@ class Standing:
 
 
 def trainable() -> list[str]:
-    """Methods that train and by default stand on linear layers or the residual stream."""
+    """Methods that train, start from nothing but the base and rows, and by default stand on linear layers or the
+    residual stream."""
     usual = [v for v in ll.variants() if ll.Variant.site in v.config().target_kinds]
-    return [v.name for v in usual if v.trains and v.holds != "modules"]
+    return [v.name for v in usual if v.trains and v.holds != "modules" and v.needs_data != "adapters"]
 
 
 def read(path: Path) -> list[Row]:

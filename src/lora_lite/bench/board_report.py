@@ -104,6 +104,7 @@ def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
         "- Step: the median over that of LoRA on the same batches, turn by turn in one process (processor time, one "
         "thread; of a GPU's rows wall clock, where the launches of kernels count and not the arithmetic); peak: memory "
         "of the process, or of the GPU; forgotten: by how much the loss on text of the base's own training grew.",
+        f"- Not here: what is made of other adapters ({', '.join(_made_of_others())}), and what does not train.",
     ]
     for protocol, entries, default in boards(rows):
         standings = ranked(rows, protocol, entries)
@@ -120,6 +121,10 @@ def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
         if absent:
             lines += ["", f"Not begun: {', '.join(absent)}."]
     return "\n".join([*lines, *beside_peft.markdown(list(beside))]) + "\n"
+
+
+def _made_of_others() -> list[str]:
+    return [v.name for v in ll.variants() if v.needs_data == "adapters" and v.trains]
 
 
 def _first(begun: Sequence[Standing], protocol: Protocol) -> list[str]:
