@@ -134,8 +134,8 @@ def _first(begun: Sequence[Standing], protocol: Protocol) -> list[str]:
     lines = [
         "",
         f"Whose rate is not chosen yet: the best of the rates that have run, of {len(protocol.grid)}, on validation "
-        "questions with seed 0. One seed moves by some ten points, and another rate may be better: this says that a "
-        "method learns, and not how well.",
+        "questions with seed 0. One seed moves by some ten points, and another rate may be better: this says whether a "
+        "method learns at that rate, and not how well.",
         "",
         "| method | on validation | lr | times the recommended | rates run |",
         "| --- | --- | --- | --- | --- |",
