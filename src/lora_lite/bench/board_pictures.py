@@ -9,9 +9,16 @@ import lora_lite as ll
 
 from .board import Row, Standing
 
-COLOURS = 20
+WIDE = 6
+"""Panels side by side."""
+SMOOTH = 4
+"""A smoothed loss is the mean of so many values before, itself, and as many after."""
 Point = tuple[float, float, float, str]
 """Cost, share of right answers and half its interval in %, label."""
+PLACES = [(4, 3), (4, -9), (-4, 3), (-4, -9), (4, 12), (4, -18), (-4, 12), (-4, -18)]
+"""Where a name may stand, in points from its own."""
+Line = tuple[list[float], list[float]]
+"""x and y."""
 
 
 def pareto(standings: Sequence[Standing], key: str, label: str) -> Any:
@@ -20,17 +27,34 @@ def pareto(standings: Sequence[Standing], key: str, label: str) -> Any:
     points = [point for s in standings if (point := _point(s, key)) is not None]
     front = _front(points)
     axes.step([p[0] for p in front], [p[1] for p in front], where="post", color="tab:orange", lw=1.2, zorder=0)
-    for point in points:
-        cost, mean, half, name = point
+    for cost, mean, half, _ in points:
         axes.errorbar(cost, mean, yerr=half, fmt="o", ms=4, lw=1, color="tab:blue")
-        colour = "black" if point in front else "#888"
-        axes.annotate(name, (cost, mean), xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
     costs = [p[0] for p in points]
     if costs and 0 < 8 * min(costs) < max(costs):
         axes.set_xscale("log")
     axes.set_xlabel(label)
     axes.set_ylabel("right, %")
+    _name(figure, axes, points, front)
     return figure
+
+
+def _name(figure: Any, axes: Any, points: Sequence[Point], front: Sequence[Point]) -> None:
+    """The names beside the points, each in the first place where it hides no other: the front's first."""
+    figure.canvas.draw()  # from here on, the axes know where a point lies
+    taken: list[Any] = []
+    for point in [*front, *(p for p in points if p not in front)]:
+        cost, mean, _, name = point
+        colour = "black" if point in front else "#777"
+        for place in PLACES:
+            text = axes.annotate(
+                name, (cost, mean), place, textcoords="offset points", fontsize=7, color=colour,
+                ha="left" if place[0] > 0 else "right",
+            )  # fmt: skip
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) or place == PLACES[-1]:
+                taken.append(box)
+                break
+            text.remove()
 
 
 def _point(s: Standing, key: str) -> Point | None:
@@ -49,38 +73,67 @@ def _front(points: Sequence[Point]) -> list[Point]:
 
 
 def sensitivity(standings: Sequence[Standing]) -> Any:
-    """Right validation answers over the rate as a multiple of the recommended one, a line per method."""
-    figure, axes = _figure()
-    for i, s in enumerate(standings):
+    """Right validation answers over the rate as a multiple of the recommended one: a panel for each method of which
+    several rates have run, LoRA's line in grey."""
+
+    def line(s: Standing) -> Line:
         recommended = ll.get_variant(s.entry.method).lr
         points = sorted((lr / recommended, 100 * share) for lr, share in s.rates.items())
-        style = "-" if i < COLOURS // 2 else "--"
-        axes.plot(*zip(*points, strict=True), style, marker="o", ms=3, lw=1.2, label=s.entry.label)
-    axes.set_xscale("log")
-    factors = sorted({round(lr / ll.get_variant(s.entry.method).lr, 2) for s in standings for lr in s.rates})
-    axes.set_xticks(factors, [f"{f:g}" for f in factors])
-    axes.minorticks_off()
-    axes.set_xlabel("rate / recommended rate")
-    axes.set_ylabel("right in validation, %")
-    _legend(axes, len(standings))
+        return [p[0] for p in points], [p[1] for p in points]
+
+    lines = {s.entry.label: line(s) for s in standings if len(s.rates) > 1}
+    figure, panels = _panels(lines, "rate / recommended rate", "right in validation, %", marker="o", ms=2.5)
+    factors = sorted({round(x, 2) for xs, _ in lines.values() for x in xs})
+    for axes in panels:
+        axes.set_xscale("log")
+        axes.set_xticks(factors, [f"{f:.3g}" for f in factors])
+        axes.minorticks_off()
     return figure
 
 
 def curves(standings: Sequence[Standing], rows: Sequence[Row]) -> Any:
-    """Training loss of the chosen rate (the lowest seed that has run), a line per method."""
-    figure, axes = _figure()
-    for i, s in enumerate(standings):
+    """Training loss of the chosen rate, or of the best that has run (its lowest seed), smoothed: a panel for each
+    method, LoRA's line in grey."""
+
+    def line(s: Standing) -> Line:
         best = s.chosen if s.chosen is not None else max(s.rates, key=lambda lr: s.rates[lr])
         own = [r for r in rows if r["method"] == s.entry.method and r["lr"] == best and r["fields"] == s.entry.fields]
         row = min(own, key=lambda r: r["seed"])
         losses = [loss for loss in row["losses"] if loss is not None]
+        near = [losses[max(0, k - SMOOTH) : k + SMOOTH + 1] for k in range(len(losses))]
         steps = [row["steps"] * (k + 0.5) / len(losses) for k in range(len(losses))]
-        axes.plot(steps, losses, "-" if i < COLOURS // 2 else "--", lw=1.1, label=s.entry.label)
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    _legend(axes, len(standings))
+        return steps, [sum(some) / len(some) for some in near]
+
+    figure, panels = _panels({s.entry.label: line(s) for s in standings}, "step", "training loss")
+    for axes in panels:
+        axes.set_yscale("log")
     return figure
+
+
+def _panels(lines: dict[str, Line], across: str, up: str, **style: Any) -> tuple[Any, list[Any]]:
+    """A figure with a small panel for each line, all to one scale, and LoRA's beside each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(WIDE, max(1, len(lines)))
+    height = -(-len(lines) // columns)
+    figure = Figure(figsize=(max(4.0, 1.5 * columns), 0.7 + 1.25 * max(1, height)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: list[Any] = []
+    for i, (label, (x, y)) in enumerate(lines.items()):
+        axes = figure.add_subplot(
+            height, columns, i + 1, sharex=panels[0] if i else None, sharey=panels[0] if i else None
+        )
+        axes.grid(alpha=0.25)
+        if "lora" in lines and label != "lora":
+            axes.plot(*lines["lora"], color="#bbb", lw=1)
+        axes.plot(x, y, color="tab:blue", lw=1.3, **style)
+        axes.set_title(label, fontsize=7.5, pad=2)
+        axes.tick_params(labelsize=6, length=2, labelleft=i % columns == 0, labelbottom=i + columns >= len(lines))
+        panels.append(axes)
+    figure.supxlabel(across, fontsize=8)
+    figure.supylabel(up, fontsize=8)
+    return figure, panels
 
 
 def _figure() -> tuple[Any, Any]:
@@ -92,9 +145,3 @@ def _figure() -> tuple[Any, Any]:
     axes = figure.add_subplot()
     axes.grid(alpha=0.25)
     return figure, axes
-
-
-def _legend(axes: Any, n: int) -> None:
-    """Beside the picture, so that it hides no line."""
-    if n:
-        axes.legend(frameon=False, fontsize=7, ncols=1 + n // 26, loc="center left", bbox_to_anchor=(1.0, 0.5))
