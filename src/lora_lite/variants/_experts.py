@@ -57,8 +57,9 @@ def copied(targets: Any, cfg: ExpertsConfig, data: Any, **changes: Any) -> Itera
     Raises:
         ConfigError: the data are no factors of adapters, or not of these layers.
     """
-    experts, paths = list(data), {layer.path for layer in targets}
-    if not experts or not all(isinstance(one, Mapping) and not paths.isdisjoint(one) for one in experts):
+    experts: list[Any] = list(data)
+    paths: set[str] = {layer.path for layer in targets}
+    if not experts or not all(isinstance(one, Mapping) and paths & {*one} for one in experts):
         raise ConfigError(
             f"{cfg.variant} is made of other adapters, each with a pair of factors for some of the chosen layers: "
             f"ll.attach(model, ll.{type(cfg).__name__}(), [ll.factors(model, name) for name in names])."
