@@ -21,8 +21,9 @@ until nothing refers to it (`lora-lite bench memory`), which gives the same figu
 is the sum that torch's profiler shows. MB at the peak beyond the bare base's own, weights and adapter apart: with all
 activations kept, and with the blocks' recomputed (gradient checkpointing). Of paper: the whole peak over the base's own
 and what `ll.cost` states beyond it, with the gradients. S4 is a Llama of width 384 with 4 blocks, M3 of 768 with 3.
-0.0 where the peak lies elsewhere, at the loss. Methods that are missing have not been counted yet; to go on: `lora-lite
-bench memory --methods all --json benchmarks/results/memory.json --table docs/results/memory.md`.
+0.0 where the peak lies elsewhere, at the loss. Nothing under PEFT:
+it has no such method, or its step asks for values. To go on with others: `lora-lite bench memory --methods all --json
+benchmarks/results/memory.json --table docs/results/memory.md`.
 """
 
 
