@@ -525,6 +525,20 @@ BUGS = [
         "tests/interop/test_folder.py -k several",
     ),
     Bug(
+        "compiled code does not look for hooks",
+        "_torch.py",
+        "compiler.skip_nnmodule_hook_guards = False",
+        "compiler.skip_nnmodule_hook_guards = True",
+        "tests/smoke/test_compile.py -k each_others",
+    ),
+    Bug(
+        "compiled code is kept when hooks come",
+        "_torch.py",
+        "        torch.compiler.reset()",
+        "        pass",
+        "tests/smoke/test_compile.py -k attach_and_detach",
+    ),
+    Bug(
         "a view counts as a storage of its own",
         "_torch.py",
         "return t.untyped_storage()._cdata",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -152,13 +153,16 @@ def test_compiled_code_looks_for_hooks():
 
 
 def test_compiled_code_is_forgotten_and_the_compiler_is_not_loaded_for_it():
+    torch.compiler.reset()  # of what other tests have compiled for a linear layer
     model = nn.Linear(3, 5)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x, plus = torch.randn(2, 3), torch.randn(2, 5)
-    compiled(x)
-    model.register_forward_hook(lambda m, args, y: y + plus)
-    _torch.forget_compiled()
-    assert torch.equal(compiled(x), model(x))
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # as code is compiled before the first attach
+        compiled(x)
+        model.register_forward_hook(lambda m, args, y: y + plus)
+        assert not torch.equal(compiled(x), model(x))
+        _torch.forget_compiled()
+        assert torch.equal(compiled(x), model(x))
     code = "import sys, lora_lite._torch as t; t.forget_compiled(); print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -76,9 +76,9 @@ def recomputed(model: Any, on: bool) -> Any:
 def measure(method: str, size: str, rows: int, length: int, r: int) -> dict[str, Any]:
     """A row: bytes beyond the bare base's at the peak, of ours, of PEFT's and on paper, for both `MODES`.
 
-    PEFT's is missing where it has no such method, keeps tensors beside its modules' own, or asks for their
-    values. Paper is what `ll.cost`
-    says is saved, and the gradients of what is trained, which stand at the end.
+    PEFT's is missing where it has no such method, keeps tensors beside its modules' own, or asks for their values:
+    `peft_left_out` is what torch said. Paper is what `ll.cost` says is saved, and the gradients of what is trained,
+    which stand at the end.
     """
     models = all_three(size, method, r)
     cost = Paper(base(size), rows, length).cost(config(method, r))
@@ -91,9 +91,10 @@ def measure(method: str, size: str, rows: int, length: int, r: int) -> dict[str,
                 try:
                     found[name] = peak(model, rows, length)
                 # torch's: of tensors that the model does not know as its own, or of a step that asks for a value
-                except (AssertionError, RuntimeError):
+                except (AssertionError, RuntimeError) as e:
                     if name != "peft":
                         raise
+                    row["peft_left_out"] = repr(e)[:200]
         row[mode] = {
             "base": found["base"],
             "paper": stated[mode] + cost.gradient_bytes,
