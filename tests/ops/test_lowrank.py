@@ -5,7 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lora_lite.ops import lowrank
 from lora_lite.ops.lowrank import add_lowrank, lowrank_update, scale_outputs, scaled_lowrank_update
+
+
+@pytest.fixture(autouse=True, params=[2**14, 0], ids=["few numbers", "many"])
+def _both_ways(monkeypatch, request):
+    monkeypatch.setattr(lowrank, "FEW", request.param)
+
+
+def test_few_numbers_are_left_to_torch(monkeypatch):
+    """Whose backward passes Python does not see."""
+    ways = []
+    monkeypatch.setattr(lowrank._AddLowrank, "apply", lambda y, z, B, s: ways.append("own") or torch.addmm(y, z, B.mT))
+    y, x, A, B = draw((3, 7), (3, 5), (2, 5), (7, 2))
+    lowrank_update(y, x, A, B)
+    assert ways == ([] if lowrank.FEW else ["own"])
 
 
 def draw(*shapes):

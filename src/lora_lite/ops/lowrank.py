@@ -2,7 +2,8 @@
 
 The thin products are laid out for both passes: CPU libraries multiply matrices with few columns several times slower
 than their transposes with few rows, most of all in the backward pass, where autograd picks the layout of a gradient by
-that of the factor. A GPU takes both alike, and there every copy is one more kernel to launch.
+that of the factor. A GPU takes both alike. There, and for few numbers, what counts is how many operations the host
+starts, and how many of them Python sees: see `few`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import own_backward, own_products
 from .dropout import shrink_dropped
+
+
+FEW = 2**14
+"""Numbers up to which a product on the CPU takes less time than what surrounds it (measured at widths of 64 to 2,048,
+where both forms cost the same)."""
+
+
+def few(t: Tensor) -> bool:
+    """Whether torch's own products and their backward passes are the quickest for this input or output. A compiler,
+    to which the answer would be a guard on the shape, is told no."""
+    if t.is_cuda:
+        return True
+    return own_backward() and t.dtype.itemsize > 2 and t.numel() <= FEW  # 16 bits: see `_wide`
 
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:
@@ -23,8 +38,9 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
     dropped = shrink_dropped(x, A)
     if dropped is not None:
         return dropped
-    rows = x.reshape(-1, x.shape[-1])
-    return rows @ A.mT if x.is_cuda else (A @ rows.mT).mT
+    if few(x):
+        return F.linear(x, A).flatten(0, -2)
+    return (A @ x.reshape(-1, x.shape[-1]).mT).mT
 
 
 class _AddLowrank(torch.autograd.Function):
@@ -39,13 +55,8 @@ class _AddLowrank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (z, B), needed = ctx.saved_tensors, ctx.needs_input_grad
-        if g.is_cuda:  # beta=0 reads nothing of the first argument, and the product is scaled as it is written
-            nothing = g.new_empty(())
-            at_z = torch.addmm(nothing, g, B, beta=0, alpha=ctx.s) if needed[1] else None
-            at_B = torch.addmm(nothing, g.mT, z, beta=0, alpha=ctx.s) if needed[2] else None
-        else:
-            at_z = (B.mT @ g.mT).mT * ctx.s if needed[1] else None
-            at_B = (z.mT @ g).mT * ctx.s if needed[2] else None
+        at_z = (B.mT @ g.mT).mT * ctx.s if needed[1] else None
+        at_B = (z.mT @ g).mT * ctx.s if needed[2] else None
         return g, at_z, at_B, None
 
 
@@ -58,7 +69,7 @@ def _wide(B: Tensor) -> Tensor:
 def add_lowrank(y: Tensor, z: Tensor, B: Tensor, s: float = 1.0) -> Tensor:
     """y + s z Bᵀ in one fused pass. y (..., d_out), z (..., r) or (tokens, r), B (d_out, r)."""
     rows, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
-    if not own_products(z):
+    if few(y) or not own_products(z):
         return torch.addmm(rows, z, _wide(B), alpha=s).view(y.shape)
     return _AddLowrank.apply(rows, z, B, s).view(y.shape)  # pyright: ignore[reportAttributeAccessIssue]
 
