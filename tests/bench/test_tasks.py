@@ -28,6 +28,19 @@ def test_wordmath(monkeypatch):
     assert 1 < task.remembered(model) < 5
 
 
+@pytest.mark.parametrize("method", ["direft", "lora"])
+def test_forgetting_on_wordmath(monkeypatch, tmp_path, method):
+    """Also of a method that edits prompts, which a plain text does not name."""
+    from lora_lite.bench.learn import Setting, run
+    from lora_lite.demo import learning
+
+    monkeypatch.setattr(learning, "TRAIN_ROWS", 50)
+    monkeypatch.setattr(learning, "EVERY", 40)
+    task = learning.WordMath(batch_size=2, questions=2)
+    row = run(task, Setting("wordmath", method, "final", 1, 0.05, 2), tmp_path)
+    assert row["remembered"]["before"] != row["remembered"]["after"]
+
+
 def words(tmp_path, fields=24):
     lines = ["  1 licence"]
     for i in range(fields):

@@ -235,12 +235,13 @@ class _Course:
 
 
 def _remembered(task: Task, model: nn.Module) -> dict[str, float] | None:
-    """Loss on the base's own text, before and after."""
-    after = task.remembered(model)
-    if after is None:
-        return None
-    with ll.active(model, None):
-        before = task.remembered(model)
+    """Loss on the base's own text, before and after. For methods that edit prompts the whole text is one."""
+    with ll.prompt(model, None):
+        after = task.remembered(model)
+        if after is None:
+            return None
+        with ll.active(model, None):
+            before = task.remembered(model)
     return {"before": _plain(before), "after": _plain(after)}
 
 
