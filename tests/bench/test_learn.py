@@ -126,17 +126,46 @@ def test_the_rate_is_chosen_on_validation_and_then_the_seeds_run():
     first = board.left([], PROTOCOL, [entry])
     assert [(s.phase, s.seed, s.lr) for s in first] == [("select", 0, f * rate) for f in PROTOCOL.grid]
     assert board.count_left([], PROTOCOL, [entry]) == 5
-    rows = [row(s, accuracy) for s, accuracy in zip(first, (0.2, 0.8, 0.8), strict=True)]
-    rows[2]["loss"] = 0.5  # as often right, and more surely
+    rows = [row(s, accuracy) for s, accuracy in zip(first, (0.8, 0.8, 0.2), strict=True)]
+    rows[1]["loss"] = 0.5  # as often right, and more surely
     assert board.left(rows[:2], PROTOCOL, [entry]) == first[2:]
     finals = board.left(rows, PROTOCOL, [entry])
-    assert [(s.phase, s.seed, s.lr) for s in finals] == [("final", n, 2 * rate) for n in (1, 2)]
+    assert [(s.phase, s.seed, s.lr) for s in finals] == [("final", n, rate) for n in (1, 2)]
     rows += [row(s, accuracy) for s, accuracy in zip(finals, (0.5, 0.7), strict=True)]
     assert board.left(rows, PROTOCOL, [entry]) == [] and board.count_left(rows, PROTOCOL, [entry]) == 0
     s = board.standing(rows, PROTOCOL, entry)
     assert s.mean == pytest.approx(0.6) and s.half == pytest.approx(12.706 * 0.1414214 / 2**0.5, rel=1e-3)
     other = Protocol("lines", 13, seeds=2, grid=(0.5, 1.0, 2.0))
     assert len(board.left(rows, other, [entry])) == 3, "runs of other steps do not count"
+
+
+@pytest.mark.parametrize("high", [True, False])
+def test_the_grid_grows_where_the_best_rate_stands_at_its_end(high):
+    entry, rows, asked = Entry("lora"), [], []
+
+    def run(accuracy):
+        now = board.left(rows, PROTOCOL, [entry])
+        assert {s.phase for s in now} == {"select"}
+        asked.append([PROTOCOL.place(s) for s in now])
+        rows.extend(row(s, accuracy(s.lr), **PROTOCOL.place(s)) for s in now)
+
+    def better(lr):
+        return lr if high else 1 - lr
+
+    run(better)
+    run(better)
+    run(better)
+    first, second = (4.0, 8.0) if high else (0.25, 0.125)
+    assert [p["factor"] for p in asked[0]] == [0.5, 1.0, 2.0] and not any("beyond" in p for p in asked[0])
+    assert asked[1:] == [[{"factor": first, "beyond": True}], [{"factor": second, "beyond": True}]]
+    chosen = second * ll.get_variant("lora").lr
+    assert {s.lr for s in board.left(rows, PROTOCOL, [entry])} == {chosen}, "no further than two"
+    rows[-1]["accuracy"] = 0.0  # past the best one, which is inside now
+    assert {s.lr for s in board.left(rows, PROTOCOL, [entry])} == {first * ll.get_variant("lora").lr}
+    done = [row(s, 0.5, **PROTOCOL.place(s)) for s in board.left(rows, PROTOCOL, [entry])]
+    assert board.count_left(rows + done, PROTOCOL, [entry]) == 0
+    ((protocol, _, _),) = board_report.boards(rows + done)
+    assert protocol.grid == PROTOCOL.grid, "what grew is no part of everybody's grid"
 
 
 def test_a_file_that_was_cut_is_read_and_mended(tmp_path):
@@ -166,7 +195,7 @@ def finished():
     rows = []
     for method, right in (("lora", 0.8), ("ia3", 0.6)):
         for s in board.left([], PROTOCOL, [Entry(method)]):
-            factor = PROTOCOL.factor(s)
+            factor = PROTOCOL.place(s)["factor"]
             rows.append(row(s, right - abs(factor - 1) / 10, factor=factor))
         for s in board.left(rows, PROTOCOL, [Entry(method)]):
             rows.append(
@@ -198,7 +227,7 @@ def test_the_page_and_the_report(tmp_path):
 
 def test_methods_whose_rate_is_not_chosen_stand_apart():
     rows = finished()
-    began = next(s for s in board.left([], PROTOCOL, [Entry("dora")]) if PROTOCOL.factor(s) == 1)
+    began = next(s for s in board.left([], PROTOCOL, [Entry("dora")]) if PROTOCOL.place(s)["factor"] == 1)
     page = board_report.markdown([*rows, row(began, 0.4, factor=1.0)])
     finals, first = page.split("Whose rate is not chosen yet")
     assert "| dora |" not in finals and f"| dora | 40.0% | {began.lr:g} | 1 | 1 |" in first

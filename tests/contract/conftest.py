@@ -1,5 +1,5 @@
-"""The contract's tensors are small, and small products are left to torch: here they take the package's own passes, which
-is where its mistakes would be."""
+"""The contract's tensors are small, and small products are left to torch: here they take the package's own passes,
+which is where its mistakes would be."""
 
 from __future__ import annotations
 

@@ -20,6 +20,8 @@ GRID = (1 / 3, 1.0, 3.0, 9.0)
 GRIDS = {"wordmath": (1.0, 3.0, 9.0, 27.0, 81.0)}
 """The grids of other tasks. Recommended rates are those of models thousands wide; the base of wordmath is 160 wide, and
 the smaller the width, the larger the step that it bears."""
+BEYOND = 2
+"""Steps by which the grid grows, one at a time, at an end where the best rate stands: past it a better may lie."""
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % points of Student's t with 1, 2, ... degrees of freedom."""
 Row = dict[str, Any]
@@ -47,23 +49,50 @@ class Protocol:
     seeds: int = 3
     grid: tuple[float, ...] = GRID
 
-    def factor(self, setting: Setting) -> float:
-        """The grid's factor of a run's rate."""
-        return self.grid[self.rates(Entry(setting.method)).index(setting.lr)]
+    @property
+    def beyond(self) -> tuple[float, ...]:
+        """Factors past both ends of the grid, at the distance of the last two inside."""
+        inside = sorted(self.grid)
+        if len(inside) < 2:
+            return ()
+        down, up = inside[0] / inside[1], inside[-1] / inside[-2]
+        below = (inside[0] * down**n for n in range(BEYOND, 0, -1))
+        return (*below, *(inside[-1] * up**n for n in range(1, BEYOND + 1)))
+
+    def factors(self, entry: Entry) -> dict[float, float]:
+        """Rate, to three digits -> its factor on the recommended one, of the grid and beyond."""
+        own = ll.get_variant(entry.method).lr
+        return {float(f"{factor * own:.3g}"): factor for factor in sorted((*self.grid, *self.beyond))}
 
     def rates(self, entry: Entry) -> list[float]:
-        """The rates that the entry may choose from: the grid times the recommended one, to three digits."""
-        return [float(f"{factor * ll.get_variant(entry.method).lr:.3g}") for factor in self.grid]
+        """The rates of the grid."""
+        by_factor = {factor: rate for rate, factor in self.factors(entry).items()}
+        return [by_factor[factor] for factor in self.grid]
 
-    def selections(self, entry: Entry) -> list[Setting]:
+    def asked(self, entry: Entry, ranked: Sequence[float]) -> list[float]:
+        """The rates that must run: those of the grid, and the next one past the best where it stands at an end. ranked:
+        the rates that have run, the best first."""
+        grid, every = self.rates(entry), list(self.factors(entry))
+        if not set(grid) <= set(ranked):
+            return grid
+        here, run = every.index(ranked[0]), {every.index(rate) for rate in ranked}
+        near = {here - 1, here + 1} & set(range(len(every))) if here in (min(run), max(run)) else set[int]()
+        return [*(every[i] for i in sorted(run)), *(every[i] for i in sorted(near - run))]
+
+    def selections(self, entry: Entry, ranked: Sequence[float] = ()) -> list[Setting]:
         """One run per rate, with seed 0, judged on validation questions."""
-        return [self._setting(entry, "select", 0, lr) for lr in self.rates(entry)]
+        return [self.setting(entry, "select", 0, lr) for lr in self.asked(entry, ranked)]
+
+    def place(self, setting: Setting) -> dict[str, Any]:
+        """What a row says of its rate: the factor on the recommended one, and whether it lies beyond the grid."""
+        factor = self.factors(Entry(setting.method))[setting.lr]
+        return {"factor": factor} if factor in self.grid else {"factor": factor, "beyond": True}
 
     def finals(self, entry: Entry, lr: float) -> list[Setting]:
         """The runs that count: seeds 1, 2, ..., at the chosen rate, judged on the test."""
-        return [self._setting(entry, "final", seed, lr) for seed in range(1, self.seeds + 1)]
+        return [self.setting(entry, "final", seed, lr) for seed in range(1, self.seeds + 1)]
 
-    def _setting(self, entry: Entry, phase: Any, seed: int, lr: float) -> Setting:
+    def setting(self, entry: Entry, phase: Any, seed: int, lr: float) -> Setting:
         return Setting(self.task, entry.method, phase, seed, lr, self.steps, dict(entry.fields))
 
 
@@ -73,9 +102,9 @@ class Standing:
 
     entry: Entry
     rates: dict[float, float]
-    """Rate -> share of right validation answers, of the rates that have run."""
+    """Rate -> share of right validation answers, of the rates that have run, the best first."""
     chosen: float | None
-    """The rate of the final runs; None until all rates have run."""
+    """The rate of the final runs; None until the grid has run, and what lies past a best rate at its end."""
     finals: list[Row]
 
     @property
@@ -149,14 +178,14 @@ def add(path: Path, row: Row) -> None:
 def standing(rows: Iterable[Row], protocol: Protocol, entry: Entry) -> Standing:
     """What the rows say of one entry under this protocol; rows of another one do not count."""
     known = {Setting.of(row).key: row for row in rows if row["method"] == entry.method}
-    selected = [known[s.key] for s in protocol.selections(entry) if s.key in known]
-    rates = {row["lr"]: row["accuracy"] for row in selected}
-    chosen = None
-    if len(rates) == len(set(protocol.rates(entry))):
-        best = max(selected, key=lambda r: (r["accuracy"], -(math.inf if r["loss"] is None else r["loss"])))
-        chosen = best["lr"]
+    every = (protocol.setting(entry, "select", 0, lr) for lr in protocol.factors(entry))
+    selected = [known[s.key] for s in every if s.key in known]
+    ranked = sorted(selected, key=lambda r: (-r["accuracy"], math.inf if r["loss"] is None else r["loss"]))
+    rates = [row["lr"] for row in ranked]
+    left = set(protocol.asked(entry, rates)) - set(rates)
+    chosen = None if left else rates[0]
     finals = [known[s.key] for s in protocol.finals(entry, chosen) if s.key in known] if chosen is not None else []
-    return Standing(entry, rates, chosen, finals)
+    return Standing(entry, {row["lr"]: row["accuracy"] for row in ranked}, chosen, finals)
 
 
 def left(rows: Sequence[Row], protocol: Protocol, entries: Sequence[Entry]) -> list[Setting]:
@@ -165,7 +194,8 @@ def left(rows: Sequence[Row], protocol: Protocol, entries: Sequence[Entry]) -> l
     todo: list[Setting] = []
     for entry in entries:
         now = standing(rows, protocol, entry)
-        settings = protocol.selections(entry) if now.chosen is None else protocol.finals(entry, now.chosen)
+        chosen = now.chosen
+        settings = protocol.selections(entry, list(now.rates)) if chosen is None else protocol.finals(entry, chosen)
         todo += [s for s in settings if s.key not in finished]
     return todo
 
@@ -175,5 +205,5 @@ def count_left(rows: Sequence[Row], protocol: Protocol, entries: Sequence[Entry]
     total = 0
     for entry in entries:
         now = standing(rows, protocol, entry)
-        total += len(set(protocol.rates(entry))) - len(now.rates) + protocol.seeds - len(now.finals)
+        total += len(set(protocol.asked(entry, list(now.rates))) - now.rates.keys()) + protocol.seeds - len(now.finals)
     return total

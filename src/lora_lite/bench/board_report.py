@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import lora_lite as ll
 
 from . import beside_peft
-from .board import Entry, Protocol, Row, Standing, standing, trainable
+from .board import BEYOND, Entry, Protocol, Row, Standing, standing, trainable
 
 COLUMNS = (
     "method",
@@ -28,7 +29,7 @@ COLUMNS = (
     "step / lora",
     "forgotten",
 )
-EDGE = " at the grid's edge"
+EDGE = " at the end"
 
 
 def ranked(rows: Sequence[Row], protocol: Protocol, entries: Iterable[Entry]) -> list[Standing]:
@@ -75,10 +76,11 @@ def boards(rows: Sequence[Row]) -> list[tuple[Protocol, list[Entry], bool]]:
 
 
 def _grid(group: Sequence[Row]) -> tuple[float, ...]:
-    """The factors that every finished entry has run, and before any is finished all of them."""
+    """The factors that every finished entry has run, and before any is finished all of them; without those by which
+    the grid of some grew."""
     factors: dict[tuple[str, str], set[float]] = {}
     for r in group:
-        if r["phase"] == "select":
+        if r["phase"] == "select" and not r.get("beyond"):
             factors.setdefault((r["method"], str(r["fields"])), set()).add(r["factor"])
     finished = {(r["method"], str(r["fields"])) for r in group if r["phase"] == "final"}
     common = [tried for entry, tried in factors.items() if entry in finished]
@@ -95,8 +97,9 @@ def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
         "- The same number of optimiser steps (AdamW, no weight decay, clipping at 1, warm-up over 5 %, then a cosine) "
         "on the same rows in the same order for every method: 8 a step of wordmath, 32 of glosses, 4 of metamath.",
         "- The same grid of rates for every method, times its recommended rate; the rate is chosen with seed 0 on "
-        "validation questions that neither training nor the test has. A rate at the grid's edge is marked: a better "
-        "one may lie outside.",
+        "validation questions that neither training nor the test has. Where the best stands at the grid's end, the "
+        f"next factor runs too, up to {BEYOND} times; a rate that is marked is an end even so, and a better one may "
+        "lie outside.",
         "- Then seeds 1, 2, ... at that rate on the test, each with another start and other rows: the mean, and half "
         "its 95 % interval by Student's t over seeds.",
         "- At its own lr: the share of right validation answers, seed 0, at the recommended rate, which is that of the "
@@ -104,6 +107,7 @@ def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
         "- Step: the median over that of LoRA on the same batches, turn by turn in one process (processor time, one "
         "thread; of a GPU's rows wall clock, where the launches of kernels count and not the arithmetic); peak: memory "
         "of the process, or of the GPU; forgotten: by how much the loss on text of the base's own training grew.",
+        f"- Ran on: {_machines(rows)}.",
         f"- Not here: what is made of other adapters ({', '.join(_made_of_others())}), and what does not train.",
     ]
     for protocol, entries, default in boards(rows):
@@ -121,6 +125,12 @@ def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
         if absent:
             lines += ["", f"Not begun: {', '.join(absent)}."]
     return "\n".join([*lines, *beside_peft.markdown(list(beside))]) + "\n"
+
+
+def _machines(rows: Sequence[Row]) -> str:
+    """How many runs on which device, and with which torch."""
+    kinds = Counter((r.get("device", "?"), r.get("versions", {}).get("torch", "?")) for r in rows)
+    return ", ".join(f"{device} with torch {torch} ({n} runs)" for (device, torch), n in kinds.most_common())
 
 
 def _made_of_others() -> list[str]:
@@ -142,7 +152,7 @@ def _first(begun: Sequence[Standing], protocol: Protocol) -> list[str]:
     ]
     found = [(max(s.rates, key=lambda lr: s.rates[lr]), s) for s in begun]
     for lr, s in sorted(found, key=lambda pair: -pair[1].rates[pair[0]]):
-        factor = protocol.grid[protocol.rates(s.entry).index(lr)]
+        factor = protocol.factors(s.entry)[lr]
         lines.append(f"| {s.entry.label} | {s.rates[lr]:.1%} | {lr:g} | {factor:.3g} | {len(s.rates)} |")
     return lines
 

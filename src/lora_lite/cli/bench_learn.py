@@ -33,10 +33,10 @@ GUESS = {"wordmath": 0.25, "glosses": 1.0, "metamath": 2.0}
 class Learn:
     """Train methods on a task under one protocol, and rank them with their uncertainty.
 
-    Every method gets the same steps on the same rows in the same order, which the seed decides. Its rate is chosen from
-    the same grid around its recommended one, on validation questions; then seeds 1, 2, ... run at that rate and answer
-    the test. Finished runs are kept in --results and never repeated; an interrupted one goes on from its last
-    checkpoint.
+    Every method gets the same steps on the same rows in the same order, which the seed decides. Its rate is chosen
+    from the same grid around its recommended one, which grows where the best stands at its end, on validation
+    questions; then seeds 1, 2, ... run at that rate and answer the test. Finished runs are kept in --results and
+    never repeated; an interrupted one goes on from its last checkpoint.
     """
 
     task: Literal["wordmath", "glosses", "metamath"] = "wordmath"
@@ -237,7 +237,7 @@ def work(args: Learn, rows: list[Row], protocol: Protocol, entries: list[Entry])
                     if row is None:
                         failed.add(setting.key)
                         continue
-                    row["factor"] = protocol.factor(setting)
+                    row |= protocol.place(setting)
                     board.add(args.results, row)
                     rows.append(row)
                     tell(row, total - board.count_left(rows, protocol, entries), total, live)

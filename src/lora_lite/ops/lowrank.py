@@ -17,7 +17,6 @@ from torch import Tensor
 from .autograd import own_backward, own_products
 from .dropout import shrink_dropped
 
-
 FEW = 2**14
 """Numbers up to which a product on the CPU takes less time than what surrounds it (measured at widths of 64 to 2,048,
 where both forms cost the same)."""
