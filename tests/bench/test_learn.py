@@ -225,6 +225,19 @@ def test_the_page_and_the_report(tmp_path):
     assert "Not finished: ia3." in board_report.markdown(rows[:-1])
 
 
+def test_differences_that_are_noise():
+    """Two methods, seeds 2 and 4 points apart: variances 2 and 8, pooled 5."""
+    rows = finished()
+    standings = [board.standing(rows, PROTOCOL, Entry(m)) for m in ("lora", "ia3")]
+    for s, (a, b) in zip(standings, ((0.50, 0.52), (0.30, 0.34)), strict=True):
+        s.finals[0]["accuracy"], s.finals[1]["accuracy"] = a, b
+    assert board.scatter(standings) == pytest.approx((0.05**0.5 / 10, 1.96 * 0.05**0.5 / 10))
+    assert "seeds scatter by 2.2 points (pooled), so two means that lie less than 4 points" in board_report.markdown(
+        rows
+    )
+    assert board.scatter([]) is None
+
+
 def test_methods_whose_rate_is_not_chosen_stand_apart():
     rows = finished()
     began = next(s for s in board.left([], PROTOCOL, [Entry("dora")]) if PROTOCOL.place(s)["factor"] == 1)

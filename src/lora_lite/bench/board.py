@@ -24,6 +24,8 @@ BEYOND = 2
 """Steps by which the grid grows, one at a time, at an end where the best rate stands: past it a better may lie."""
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % points of Student's t with 1, 2, ... degrees of freedom."""
+LEARNT = 0.1
+"""Share of right answers above which seeds scatter alike; near 0 they cannot."""
 Row = dict[str, Any]
 
 
@@ -131,6 +133,20 @@ class Standing:
         found = [r["remembered"] for r in self.finals if r.get("remembered")]
         grown = [f["after"] - f["before"] for f in found if None not in f.values()]
         return statistics.fmean(grown) if grown else None
+
+
+def scatter(standings: Iterable[Standing]) -> tuple[float, float] | None:
+    """(standard deviation over seeds, pooled over the entries; half the 95 % interval of a difference of two entries'
+    means), of entries that learnt something. None where no entry has two seeds.
+
+    σ² = Σ_e Σ_i (a_ei − ā_e)² / Σ_e (n_e − 1); 1.96 σ √(2/n) at n seeds, the most that any entry has.
+    """
+    groups = [[r["accuracy"] for r in s.finals] for s in standings if (s.mean or 0.0) > LEARNT and len(s.finals) > 1]
+    free = sum(len(g) - 1 for g in groups)
+    if not free:
+        return None
+    sigma = math.sqrt(sum(statistics.variance(g) * (len(g) - 1) for g in groups) / free)
+    return sigma, 1.96 * sigma * math.sqrt(2 / max(map(len, groups)))
 
 
 def trainable() -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import lora_lite as ll
 
 from . import beside_peft
-from .board import BEYOND, Entry, Protocol, Row, Standing, standing, trainable
+from .board import BEYOND, Entry, Protocol, Row, Standing, scatter, standing, trainable
 
 COLUMNS = (
     "method",
@@ -116,6 +116,7 @@ def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
         lines += ["", f"## {protocol.task}, {protocol.steps} steps, {size}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
         lines += ["| " + " | ".join(cells(s)) + " |" for s in standings if s.finals]
+        lines += _noise(standings)
         open_now = [s.entry.label for s in standings if 0 < len(s.finals) < protocol.seeds]
         begun = {s.entry.method for s in standings}
         absent = [name for name in trainable() if name not in begun] if default else []
@@ -135,6 +136,20 @@ def _machines(rows: Sequence[Row]) -> str:
 
 def _made_of_others() -> list[str]:
     return [v.name for v in ll.variants() if v.needs_data == "adapters" and v.trains]
+
+
+def _noise(standings: Sequence[Standing]) -> list[str]:
+    """Which differences are none."""
+    found = scatter(standings)
+    if found is None:
+        return []
+    sigma, difference = (100 * value for value in found)
+    return [
+        "",
+        f"Read it so: over all methods that learnt, seeds scatter by {sigma:.1f} points (pooled), so two means that "
+        f"lie less than {difference:.0f} points apart are no ranking; and of many pairs some lie further apart by "
+        "chance.",
+    ]
 
 
 def _first(begun: Sequence[Standing], protocol: Protocol) -> list[str]:
