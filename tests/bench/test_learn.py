@@ -306,3 +306,9 @@ def test_a_run_beside_peft(monkeypatch):
     real = ll.Adapter.param_groups
     monkeypatch.setattr(ll.Adapter, "param_groups", lambda self, lr: real(self, 2 * lr))
     assert beside_peft.run(Lines(), "lora", 12, r=3)["last_apart"] > 1e-4
+
+    def missing(method, r):
+        raise ImportError("scikit-learn is required\nfor that")
+
+    monkeypatch.setattr(beside_peft, "peft_config", missing)
+    assert beside_peft.run(Lines(), "lora", 12, r=3)["refused"] == "scikit-learn is required", "the others go on"

@@ -51,3 +51,15 @@ def test_gain_and_update_together():
     y, x, A, B, h, b = draw((2, 3, 7), (2, 3, 5), (2, 5), (7, 2), (7,), (7,))
     b = b.detach()
     torch.autograd.gradcheck(lambda y, x, A, B, h: scaled_lowrank_update(y, x, A, B, h, b, 1.7), (y, x, A, B, h))
+
+
+@pytest.mark.parametrize("trained", ["z", "B"])
+def test_what_waits_for_the_backward_pass(trained):
+    """The other factor, and nothing for the one that is frozen: z is as long as the text."""
+    y, z, B = draw((4, 7), (4, 2), (7, 2))
+    kept = []
+    frozen = {"z": B, "B": z}[trained].detach()
+    z, B = (z, frozen) if trained == "z" else (frozen, B)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        add_lowrank(y, z, B)
+    assert [sorted(shape) for shape in kept] == [sorted(frozen.shape)]

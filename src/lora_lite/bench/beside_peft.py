@@ -43,7 +43,7 @@ def run(
     row: dict[str, Any] = {"method": method, "task": task.name, "seed": seed, "lr": variant.lr, "steps": steps}
     try:
         model, rival, kind = both(task, method, r, seed)
-    except (ll.LoraLiteError, ValueError) as e:
+    except (ll.LoraLiteError, ValueError, ImportError) as e:
         return {**row, "refused": str(e).splitlines()[0], **machine()}
     ours_rates: Any = ll.adapters(model)["default"].param_groups(variant.lr)
     theirs_rates = [{"params": [p for p in rival.parameters() if p.requires_grad], "lr": variant.lr}]
@@ -63,6 +63,7 @@ def both(task: Task, method: str, r: int, seed: int) -> tuple[nn.Module, nn.Modu
     Raises:
         LoraLiteError: what PEFT wrote is refused here.
         ValueError: PEFT refuses the size.
+        ImportError: PEFT asks for a package that is not here.
     """
     import peft
 

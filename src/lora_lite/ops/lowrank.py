@@ -43,11 +43,12 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
 
 
 class _AddLowrank(torch.autograd.Function):
-    """Saves z and B, not the copy of B that a 16-bit product reads."""
+    """Saves z for a B that is trained, and B, not the copy of it that a 16-bit product reads."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, B: Tensor, s: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(z, B)
+        _, of_z, of_B, _ = ctx.needs_input_grad
+        ctx.save_for_backward(z if of_B else None, B if of_z else None)
         ctx.s = s
         return torch.addmm(y, z, _wide(B), alpha=s)
 

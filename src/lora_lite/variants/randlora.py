@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..core import AdapterConfig, Layer, ParamSpec, Variant, register
+from ..ops.bases import scaled_bases
 from ..ops.lowrank import lowrank_update
 from ._shared import uniform
 
@@ -79,7 +80,7 @@ def pairs(layer: Layer[RandLoRAConfig]) -> tuple[Tensor, Tensor]:
     scales, gamma = layer.lora_lambda, layer.lora_gamma
     (r, n), m = scales.shape, gamma.shape[1]
     most = max(layer.in_features, layer.out_features)
-    scaled = (scales[..., None] * layer.lora_A[:r, None, :m]) * gamma  # (r, n, m)
+    scaled = scaled_bases(layer.lora_A[:r, :m], scales, gamma)  # (r, n, m)
     A = (scaled if layer.cfg.pairing == "peft" else scaled.transpose(0, 1)).flatten(0, 1)
     B = layer.lora_B[:most, :n, :r].flatten(1)
     return (A, B) if layer.in_features <= layer.out_features else (B.mT, A.mT)
