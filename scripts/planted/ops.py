@@ -11,6 +11,34 @@ SPECTRUM = "tests/ops/test_spectrum.py"
 
 BUGS = [
     Bug(
+        "the scales' gradient without the gains",
+        "ops/bases.py",
+        'torch.einsum("kij,ij->ki", GA, gains)',
+        'torch.einsum("kij,ij->ki", GA, torch.ones_like(gains))',
+        "tests/ops/test_bases.py",
+    ),
+    Bug(
+        "bases that are trained get no gradient",
+        "ops/bases.py",
+        "if A.requires_grad or not own_products(gains):",
+        "if not own_products(gains):",
+        "tests/ops/test_bases.py",
+    ),
+    Bug(
+        "z waits for a frozen B",
+        "ops/lowrank.py",
+        "z if of_B else None, B if of_z else None",
+        "z, B",
+        "tests/ops/test_lowrank.py",
+    ),
+    Bug(
+        "few numbers go through Python's own backward pass",
+        "ops/lowrank.py",
+        "if few(y) or not own_products(z):",
+        "if not own_products(z):",
+        "tests/ops/test_lowrank.py",
+    ),
+    Bug(
         "a sketch of the whole gradient's scale",
         "ops/sketch.py",
         "[:, : A.shape[1]] * ctx.scale",
