@@ -30,7 +30,7 @@ from lora_lite.bench.pairs import IN_A_MODEL, INVOCATION, OF_A_TASK, PAIRS, conf
 from lora_lite.bench.speed import machine, paired
 
 OUT = Path(__file__).parent / "results" / "methods_vs_peft.json"
-RANKS = {"osf": 24, "miss": 64, "miss_bat": 64} | dict.fromkeys(
+RANKS = {"miss": 64, "miss_bat": 64} | dict.fromkeys(
     ("gralora", "hira", "lily", "peanut", "psoft", "randlora", "shira"), 32
 )
 """Of the others: 8."""

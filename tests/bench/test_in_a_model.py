@@ -1,4 +1,4 @@
-"""The pairs with PEFT that need a language model: both sides train the same numbers."""
+"""The pairs with PEFT: both sides train the same numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 import lora_lite as ll
 import tiny_llm
+from lora_lite.bench import pairs
 from lora_lite.bench.pairs import IN_A_MODEL, PAIRS, config, data, peft_model
 from neighbours import needs
 
@@ -25,3 +26,25 @@ def test_both_sides_train_the_same_numbers(method):
     other = peft_model(method, 4, theirs)
     assert isinstance(other, peft.PeftModel)
     assert adapter.num_parameters() == sum(p.numel() for p in other.parameters() if p.requires_grad)
+
+
+MORE_IN_PEFT = {"boft": "whole blocks, of which the skew halves act, and a gain per output"}
+"""Method -> what PEFT trains beside the same function's parameters, or in their place."""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of layers without a bias and of jit
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@needs("peft", "0.21", "newer methods")
+@pytest.mark.parametrize("method", PAIRS)
+def test_both_sides_of_a_pair_train_the_same_numbers(method, monkeypatch):
+    """Or a ratio to PEFT compares two sizes: its OSF counts the triplets that it keeps, ours those that it trains."""
+    monkeypatch.setitem(pairs.SIZES["S4"], "num_hidden_layers", 1)
+    try:
+        theirs = pairs.theirs("S4", method, 8)
+    except ImportError as e:
+        pytest.skip(str(e))
+    if theirs is None:
+        pytest.skip("PEFT cannot run it here")
+    mine = ll.adapters(pairs.ours("S4", method, 8))["default"].num_parameters()
+    n = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert mine < n if method in MORE_IN_PEFT else mine == n

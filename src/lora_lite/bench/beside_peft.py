@@ -1,11 +1,13 @@
 """The same start, rows, rate and optimiser here and in PEFT: loss curves that lie on each other where the mathematics
 is the same, and the gap where a method departs from PEFT's on purpose.
 
-The start is PEFT's: its fresh adapter is saved, and read here.
+The start is PEFT's: its fresh adapter is saved, and read here. Where it is read as another method, the tensors that
+both have are PEFT's, and the rest starts here as in `ll.attach`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 import warnings
@@ -19,11 +21,18 @@ from torch import Tensor, nn
 import lora_lite as ll
 
 from .learn import APART, Task, machine
-from .pairs import PAIRS, has_peft, peft_config
+from .pairs import PAIRS, config, has_peft, peft_config
 
 __all__ = ["COLUMNS", "METHODS", "cells", "has_peft", "markdown", "picture", "run"]
 METHODS = tuple(name for name in PAIRS if "+" not in name)
 """What both have at one size."""
+START = "PEFT's"
+NARROW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "road": ({}, {"group_size": 16}),
+    "c3a": ({"block": 16}, {"block_size": 16}),
+    "vblora": ({"length": 16}, {"vector_length": 16}),
+}
+"""Our fields and PEFT's where the sizes of `PAIRS` do not divide the widths of the bundled base."""
 SAME = 1e-3
 """Relative gap of the last losses below which two curves are called the same."""
 Tick = Callable[[int, int], None]
@@ -42,8 +51,8 @@ def run(
     variant = ll.get_variant(method)
     row: dict[str, Any] = {"method": method, "task": task.name, "seed": seed, "lr": variant.lr, "steps": steps}
     try:
-        model, rival, kind = both(task, method, r, seed)
-    except (ll.LoraLiteError, ValueError, ImportError) as e:
+        model, rival, kind, start = both(task, method, r, seed)
+    except (ValueError, ImportError) as e:
         return {**row, "refused": str(e).splitlines()[0], **machine()}
     ours_rates: Any = ll.adapters(model)["default"].param_groups(variant.lr)
     theirs_rates = [{"params": [p for p in rival.parameters() if p.requires_grad], "lr": variant.lr}]
@@ -54,14 +63,13 @@ def run(
         losses["peft"].append(b)
         tick(step, steps)
     apart = {"start_apart": _apart(losses, slice(0, 1)), "last_apart": _apart(losses, slice(-10, None))}
-    return {**row, "peft_type": kind, **losses, **apart, **machine()}
+    return {**row, "peft_type": kind, "start": start, **losses, **apart, **machine()}
 
 
-def both(task: Task, method: str, r: int, seed: int) -> tuple[nn.Module, nn.Module, str]:
-    """Our model and PEFT's with one start, and PEFT's type.
+def both(task: Task, method: str, r: int, seed: int) -> tuple[nn.Module, nn.Module, str, str]:
+    """Our model, PEFT's, PEFT's type, and whose start it is.
 
     Raises:
-        LoraLiteError: what PEFT wrote is refused here.
         ValueError: PEFT refuses the size.
         ImportError: PEFT asks for a package that is not here.
     """
@@ -71,11 +79,31 @@ def both(task: Task, method: str, r: int, seed: int) -> tuple[nn.Module, nn.Modu
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rival = peft.get_peft_model(base, peft_config(method, r))  # pyright: ignore[reportArgumentType]
+        theirs = peft_config(method, r)
+        for name, value in NARROW.get(method, ({}, {}))[1].items():
+            setattr(theirs, name, value)
+        rival: Any = peft.get_peft_model(base, theirs)
         rival.save_pretrained(folder)
-        ll.load(model, folder, trainable=True)
+        try:
+            ll.load(model, folder, trainable=True)
+            read = ll.adapters(model)["default"]
+        except ll.FileError:  # a start that PEFT takes off the base, or a function that no method here is
+            read = None
+        start = START if read is not None and read.cfg.variant == method else _own_start(model, read, task, method, r)
         kind = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
-    return model, rival, kind
+    return model, rival, kind, start
+
+
+def _own_start(model: nn.Module, read: ll.Adapter | None, task: Task, method: str, r: int) -> str:
+    """Our method where PEFT's adapter is read as another one, with those of its tensors that both have."""
+    given = {} if read is None else {k: v.clone() for k, v in model.state_dict().items() if ".lora_" in k}
+    if read is not None:
+        ll.detach(model)
+    cfg = dataclasses.replace(config(method, r), **task.fields, **NARROW.get(method, ({}, {}))[0])
+    ll.attach(model, cfg)
+    shared = {k: v for k, v in given.items() if k in model.state_dict()}
+    model.load_state_dict(shared, strict=False)
+    return START if shared else "own"
 
 
 def steps_of(model: nn.Module, groups: Any, task: Task, steps: int, seed: int) -> Iterator[float]:
@@ -95,16 +123,16 @@ def _apart(losses: dict[str, list[float]], part: slice) -> float:
     return float(f"{abs(ours - peft) / abs(peft):.3g}")
 
 
-COLUMNS = ("method", "PEFT's type", "lr", "steps", "start apart", "last losses, ours", "PEFT's", "apart")
+COLUMNS = ("method", "PEFT's type", "lr", "steps", "start", "start apart", "last losses, ours", "PEFT's", "apart")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """One line of the table."""
     if "refused" in row:
-        return [row["method"], "-", f"{row['lr']:g}", "-", "-", "-", "-", row["refused"]]
+        return [row["method"], "-", f"{row['lr']:g}", *["-"] * 5, row["refused"]]
     ends = [f"{sum(row[who][-10:]) / len(row[who][-10:]):.4f}" for who in ("ours", "peft")]
     apart = "the same" if row["last_apart"] < SAME else f"{row['last_apart']:.1%}"
-    first = [row["method"], row["peft_type"], f"{row['lr']:g}", str(row["steps"])]
+    first = [row["method"], row["peft_type"], f"{row['lr']:g}", str(row["steps"]), row.get("start", START)]
     return [*first, f"{row['start_apart']:.0e}", *ends, apart]
 
 
@@ -116,7 +144,8 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "## Beside PEFT",
         "",
-        "A fresh adapter of PEFT's is read here and trained in both: the same rows, AdamW at the recommended rate, no "
+        "A fresh adapter of PEFT's is read here and trained in both; start `own`: its random tensors have no "
+        "counterpart here, and each starts by itself. The same rows, AdamW at the recommended rate, no "
         f"schedule. Losses of the last ten steps; below {SAME:.1%} of each other the curves are called the same. What "
         "is further apart trains other numbers for the same function (a gain as 1 + δ, pairs of reflections): "
         "[departures](../departures.md).",

@@ -59,7 +59,10 @@ PAIRS: dict[str, Callable[[int], Pair]] = {
     "deft": lambda r: ({"r": r}, ("DeftConfig", {"r": r})),
     "fourierft": lambda r: ({}, ("FourierFTConfig", {"n_frequency": 1000})),
     "frod": lambda r: ({}, ("FrodConfig", {})),
-    "glora": lambda r: ({"r": r}, ("GloraConfig", {"r": r})),
+    "glora": lambda r: (  # without what PEFT leaves out where a layer has no bias
+        {"r": r, "prompt": "none", "biases": "none"},
+        ("GloraConfig", {"r": r, "config_C": "none", "config_D_E": "none"}),
+    ),
     "gralora": lambda r: ({"r": r, "alpha": 2 * r}, ("GraloraConfig", {"r": r, "alpha": 2 * r, "gralora_k": 2})),
     "hira": lambda r: ({"r": r}, ("HiraConfig", {"r": r})),
     "ia3": lambda r: ({}, ("IA3Config", {"feedforward_modules": []})),
@@ -71,7 +74,7 @@ PAIRS: dict[str, Callable[[int], Pair]] = {
     "miss": lambda r: ({"r": r}, ("MissConfig", {"r": r})),
     "miss_bat": lambda r: ({"r": r}, ("MissConfig", {"r": r, "init_weights": "bat"})),
     "monteclora": lambda r: ({"r": r}, ("LoraConfig", {"r": r, "monteclora_config": ("MontecloraConfig", {})})),
-    "osf": lambda r: ({"r": 16 * r}, ("OSFConfig", {"effective_rank": 16 * r})),
+    "osf": lambda r: ({}, ("OSFConfig", {})),  # half of the triplets; PEFT counts those that it keeps
     "peanut": lambda r: ({"r": r}, ("PeanutConfig", {"r": r})),
     "psoft": lambda r: ({"r": r}, ("PsoftConfig", {"r": r})),
     "pvera": lambda r: ({"r": 256}, ("PveraConfig", {"r": 256})),
@@ -132,7 +135,7 @@ OF_A_TASK = ("multitask_prompt_tuning", "poly")
 """Those that ask for `task_ids`."""
 WITHOUT_RANK = (
     *("adamss", "bitfit", "boft", "c3a", "fourierft", "frod", "ia3", "oft", "oft+series", "pvera", "road"),
-    *("supertuning", "tinylora", "unilora", "vblora", "vera", "waveft"),
+    *("osf", "supertuning", "tinylora", "unilora", "vblora", "vera", "waveft"),
 )
 """Methods whose size does not depend on r."""
 PEFT_IS_DENSE = ("hra", "boft")

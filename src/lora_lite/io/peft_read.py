@@ -74,7 +74,7 @@ def attach_peft(
     if trainable and not same:
         warnings.warn(
             f"{where}: {config.get('peft_type')} is read as variant {record.cfg.variant!r}: the same function, which "
-            "training changes in other variables than PEFT's.",
+            "training changes in another way than PEFT's.",
             LoraLiteWarning,
             stacklevel=4,
         )

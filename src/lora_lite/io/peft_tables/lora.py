@@ -19,6 +19,8 @@ REFUSED = {
 }
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "milora")
 """Starts for which PEFT takes the first product off the base weight."""
+TRAINING = ("velora_config", "monteclora_config")
+"""What changes the gradients alone, or draws around the factors while they are trained."""
 Values = dict[str, Tensor]
 
 
@@ -38,8 +40,10 @@ def lora(site: Site) -> Reading:
     extra = site.maybe("lora_B.bias")
     factor = options["alpha"] / (A.shape[0] ** 0.5 if options["use_rslora"] else A.shape[0])
     site.drop("lora_velora_", "lora_monteclora_")
-    switch = next((f for name, f in SWITCHES.items() if site.config.get(name)), _plain)
+    start: Callable[..., Reading] = _mica if str(site.config.get("init_lora_weights")).lower() == "mica" else _plain
+    switch = next((f for name, f in SWITCHES.items() if site.config.get(name)), start)
     found = switch(site, A, B, options)
+    found.same = found.same and not any(site.config.get(name) for name in TRAINING)
     found.bias = None if extra is None else factor * extra
     return found
 
@@ -75,6 +79,11 @@ def _check_rank(site: Site, r: int) -> None:
 
 def _plain(site: Site, A: Tensor, B: Tensor, options: dict[str, Any]) -> Reading:
     return Reading("lora", options, {"lora_A": A, "lora_B": B})
+
+
+def _mica(site: Site, A: Tensor, B: Tensor, options: dict[str, Any]) -> Reading:
+    """PEFT freezes B too."""
+    return Reading("mica", options, {"lora_A": A, "lora_B": B})
 
 
 def _dora(site: Site, A: Tensor, B: Tensor, options: dict[str, Any]) -> Reading:
