@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lora_lite as ll
+from neighbours import needs
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -130,3 +131,35 @@ def test_export_refuses_methods_without_factors(tmp_path):
         assert not (tmp_path / "out").exists()
     finally:
         del registry._TABLE["export_probe"]
+
+
+def saved(tmp_path, **form):
+    """A folder of PEFT's with random factors, its model, and ours without an adapter."""
+    cfg = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], **form)
+    theirs = peft.get_peft_model(tiny(), cfg).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    return theirs, tiny()
+
+
+@needs("peft", "0.21", "MiCA")
+def test_a_mica_of_peft_trains_on_as_one(tmp_path):
+    """B stays frozen, as in PEFT; a plain LoRA of the same factors would train it."""
+    theirs, ours = saved(tmp_path, init_lora_weights="mica")
+    adapter = ll.load(ours, tmp_path, trainable=True)
+    assert adapter.cfg.variant == "mica"
+    assert adapter.num_parameters() == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
+
+
+@needs("peft", "0.21", "VeLoRA")
+def test_a_load_that_trains_in_another_way_says_so(tmp_path, recwarn):
+    from peft.tuners.lora.config import VeloraConfig
+
+    theirs, ours = saved(tmp_path, velora_config=VeloraConfig(num_groups=2))
+    recwarn.clear()
+    ll.load(ours, tmp_path)
+    assert not [w for w in recwarn if issubclass(w.category, ll.LoraLiteWarning)]
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
+    with pytest.warns(ll.LoraLiteWarning, match="training changes in another way than PEFT's"):
+        ll.load(tiny(), tmp_path, trainable=True)
