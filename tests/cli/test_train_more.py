@@ -44,6 +44,20 @@ def words(files: Path, out: Path, *more: str, data: str = "sums.jsonl") -> list[
     return ["train", *(x for k, v in flags.items() if f"--{k}" not in given for x in (f"--{k}", str(v))), *more]
 
 
+# ---- the rate
+
+
+def test_a_narrow_model_is_told_larger_rates(files, tmp_path, capsys):
+    given = words(files, tmp_path / "a", "--steps", "1")
+    del given[given.index("--lr") : given.index("--lr") + 2]
+    assert cli.main(given) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "lr 0.001 is recommended for models thousands wide, and this one is" in said
+    assert "--lr 0.003, 0.009, 0.027 on held-out rows" in said
+    assert cli.main(words(files, tmp_path / "b", "--steps", "1")) == 0
+    assert "recommended for models" not in capsys.readouterr().out, "a rate that was given is not questioned"
+
+
 # ---- packing
 
 

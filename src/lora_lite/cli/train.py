@@ -35,6 +35,8 @@ FREE = ("resume", "overwrite", "dry_run", "debug", "threads", "adapter", "out", 
 """Flags that may differ when a run is resumed."""
 PAIRS_RATE = 0.1
 """Preference pairs take a tenth of the rate that examples do."""
+NARROW = 1024
+"""Width below which recommended rates are small, which were found on models thousands wide."""
 Rows = list[dict[str, Any]]
 SHOWN = 3
 """Rows that are shown as the model sees them."""
@@ -275,6 +277,18 @@ def rate_of(args: Train, cfg: ll.AdapterConfig) -> float:
     return ll.get_variant(cfg.variant).lr * (PAIRS_RATE if args.trainer == "dpo" else 1)
 
 
+def rate_advice(args: Train, lr: float, model: Any) -> str | None:
+    """What to try where the recommended rate is given to a model much narrower than those that it was found on."""
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    if args.lr is not None or not isinstance(width, int) or width >= NARROW:
+        return None
+    tries = ", ".join(f"{factor * lr:g}" for factor in (3, 9, 27))
+    return (
+        f"lr {lr:g} is recommended for models thousands wide, and this one is {width}: the narrower, the larger the "
+        f"step that it bears. Compare --lr {tries} on held-out rows (docs/choosing.md)."
+    )
+
+
 def divided(args: Train, reader: Reader) -> tuple[list[Row], list[Row], str]:
     """(rows to train on, rows to evaluate on, where the latter come from)."""
     rows = reader.rows(args.data, "train", args.rows, args.seed)
@@ -449,6 +463,8 @@ def learn(work: Work, model: Any, tokenizer: Any) -> dict[str, Any]:
     per_step = rows_a_step(args)
     evaluated = work.origin if work.evals else "nothing"
     say(f"{work.steps} steps of {per_step} rows of {args.data}, lr {work.lr:g}; eval on {evaluated}")
+    if advice := rate_advice(args, work.lr, model):
+        say(advice)
     if resume is not None:
         say(f"resuming after {resume.name}")
     else:
