@@ -280,8 +280,8 @@ def test_beside_peft_on_the_page(tmp_path):
         {**beside(method="road"), "refused": "64 does not divide"},
     ]
     text = board_report.markdown([], rows)
-    assert "| lora | LORA | 0.02 | 3 | 0e+00 | 2.1667 | 2.1667 | the same |" in text
-    assert "| 12.0% |" in text and "| road | - | 0.02 | - | - | - | - | 64 does not divide |" in text
+    assert "| lora | LORA | 0.02 | 3 | PEFT's | 0e+00 | 2.1667 | 2.1667 | the same |" in text
+    assert "| 12.0% |" in text and "| road | - | 0.02 | - | - | - | - | - | 64 does not divide |" in text
     assert "Beside PEFT" not in board_report.markdown([])
 
 
@@ -303,8 +303,8 @@ def test_a_run_beside_peft(monkeypatch):
         found = beside_peft.run(Lines(), method, 12, r=3)
         assert found["start_apart"] == 0 and found["last_apart"] < 1e-5, found
         assert len(found["ours"]) == len(found["peft"]) == 12 and found["ours"][-1] != found["ours"][0]
-    real = ll.Adapter.param_groups
-    monkeypatch.setattr(ll.Adapter, "param_groups", lambda self, lr: real(self, 2 * lr))
+    real, rates = beside_peft.at_rate, iter((2, 1))
+    monkeypatch.setattr(beside_peft, "at_rate", lambda parameters, lr: real(parameters, next(rates) * lr))
     assert beside_peft.run(Lines(), "lora", 12, r=3)["last_apart"] > 1e-4
 
     def missing(method, r):

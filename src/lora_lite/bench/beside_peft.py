@@ -11,7 +11,8 @@ import dataclasses
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ NARROW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "road": ({}, {"group_size": 16}),
     "c3a": ({"block": 16}, {"block_size": 16}),
     "vblora": ({"length": 16}, {"vector_length": 16}),
+    "pissa": ({}, {"init_lora_weights": "pissa"}),
 }
-"""Our fields and PEFT's where the sizes of `PAIRS` do not divide the widths of the bundled base."""
+"""Our fields and PEFT's where the sizes of `PAIRS` do not divide the widths of the bundled base, or a start is near."""
+SAME_TENSORS = {"glora": {f"lora_{k}{end}": f"glora_{k}.default.X{end}" for k in "AB" for end in "du"}}
+"""Method that PEFT's file is not read as -> our tensor's name and PEFT's."""
 SAME = 1e-3
 """Relative gap of the last losses below which two curves are called the same."""
 Tick = Callable[[int, int], None]
@@ -41,7 +45,7 @@ Tick = Callable[[int, int], None]
 def run(
     task: Task, method: str, steps: int, seed: int = 1, r: int = 8, tick: Tick = lambda a, b: None
 ) -> dict[str, Any]:
-    """Both curves at the method's recommended rate, without decay, clipping or a schedule.
+    """Both curves at the method's recommended rate for all tensors, without decay, clipping or a schedule.
 
     Returns:
         A row of plain data: `method`, `task`, `seed`, `lr`, `steps`, the losses of `ours` and `peft`, `start_apart` and
@@ -54,9 +58,9 @@ def run(
         model, rival, kind, start = both(task, method, r, seed)
     except (ValueError, ImportError) as e:
         return {**row, "refused": str(e).splitlines()[0], **machine()}
-    ours_rates: Any = ll.adapters(model)["default"].param_groups(variant.lr)
-    theirs_rates = [{"params": [p for p in rival.parameters() if p.requires_grad], "lr": variant.lr}]
-    ours, peft = steps_of(model, ours_rates, task, steps, seed), steps_of(rival, theirs_rates, task, steps, seed)
+    mine, theirs = ll.adapters(model)["default"].parameters(), rival.parameters()
+    ours = steps_of(model, at_rate(mine, variant.lr), task, steps, seed)
+    peft = steps_of(rival, at_rate(theirs, variant.lr), task, steps, seed)
     losses: dict[str, list[float]] = {"ours": [], "peft": []}
     for step, (a, b) in enumerate(zip(ours, peft, strict=True), 1):
         losses["ours"].append(a)
@@ -89,7 +93,11 @@ def both(task: Task, method: str, r: int, seed: int) -> tuple[nn.Module, nn.Modu
             read = ll.adapters(model)["default"]
         except ll.FileError:  # a start that PEFT takes off the base, or a function that no method here is
             read = None
-        start = START if read is not None and read.cfg.variant == method else _own_start(model, read, task, method, r)
+        start = START
+        if read is None or read.cfg.variant != method:
+            start = _own_start(model, read, task, method, r)
+        if method in SAME_TENSORS:
+            start = _copied(model, rival.base_model.model, SAME_TENSORS[method])
         kind = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
     return model, rival, kind, start
 
@@ -104,6 +112,19 @@ def _own_start(model: nn.Module, read: ll.Adapter | None, task: Task, method: st
     shared = {k: v for k, v in given.items() if k in model.state_dict()}
     model.load_state_dict(shared, strict=False)
     return START if shared else "own"
+
+
+def _copied(model: nn.Module, rival: nn.Module, names: dict[str, str]) -> str:
+    """Put PEFT's start into ours."""
+    for path in ll.adapters(model)["default"].targets:
+        for own, theirs in names.items():
+            getattr(model.get_submodule(path), own).data.copy_(attrgetter(theirs)(rival.get_submodule(path)).data)
+    return START
+
+
+def at_rate(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """What is trained, all at one rate: the ratios that methods give some tensors are no part of the mathematics."""
+    return [{"params": [p for p in parameters if p.requires_grad], "lr": lr}]
 
 
 def steps_of(model: nn.Module, groups: Any, task: Task, steps: int, seed: int) -> Iterator[float]:
