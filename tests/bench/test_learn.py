@@ -281,7 +281,10 @@ def test_beside_peft_on_the_page(tmp_path):
     ]
     text = board_report.markdown([], rows)
     assert "| lora | LORA | 0.02 | 3 | PEFT's | 0e+00 | 2.1667 | 2.1667 | the same |" in text
-    assert "| 12.0% |" in text and "| road | - | 0.02 | - | - | - | - | - | 64 does not divide |" in text
+    assert (
+        "| 12.0%: gains 1 + δ, whose steps Adam makes in shares of a row |" in text
+        and "| road | - | 0.02 | - | - | - | - | - | 64 does not divide |" in text
+    )
     assert "Beside PEFT" not in board_report.markdown([])
 
 

@@ -37,6 +37,18 @@ NARROW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Our fields and PEFT's where the sizes of `PAIRS` do not divide the widths of the bundled base, or a start is near."""
 SAME_TENSORS = {"glora": {f"lora_{k}{end}": f"glora_{k}.default.X{end}" for k in "AB" for end in "du"}}
 """Method that PEFT's file is not read as -> our tensor's name and PEFT's."""
+WHY = {
+    "adamss": "clusters of its own, from another k-means",
+    "c3a": "rounding, which a rate of 0.1 magnifies",
+    "delora": "a frozen half in the place of B = 0, where the first step jumps",
+    "dora": "gains 1 + δ, whose steps Adam makes in shares of a row",
+    "frod": "sparse places of its own",
+    "lily": "a router for each token, where PEFT's averages over the batch",
+    "osf": "the change stays in its subspace, which Adam's steps leave in PEFT",
+    "pvera": "noise of its own",
+    "waveft": "rounding",
+}
+"""Method -> why its curves part."""
 SAME = 1e-3
 """Relative gap of the last losses below which two curves are called the same."""
 Tick = Callable[[int, int], None]
@@ -153,6 +165,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         return [row["method"], "-", f"{row['lr']:g}", *["-"] * 5, row["refused"]]
     ends = [f"{sum(row[who][-10:]) / len(row[who][-10:]):.4f}" for who in ("ours", "peft")]
     apart = "the same" if row["last_apart"] < SAME else f"{row['last_apart']:.1%}"
+    if row["last_apart"] >= SAME and row["method"] in WHY:
+        apart += f": {WHY[row['method']]}"
     first = [row["method"], row["peft_type"], f"{row['lr']:g}", str(row["steps"]), row.get("start", START)]
     return [*first, f"{row['start_apart']:.0e}", *ends, apart]
 
@@ -168,8 +182,7 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         "A fresh adapter of PEFT's is read here and trained in both; start `own`: its random tensors have no "
         "counterpart here, and each starts by itself. The same rows, AdamW at the recommended rate, no "
         f"schedule. Losses of the last ten steps; below {SAME:.1%} of each other the curves are called the same. What "
-        "is further apart trains other numbers for the same function (a gain as 1 + δ, pairs of reflections): "
-        "[departures](../departures.md).",
+        "is further apart says why; more in [departures](../departures.md).",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),
