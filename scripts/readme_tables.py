@@ -1,4 +1,5 @@
-"""Write the tables of docs/demo.md, the demo's figures from its runs, and of README.md, the leaderboard's front.
+"""Write the tables of docs/demo.md, the demo's figures from its runs, of README.md, the leaderboard's front, and of
+docs/choosing.md, the best rates on the leaderboard.
 
 python scripts/readme_tables.py                      # rewrite what stands between the markers
 python scripts/readme_tables.py --check              # exit 1 if that would change anything
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "demo.md"
 RUNS = ROOT / "docs" / "demo.json"
 README = ROOT / "README.md"
+CHOOSING = ROOT / "docs" / "choosing.md"
 ROWS = ROOT / "benchmarks" / "results" / "learn.jsonl"
 FRONT = ("lora", "dora", "pissa", "loha", "lokr", "vera", "hra", "oft", "delora", "ia3", "adalora")
 """Methods of the README's table, where their runs are finished."""
@@ -82,6 +84,32 @@ def learnt() -> str:
     return f"{note}\n\n{markdown(('method', 'right', 'of its recommended rate', 'trained'), lines)}"
 
 
+def rates() -> str:
+    """Which methods learn best at which multiple of their recommended rate, and what its neighbours cost."""
+    rows = board.read(ROWS)
+    protocol, entries, _ = next(b for b in boards(rows) if b[2] and b[0].task == "wordmath")
+    standings = [board.standing(rows, protocol, entry) for entry in entries]
+    done = [s for s in standings if s.chosen is not None and s.rates[s.chosen] > board.LEARNT]
+    lines, lower, higher = dict[float, list[str]](), list[float](), list[float]()
+    for s in sorted(done, key=lambda s: s.entry.method):
+        assert s.chosen is not None
+        factors = protocol.factors(s.entry)
+        lines.setdefault(factors[s.chosen], []).append(f"`{s.entry.method}`")
+        every, here = list(factors), list(factors).index(s.chosen)
+        for costs, rate in ((lower, every[max(0, here - 1)]), (higher, every[min(len(every) - 1, here + 1)])):
+            if rate in s.rates and rate != s.chosen:
+                costs.append(100 * (s.rates[s.chosen] - s.rates[rate]))
+    table = markdown(
+        ("times its recommended rate", "methods that learn best there"),
+        [(f"{factor:.3g}", ", ".join(lines[factor])) for factor in sorted(lines)],
+    )
+    return (
+        f"{table}\n\nOf the {len(done)} methods that learnt there: a third of the best rate costs "
+        f"{statistics.median(lower):.0f} points of accuracy in the median, three times as much "
+        f"{statistics.median(higher):.0f}."
+    )
+
+
 def filled(text: str, name: str, body: str) -> str:
     """`text` with `body` between the markers `<!-- name:begin -->` and `<!-- name:end -->`."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -100,7 +128,7 @@ def main() -> int:
         kept = [{k: json.loads(path.read_text())[k] for k in KEEP} for path in args.demo]
         RUNS.write_text(json.dumps(kept, indent=1) + "\n")
     stale = []
-    for page, name, body in ((PAGE, "demo", demo()), (README, "learn", learnt())):
+    for page, name, body in ((PAGE, "demo", demo()), (README, "learn", learnt()), (CHOOSING, "rates", rates())):
         old = page.read_text()
         new = filled(old, name, body)
         if new != old and args.check:
