@@ -186,7 +186,7 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),
-        *("| " + " | ".join(cells(row)) + " |" for row in rows),
+        *("| " + " | ".join(cells(row)) + " |" for row in sorted(rows, key=lambda row: row["method"])),
     ]
 
 
@@ -195,17 +195,17 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if "refused" not in row]
-    across = 3
+    shown = sorted((row for row in rows if "refused" not in row), key=lambda row: row["method"])
+    across = 3 if len(shown) < 10 else 6
     down = -(-len(shown) // across)
-    figure = Figure(figsize=(8.0, 2.1 * down + 0.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8.0 if across == 3 else 11.0, 1.5 * down + 0.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     for i, row in enumerate(shown):
         axes = figure.add_subplot(down, across, i + 1)
         axes.plot(row["ours"], lw=1.6, color="tab:blue", label="lora-lite")
         axes.plot(row["peft"], lw=1.2, ls="--", color="tab:orange", label="PEFT")
-        axes.set_title(row["method"], fontsize=9)
-        axes.tick_params(labelsize=7)
+        axes.set_title(row["method"], fontsize=8, pad=2)
+        axes.tick_params(labelsize=6, length=2)
         axes.grid(alpha=0.25)
         if i == 0:
             axes.legend(frameon=False, fontsize=7)

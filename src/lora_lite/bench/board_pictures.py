@@ -11,6 +11,8 @@ from .board import Row, Standing
 
 WIDE = 6
 """Panels side by side."""
+MANY = 30
+"""Points beyond which a picture is drawn larger."""
 SMOOTH = 4
 """A smoothed loss is the mean of so many values before, itself, and as many after."""
 Point = tuple[float, float, float, str]
@@ -23,12 +25,13 @@ Line = tuple[list[float], list[float]]
 
 def pareto(standings: Sequence[Standing], key: str, label: str) -> Any:
     """Accuracy against a cost; the methods that no other one beats in both are joined."""
-    figure, axes = _figure()
     points = [point for s in standings if (point := _point(s, key)) is not None]
+    figure, axes = _figure((11.0, 7.5) if len(points) > MANY else (8.0, 5.0))
     front = _front(points)
     axes.step([p[0] for p in front], [p[1] for p in front], where="post", color="tab:orange", lw=1.2, zorder=0)
     for cost, mean, half, _ in points:
-        axes.errorbar(cost, mean, yerr=half, fmt="o", ms=4, lw=1, color="tab:blue")
+        axes.errorbar(cost, mean, yerr=half, lw=1, color="tab:blue", alpha=0.3, zorder=1)
+        axes.plot(cost, mean, "o", ms=3.5, color="tab:blue", zorder=2)
     costs = [p[0] for p in points]
     if costs and 0 < 8 * min(costs) < max(costs):
         axes.set_xscale("log")
@@ -39,7 +42,8 @@ def pareto(standings: Sequence[Standing], key: str, label: str) -> Any:
 
 
 def _name(figure: Any, axes: Any, points: Sequence[Point], front: Sequence[Point]) -> None:
-    """The names beside the points, each in the first place where it hides no other: the front's first."""
+    """The names beside the points, each in the first place where it hides no other: the front's first. Of the others,
+    one that finds no place is left to the table."""
     figure.canvas.draw()  # from here on, the axes know where a point lies
     taken: list[Any] = []
     for point in [*front, *(p for p in points if p not in front)]:
@@ -51,7 +55,8 @@ def _name(figure: Any, axes: Any, points: Sequence[Point], front: Sequence[Point
                 ha="left" if place[0] > 0 else "right",
             )  # fmt: skip
             box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken) or place == PLACES[-1]:
+            last = place == PLACES[-1] and point in front
+            if last or not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
             text.remove()
@@ -83,12 +88,22 @@ def sensitivity(standings: Sequence[Standing]) -> Any:
 
     lines = {s.entry.label: line(s) for s in standings if len(s.rates) > 1}
     figure, panels = _panels(lines, "rate / recommended rate", "right in validation, %", marker="o", ms=2.5)
-    factors = sorted({round(x, 2) for xs, _ in lines.values() for x in xs})
+    ticks = _ticks([x for xs, _ in lines.values() for x in xs])
     for axes in panels:
         axes.set_xscale("log")
-        axes.set_xticks(factors, [f"{f:.3g}" for f in factors])
+        axes.set_xticks(ticks, [f"{f:.0f}" if f > 1 else f"{f:.2g}" for f in ticks])
         axes.minorticks_off()
     return figure
+
+
+def _ticks(factors: Sequence[float]) -> list[float]:
+    """The factors that differ by more than the rounding of rates; of many every second, with 1 among them."""
+    found: list[float] = []
+    for factor in sorted(factors):
+        if not found or factor > 1.2 * found[-1]:
+            found.append(factor)
+    one = min(range(len(found)), key=lambda i: abs(found[i] - 1), default=0)
+    return found[one % 2 :: 2] if len(found) > 5 else found
 
 
 def curves(standings: Sequence[Standing], rows: Sequence[Row]) -> Any:
@@ -136,11 +151,11 @@ def _panels(lines: dict[str, Line], across: str, up: str, **style: Any) -> tuple
     return figure, panels
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 5.0), dpi=110, layout="constrained")
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.grid(alpha=0.25)
