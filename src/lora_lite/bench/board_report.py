@@ -220,6 +220,7 @@ def report(rows: Sequence[Row], figures: Sequence[tuple[str, Any]]) -> str:
         lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(s)) + "</tr>" for s in standings)
         size = "default sizes" if default else "chosen sizes"
         body.append(f"<h2>{html.escape(protocol.task)}, {protocol.steps} steps, {size}</h2>")
+        body += [f"<p>{html.escape(line)}</p>" for line in _noise(standings) if line]
         body.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>')
     for title, figure in figures:
         body.append(f'<figure><figcaption>{html.escape(title)}</figcaption><img alt="{html.escape(title)}" src="')
@@ -237,7 +238,7 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>lora-lite: does it learn?</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 86rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } figure { margin: 2rem 0 } img { max-width: 100% }
