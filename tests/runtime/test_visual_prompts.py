@@ -43,7 +43,8 @@ def test_vpt_deep(implementation):
     got = model(image).last_hidden_state
     with ll.active(model, None):
         want = with_prompts(model, image, prompts)
-    torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+    # transformers' eager attention takes its softmax in fp32, which rounds by where its rows lie
+    torch.testing.assert_close(got, want, atol=1e-6 if implementation == "eager" else 1e-9, rtol=0)
     assert got.shape == bare.shape and (got - bare).abs().max() > 1e-2
     (got * torch.randn_like(got)).sum().backward()
     assert all(p.grad.abs().max() > 1e-6 for p in adapter.parameters())

@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import lora_lite as ll
+from lora_lite.ops import lowrank
 from lora_lite.testing.case import randomise
 from lora_lite.testing.toy import toy
 from neighbours import strict_export_of_hooks
@@ -20,8 +21,10 @@ CFG = ll.LoRAConfig(r=3, alpha=7)
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
-    """As in a process that has attached nothing: the first attach makes compiled code look for hooks."""
+def fresh_compiler(monkeypatch):
+    """As in a process that has attached nothing: the first attach makes compiled code look for hooks. Without a
+    compiler the products are the same ones."""
+    monkeypatch.setattr(lowrank, "FEW", 0)
     torch.compiler.reset()
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
         yield

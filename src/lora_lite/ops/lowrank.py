@@ -37,9 +37,8 @@ def shrink(x: Tensor, A: Tensor) -> Tensor:
     dropped = shrink_dropped(x, A)
     if dropped is not None:
         return dropped
-    if few(x):
-        return F.linear(x, A).flatten(0, -2)
-    return (A @ x.reshape(-1, x.shape[-1]).mT).mT
+    rows = x.reshape(-1, x.shape[-1])  # of three dimensions, torch would choose its product by what needs a gradient
+    return F.linear(rows, A) if few(x) else (A @ rows.mT).mT
 
 
 class _AddLowrank(torch.autograd.Function):
