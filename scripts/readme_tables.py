@@ -78,8 +78,8 @@ def learnt() -> str:
         lines.append((f"`{s.entry.method}`", interval, times, f"{s.average('trained'):,.0f}"))
     note = (
         f"Exact match on generated word problems after {protocol.steps} steps on the bundled base, which begins at "
-        f"0 %: mean of {protocol.seeds} seeds with its 95 % interval, at the best of {len(protocol.grid)} rates, "
-        "chosen on other problems. Intervals that overlap are no ranking."
+        f"0 %: mean of {protocol.seeds} seeds with its 95 % interval, at the best of {len(protocol.grid)} rates or "
+        "more, chosen on other problems. Intervals that overlap are no ranking."
     )
     return f"{note}\n\n{markdown(('method', 'right', 'of its recommended rate', 'trained'), lines)}"
 

@@ -21,10 +21,8 @@ CFG = ll.LoRAConfig(r=3, alpha=7)
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler(monkeypatch):
-    """As in a process that has attached nothing: the first attach makes compiled code look for hooks. Without a
-    compiler the products are the same ones."""
-    monkeypatch.setattr(lowrank, "FEW", 0)
+def fresh_compiler():
+    """As in a process that has attached nothing: the first attach makes compiled code look for hooks."""
     torch.compiler.reset()
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
         yield
@@ -154,7 +152,8 @@ def test_attach_and_detach_after_a_compiled_call():
     assert not torch.allclose(fast(x()), base) and list(ll.adapters(model)) == ["default"]
 
 
-def test_changed_tensors_need_no_recompilation():
+def test_changed_tensors_need_no_recompilation(monkeypatch):
+    monkeypatch.setattr(lowrank, "FEW", 0)  # the products that a compiler sees: these tensors are large
     model = adapted()
     fast = compiled(model)
     fast(x())

@@ -68,7 +68,7 @@ def run(
     row: dict[str, Any] = {"method": method, "task": task.name, "seed": seed, "lr": variant.lr, "steps": steps}
     try:
         model, rival, kind, start = both(task, method, r, seed)
-    except (ValueError, ImportError) as e:
+    except (ll.LoraLiteError, ValueError, ImportError) as e:
         return {**row, "refused": str(e).splitlines()[0], **machine()}
     mine, theirs = ll.adapters(model)["default"].parameters(), rival.parameters()
     ours = steps_of(model, at_rate(mine, variant.lr), task, steps, seed)
@@ -86,7 +86,8 @@ def both(task: Task, method: str, r: int, seed: int) -> tuple[nn.Module, nn.Modu
     """Our model, PEFT's, PEFT's type, and whose start it is.
 
     Raises:
-        ValueError: PEFT refuses the size.
+        LoraLiteError: our method refuses the size.
+        ValueError: PEFT refuses it.
         ImportError: PEFT asks for a package that is not here.
     """
     import peft

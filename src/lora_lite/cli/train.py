@@ -279,8 +279,10 @@ def rate_of(args: Train, cfg: ll.AdapterConfig) -> float:
 
 def rate_advice(args: Train, lr: float, model: Any) -> str | None:
     """What to try where the recommended rate is given to a model much narrower than those that it was found on."""
-    width = getattr(getattr(model, "config", None), "hidden_size", None)
-    if args.lr is not None or not isinstance(width, int) or width >= NARROW:
+    from ..runtime.targets.structure import describe
+
+    width = describe(model).d_model if args.lr is None else None
+    if width is None or width >= NARROW:
         return None
     tries = ", ".join(f"{factor * lr:g}" for factor in (3, 9, 27))
     return (
