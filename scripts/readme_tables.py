@@ -63,7 +63,7 @@ def demo() -> str:
 def learnt() -> str:
     """The leaderboard's lines of `FRONT` at default sizes, the best mean first."""
     rows = board.read(ROWS)
-    found = [(p, entries) for p, entries, default in boards(rows) if default and p.task == "wordmath"]
+    found = [(p, entries) for p, entries, wanted in boards(rows) if wanted is None and p.task == "wordmath"]
     if not found:
         return "Not measured yet."
     protocol, entries = found[0]
@@ -87,7 +87,7 @@ def learnt() -> str:
 def rates() -> str:
     """Which methods learn best at which multiple of their recommended rate, and what its neighbours cost."""
     rows = board.read(ROWS)
-    protocol, entries, _ = next(b for b in boards(rows) if b[2] and b[0].task == "wordmath")
+    protocol, entries, _ = next(b for b in boards(rows) if b.parameters is None and b.protocol.task == "wordmath")
     standings = [board.standing(rows, protocol, entry) for entry in entries]
     done = [s for s in standings if s.chosen is not None and s.rates[s.chosen] > board.LEARNT]
     lines, lower, higher = dict[float, list[str]](), list[float](), list[float]()

@@ -35,6 +35,8 @@ class Entry:
 
     method: str
     fields: dict[str, Any] = field(default_factory=dict)
+    parameters: int | None = None
+    """The number of trained parameters that the size was chosen for."""
 
     @property
     def label(self) -> str:
@@ -147,6 +149,12 @@ def scatter(standings: Iterable[Standing]) -> tuple[float, float] | None:
         return None
     sigma = math.sqrt(sum(statistics.variance(g) * (len(g) - 1) for g in groups) / free)
     return sigma, 1.96 * sigma * math.sqrt(2 / max(map(len, groups)))
+
+
+def aim(setting: Setting, entries: Iterable[Entry]) -> dict[str, Any]:
+    """What a row says of a size that was chosen: the number of parameters that it comes near."""
+    found = (e.parameters for e in entries if (e.method, e.fields) == (setting.method, setting.fields))
+    return {"parameters": wanted} if (wanted := next(found, None)) is not None else {}
 
 
 def trainable() -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lora_lite as ll
@@ -87,13 +87,20 @@ def sensitivity(standings: Sequence[Standing]) -> Any:
         return [p[0] for p in points], [p[1] for p in points]
 
     lines = {s.entry.label: line(s) for s in standings if len(s.rates) > 1}
-    figure, panels = _panels(lines, "rate / recommended rate", "right in validation, %", marker="o", ms=2.5)
+    figure, panels = _panels(
+        lines, "rate / recommended rate", "right in validation, %", _lora(standings), marker="o", ms=2.5
+    )
     ticks = _ticks([x for xs, _ in lines.values() for x in xs])
     for axes in panels:
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{f:.0f}" if f > 1 else f"{f:.2g}" for f in ticks])
         axes.minorticks_off()
     return figure
+
+
+def _lora(standings: Sequence[Standing]) -> str | None:
+    """The line of LoRA among them."""
+    return next((s.entry.label for s in standings if s.entry.method == "lora"), None)
 
 
 def _ticks(factors: Sequence[float]) -> list[float]:
@@ -119,14 +126,45 @@ def curves(standings: Sequence[Standing], rows: Sequence[Row]) -> Any:
         steps = [row["steps"] * (k + 0.5) / len(losses) for k in range(len(losses))]
         return steps, [sum(some) / len(some) for some in near]
 
-    figure, panels = _panels({s.entry.label: line(s) for s in standings}, "step", "training loss")
+    figure, panels = _panels({s.entry.label: line(s) for s in standings}, "step", "training loss", _lora(standings))
     for axes in panels:
         axes.set_yscale("log")
     return figure
 
 
-def _panels(lines: dict[str, Line], across: str, up: str, **style: Any) -> tuple[Any, list[Any]]:
-    """A figure with a small panel for each line, all to one scale, and LoRA's beside each."""
+def sizes(standings: Mapping[int, Sequence[Standing]]) -> Any:
+    """Right answers of each method at each number of trained parameters, with intervals: a line for each method, the
+    best at its largest size on top."""
+    found = {
+        s.entry.method: {n: t for n, group in standings.items() for t in group if t.entry.method == s.entry.method}
+        for group in standings.values()
+        for s in group
+    }
+    names = sorted(found, key=lambda name: max((n, s.mean or 0.0) for n, s in found[name].items()))
+    figure, axes = _figure((8.0, 1.2 + 0.17 * len(names)))
+    for place, name in enumerate(names):
+        means = [100 * (s.mean or 0.0) for s in found[name].values()]
+        axes.plot([min(means), max(means)], [place, place], color="#ccc", lw=1, zorder=0)
+    for shift, n in enumerate(sorted(standings)):
+        points = [(100 * (s.mean or 0.0), y, 100 * (s.half or 0.0)) for y, s in _at(found, names, n)]
+        x, y, half = ([p[i] for p in points] for i in range(3))
+        level = [value + 0.22 * shift for value in y]
+        axes.errorbar(x, level, xerr=half, fmt="o", ms=3.5, lw=0.7, color=f"C{shift}", label=f"about {n:,} trained")
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylim(-0.8, len(names))
+    axes.set_xlim(left=0)
+    axes.set_xlabel("right, %")
+    axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def _at(found: dict[str, dict[int, Standing]], names: Sequence[str], n: int) -> list[tuple[int, Standing]]:
+    """(line, standing) of those that have this size."""
+    return [(place, found[name][n]) for place, name in enumerate(names) if n in found[name]]
+
+
+def _panels(lines: dict[str, Line], across: str, up: str, beside: str | None, **style: Any) -> tuple[Any, list[Any]]:
+    """A figure with a small panel for each line, all to one scale, and the line of `beside` in grey."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -140,8 +178,8 @@ def _panels(lines: dict[str, Line], across: str, up: str, **style: Any) -> tuple
             height, columns, i + 1, sharex=panels[0] if i else None, sharey=panels[0] if i else None
         )
         axes.grid(alpha=0.25)
-        if "lora" in lines and label != "lora":
-            axes.plot(*lines["lora"], color="#bbb", lw=1)
+        if beside in lines and label != beside:
+            axes.plot(*lines[beside], color="#bbb", lw=1)
         axes.plot(x, y, color="tab:blue", lw=1.3, **style)
         axes.set_title(label, fontsize=7.5, pad=2)
         axes.tick_params(labelsize=6, length=2, labelleft=i % columns == 0, labelbottom=i + columns >= len(lines))

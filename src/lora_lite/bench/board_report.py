@@ -6,14 +6,15 @@ import base64
 import html
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lora_lite as ll
 
 from . import beside_peft
 from .board import BEYOND, Entry, Protocol, Row, Standing, scatter, standing, trainable
+from .sizes import NEAR, near
 
 COLUMNS = (
     "method",
@@ -61,17 +62,42 @@ def cells(s: Standing) -> list[str]:
     ]
 
 
-def boards(rows: Sequence[Row]) -> list[tuple[Protocol, list[Entry], bool]]:
-    """(protocol, entries, at default sizes) of everything that the rows hold, the longest board of each task first."""
-    groups: dict[tuple[str, int, bool], list[Row]] = {}
+class Board(NamedTuple):
+    """One table: what was run under one protocol, at default sizes or near one number of trained parameters."""
+
+    protocol: Protocol
+    entries: list[Entry]
+    parameters: int | None
+    """None: default sizes."""
+
+    @property
+    def name(self) -> str:
+        """Task, steps and size, as a file's name has them."""
+        size = "" if self.parameters is None else f"-{self.parameters}"
+        return f"{self.protocol.task}-{self.protocol.steps}{size}"
+
+    @property
+    def title(self) -> str:
+        size = "default sizes" if self.parameters is None else f"about {self.parameters:,} trained parameters"
+        return f"{self.protocol.task}, {self.protocol.steps} steps, {size}"
+
+
+def boards(rows: Sequence[Row]) -> list[Board]:
+    """Everything that the rows hold, default sizes first, then few parameters before many. On a board of one size a
+    method whose default size comes near it stands with the runs of that."""
+    groups: dict[tuple[str, int, int | None], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["task"], row["steps"], not row["fields"]), []).append(row)
+        wanted = row.get("parameters", 0) if row["fields"] else None
+        groups.setdefault((row["task"], row["steps"], wanted), []).append(row)
     found = []
-    for (task, steps, default), group in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][2], -len(g[1]))):
-        seeds = max((r["seed"] for r in group if r["phase"] == "final"), default=3)
-        entries = {(r["method"], str(r["fields"])): Entry(r["method"], r["fields"]) for r in group}
+    for (task, steps, wanted), group in sorted(groups.items(), key=lambda g: (g[0][0], -g[0][1], g[0][2] or -1)):
+        entries = {(r["method"], str(r["fields"])): Entry(r["method"], r["fields"], wanted) for r in group}
+        if wanted:
+            own = {r["method"]: r for r in groups.get((task, steps, None), ()) if near(r["trained"], wanted)}
+            entries |= {(name, ""): Entry(name) for name in own.keys() - {r["method"] for r in group}}
         if grid := _grid(group):
-            found.append((Protocol(task, steps, seeds, grid), list(entries.values()), default))
+            seeds = max((r["seed"] for r in group if r["phase"] == "final"), default=3)
+            found.append(Board(Protocol(task, steps, seeds, grid), list(entries.values()), wanted))
     return found
 
 
@@ -110,16 +136,18 @@ def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
         f"- Ran on: {_machines(rows)}.",
         f"- Not here: what is made of other adapters ({', '.join(_made_of_others())}), and what does not train.",
     ]
-    for protocol, entries, default in boards(rows):
+    for board in boards(rows):
+        protocol, entries, wanted = board
         standings = ranked(rows, protocol, entries)
-        size = "default sizes" if default else "chosen numbers of trained parameters"
-        lines += ["", f"## {protocol.task}, {protocol.steps} steps, {size}", ""]
+        lines += ["", f"## {board.title}", ""]
+        if wanted:
+            lines += [f"{_at_one_size(protocol)}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
         lines += ["| " + " | ".join(cells(s)) + " |" for s in standings if s.finals]
         lines += _noise(standings)
         open_now = [s.entry.label for s in standings if 0 < len(s.finals) < protocol.seeds]
         begun = {s.entry.method for s in standings}
-        absent = [name for name in trainable() if name not in begun] if default else []
+        absent = [name for name in trainable() if name not in begun] if wanted is None else []
         if open_now:
             lines += ["", f"Not finished: {', '.join(open_now)}."]
         lines += _first([s for s in standings if not s.finals], protocol)
@@ -136,6 +164,16 @@ def _machines(rows: Sequence[Row]) -> str:
 
 def _made_of_others() -> list[str]:
     return [v.name for v in ll.variants() if v.needs_data == "adapters" and v.trains]
+
+
+def _at_one_size(protocol: Protocol) -> str:
+    """How a table of one size differs from that of the default sizes."""
+    factors = ", ".join(f"{factor:.3g}" for factor in sorted(protocol.grid))
+    return (
+        f"The size is the one field of a config that comes nearest, at most {100 * NEAR:.0f} % off; a method whose "
+        f"default size lies within that stands with the runs of the table above. The grid here is {factors} times the "
+        "recommended rate, and grows in the same way. A method that is absent reaches no such size, or has not run."
+    )
 
 
 def _noise(standings: Sequence[Standing]) -> list[str]:
@@ -181,28 +219,47 @@ def write(folder: Path, rows: Sequence[Row], beside: Sequence[Row] = ()) -> list
         figures.append(("the same start here and in PEFT", beside_peft.picture(list(beside))))
         paths.append(folder / "learn-beside-peft.png")
         figures[0][1].savefig(paths[-1])
-    for protocol, entries, default in boards(rows):
-        standings = ranked(rows, protocol, entries)
-        for what, figure in pictures(protocol, standings, rows):
-            size = "" if default else "-sizes"
-            path = folder / f"learn-{protocol.task}-{protocol.steps}{size}-{what}.png"
-            figure.savefig(path)
-            paths.append(path)
-            figures.append((f"{protocol.task}: {what.replace('-', ' ')}", figure))
+    for title, name, figure in drawn(rows):
+        paths.append(folder / f"learn-{name}.png")
+        figure.savefig(paths[-1])
+        figures.append((title, figure))
     shown = [f"![{what}]({path.name})" for path, (what, _) in zip(paths[1:], figures, strict=True)]
-    drawn = ["", "## Pictures", "", "All in one page with the tables: [report](learn.html).", "", *shown]
-    paths[0].write_text(markdown(rows, beside) + "\n".join(drawn) + "\n", encoding="utf-8")
+    seen = ["", "## Pictures", "", "All in one page with the tables: [report](learn.html).", "", *shown]
+    paths[0].write_text(markdown(rows, beside) + "\n".join(seen) + "\n", encoding="utf-8")
     page = folder / "learn.html"
     page.write_text(report(rows, figures), encoding="utf-8")
     return [*paths, page]
 
 
-def pictures(protocol: Protocol, standings: Sequence[Standing], rows: Sequence[Row]) -> list[tuple[str, Any]]:
-    """(name, figure): accuracy against parameters and time, sensitivity to the rate, forgetting, loss curves."""
+def drawn(rows: Sequence[Row]) -> Iterator[tuple[str, str, Any]]:
+    """(title, name of the file, figure) of every board, then of every task that ran at several sizes."""
+    from .board_pictures import sizes
+
+    at_size: dict[str, dict[int, list[Standing]]] = {}
+    for board in boards(rows):
+        standings = ranked(rows, board.protocol, board.entries)
+        for what, figure in pictures(board, standings, rows):
+            yield f"{board.title}: {what}", f"{board.name}-{what}", figure
+        finished = [s for s in standings if s.mean is not None]
+        if board.parameters and finished:
+            at_size.setdefault(f"{board.protocol.task}-{board.protocol.steps}", {})[board.parameters] = finished
+    for name, standings in at_size.items():
+        if len(standings) > 1:
+            yield f"{name.partition('-')[0]}: at equal trained parameters", f"{name}-sizes", sizes(standings)
+
+
+def pictures(board: Board, standings: Sequence[Standing], rows: Sequence[Row]) -> list[tuple[str, Any]]:
+    """(name, figure): accuracy against parameters and time, sensitivity to the rate, forgetting, loss curves; of a
+    board of one size, time and sensitivity."""
     from .board_pictures import curves, pareto, sensitivity
 
+    protocol = board.protocol
     finished = [s for s in standings if s.mean is not None]
-    found = [("rates", sensitivity(standings)), ("curves", curves(standings, rows))]
+    found = [("rates", sensitivity(standings))]
+    if finished and board.parameters:
+        return [*found, ("time", pareto(finished, "step_vs_lora", "a step over one of LoRA"))]
+    own = [r for r in rows if (r["task"], r["steps"]) == (protocol.task, protocol.steps)]
+    found.append(("curves", curves(standings, own)))
     if finished:
         found.append(("parameters", pareto(finished, "trained", "trained parameters")))
         found.append(("time", pareto(finished, "step_vs_lora", "a step over one of LoRA")))
@@ -214,12 +271,11 @@ def pictures(protocol: Protocol, standings: Sequence[Standing], rows: Sequence[R
 def report(rows: Sequence[Row], figures: Sequence[tuple[str, Any]]) -> str:
     """One HTML page with the tables and the pictures inside."""
     body = []
-    for protocol, entries, default in boards(rows):
-        standings = ranked(rows, protocol, entries)
+    for board in boards(rows):
+        standings = ranked(rows, board.protocol, board.entries)
         head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
         lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(s)) + "</tr>" for s in standings)
-        size = "default sizes" if default else "chosen sizes"
-        body.append(f"<h2>{html.escape(protocol.task)}, {protocol.steps} steps, {size}</h2>")
+        body.append(f"<h2>{html.escape(board.title)}</h2>")
         body += [f"<p>{html.escape(line)}</p>" for line in _noise(standings) if line]
         body.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>')
     for title, figure in figures:

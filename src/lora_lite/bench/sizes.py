@@ -19,11 +19,17 @@ OTHER = ("seed", "layers", "max_rank")
 
 def fields_for(model: nn.Module, method: str, wanted: int, fixed: dict[str, Any]) -> dict[str, Any] | None:
     """Changes of the config with which `method` trains about `wanted` parameters of `model`, the fields that a task
-    fixes among them; None where no value of any one field comes within 15 %."""
-    found = [
-        (abs(n - wanted), changes) for changes, n in _sizes(model, method, fixed) if abs(n - wanted) < NEAR * wanted
-    ]
+    fixes among them; none where its default size lies within 15 % already, and None where no value of any one field
+    comes so near."""
+    if near(ll.plan(model, ll.get_variant(method).config(variant=method, **fixed)).trainable, wanted):
+        return {}
+    found = [(abs(n - wanted), changes) for changes, n in _sizes(model, method, fixed) if near(n, wanted)]
     return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def near(trained: float, wanted: int) -> bool:
+    """Whether a size counts as the wanted one."""
+    return abs(trained - wanted) < NEAR * wanted
 
 
 def _sizes(model: nn.Module, method: str, fixed: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int]]:

@@ -136,6 +136,8 @@ def check(args: Learn) -> None:
     ):
         if value < 1:
             raise ll.ConfigError(f"{flag} must be at least 1, got {value}.")
+    if min(args.parameters, default=1) < 1:
+        raise ll.ConfigError(f"--parameters needs numbers of at least 1, got {min(args.parameters)}.")
     if args.device == "cuda":
         from ..bench.device import check_device
 
@@ -160,7 +162,7 @@ def chosen(args: Learn) -> list[Entry]:
             if fields is None:
                 say(f"{name} has no size near {wanted:,} trained parameters")
             else:
-                entries.append(Entry(name, fields))
+                entries.append(Entry(name, fields, wanted if fields else None))
     return entries
 
 
@@ -237,7 +239,7 @@ def work(args: Learn, rows: list[Row], protocol: Protocol, entries: list[Entry])
                     if row is None:
                         failed.add(setting.key)
                         continue
-                    row |= protocol.place(setting)
+                    row |= protocol.place(setting) | board.aim(setting, entries)
                     board.add(args.results, row)
                     rows.append(row)
                     tell(row, total - board.count_left(rows, protocol, entries), total, live)
