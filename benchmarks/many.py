@@ -17,6 +17,7 @@ import random
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -32,6 +33,20 @@ def cfg(r: int) -> ll.LoRAConfig:
 def resident_bytes() -> int:
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * 4096
+
+
+def bare_over_tensors(n: int, blocks: int, d: int, r: int) -> float:
+    """What torch needs for as many parameters of the same shapes and nothing else, as a multiple of their bytes."""
+    layers = [layer for layer in Stack(blocks, d).modules() if isinstance(layer, torch.nn.Linear)]
+    gc.collect()
+    before, own = resident_bytes(), 0
+    for i in range(n):
+        for layer in layers:
+            for name, shape in (("A", (r, layer.in_features)), ("B", (layer.out_features, r))):
+                parameter = torch.nn.Parameter(torch.empty(shape).fill_(i))
+                layer.register_parameter(f"{name}_{i}", parameter)
+                own += parameter.nbytes
+    return (resident_bytes() - before) / own
 
 
 def quantiles(times: list[float]) -> dict[str, float]:
@@ -165,7 +180,11 @@ def main() -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(data, indent=1) + "\n")
 
+    with ProcessPoolExecutor(1) as beside:  # in this process, memory that was freed would be found again
+        bare = beside.submit(bare_over_tensors, n, blocks, d, args.rank).result()
     model, row = attach_many(n, blocks, d, args.rank)
+    row["bare_parameters_over_tensors"] = round(bare, 4)
+    row["memory_over_bare"] = round(row["memory_over_tensors"] / bare, 4)
     keep("attach", row)
     keep("switch", switching(model, n))
     keep("mixed", [mixed(model, n, rows) for rows in (16, 64)])
