@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -94,6 +95,13 @@ PLAIN = {"get_variant", "register", "ParamSpec", "variants"}
 """Without the wrapper: Python itself says which argument is missing or unknown."""
 
 
+FITS = {
+    "None": ("None", "Any", "Choice"), "a number": ("int", "float"), "a word": ("str",),
+    "a module": ("nn.Module", "Callable"),
+}  # fmt: skip
+"""What may pass: where the annotation has such a word."""
+
+
 def called(name: str, values: dict[str, Any]) -> None:
     found = getattr(ll, name)(**values)
     if isinstance(found, AbstractContextManager) and not isinstance(found, Path):
@@ -125,8 +133,12 @@ def test_a_wrong_argument_is_named(name):
         for what, value in WRONG.items():
             try:
                 called(name, {**CALLS[name](), argument: value})
+                fits = set(re.findall(r"[\w.]+", str(p.annotation))) & set(FITS.get(what, ()))
+                assert fits, f"ll.{name}({argument}={what}) passed, and is no {p.annotation}"
             except ll.LoraLiteError:
                 continue
+            except AssertionError:
+                raise
             except Exception as e:
                 raise AssertionError(f"ll.{name}({argument}={what}): {type(e).__name__}: {e}") from None
 

@@ -43,3 +43,13 @@ def test_the_generator_decides():
 def test_what_an_optimiser_sees():
     trained = [ll.ParamSpec((1,), trainable=t, as_buffer=b).is_trained for t in (True, False) for b in (True, False)]
     assert trained == [False, True, False, False]
+
+
+@pytest.mark.parametrize("shape", [(3.5, 4), (), (0, 4), "34", 3, None, (float("nan"),), (float("inf"),)])
+def test_a_shape_that_is_none(shape):
+    with pytest.raises(ll.ConfigError, match="ParamSpec"):
+        ll.ParamSpec(shape)
+
+
+def test_a_whole_quotient_is_a_size():
+    assert ll.ParamSpec((12 / 2, 4)).shape == (6, 4)

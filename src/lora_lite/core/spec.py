@@ -63,11 +63,14 @@ class ParamSpec:
 
     def __post_init__(self) -> None:
         try:
-            object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        except (TypeError, ValueError):
+            whole = tuple(int(n) for n in self.shape)
+        except (TypeError, ValueError, OverflowError):
+            whole = None
+        if whole is None or whole != tuple(self.shape):  # d_in / 2 is welcome where it is whole
             raise ConfigError(
                 f"ParamSpec's shape is a tuple of whole numbers such as (cfg.r, d_in), got {shown(self.shape)}."
-            ) from None
+            )
+        object.__setattr__(self, "shape", whole)
         if not self.shape:
             raise ConfigError("ParamSpec has shape (); write (1,): sharded training refuses 0-dim parameters.")
         if min(self.shape) < 1:
