@@ -669,6 +669,33 @@ def test_the_package_runs_as_the_command():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+def test_fish_completes_verbs_flags_and_methods(tmp_path, capsys):
+    assert cli.main(["--tyro-print-completion", "fish"]) == 0
+    (tmp_path / "lora-lite.fish").write_text(capsys.readouterr().out)
+    for typed, found in (("tr", "train"), ("train --sche", "--schedule"), ("plan --method dor", "dora")):
+        script = f"source {tmp_path / 'lora-lite.fish'}; complete -C 'lora-lite {typed}'"
+        done = subprocess.run(["fish", "--no-config", "-c", script], capture_output=True, text=True, check=True)
+        assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [found]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_the_script_for_zsh_is_one(tmp_path, capsys):
+    assert cli.main(["--tyro-print-completion", "zsh"]) == 0
+    path = tmp_path / "_lora-lite"
+    path.write_text(capsys.readouterr().out)
+    assert path.read_text().startswith("#compdef lora-lite\n")
+    subprocess.run(["zsh", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize("words", [[], ["ksh"], ["bash", "zsh"]])
+def test_a_shell_without_a_script(words, capsys):
+    assert cli.main(["--tyro-print-completion", *words]) == 2
+    assert "takes one shell of bash, zsh, fish, got" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes_verbs_flags_and_methods(tmp_path, capsys):
     assert cli.main(["--tyro-print-completion", "bash"]) == 0

@@ -67,7 +67,7 @@ def _run(words: list[str]) -> int:
         return 0
     import tyro
 
-    from ._completion import PRINT, described, script
+    from ._completion import PRINT, check_shell, described, script
     from ._console import divert
     from ._settings import expanded, imported
     from ._words import check_verb, check_words
@@ -81,6 +81,8 @@ def _run(words: list[str]) -> int:
     options = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
     about = "Adapters for frozen PyTorch models. Start with: lora-lite demo"
     if verb is None:
+        if words[:1] == [PRINT]:
+            check_shell(words)
         check_verb(words, VERBS)
         commands: Any = None
         for name in VERBS:
@@ -89,7 +91,7 @@ def _run(words: list[str]) -> int:
             commands = choice if commands is None else commands | choice
         parse = functools.partial(tyro.cli, commands, prog="lora-lite", description=about, args=words, config=options)
         if words[0] == PRINT:
-            print(script(parse), end="")
+            print(script(parse, words[1]), end="")
             return 0
         parse()
         raise AssertionError("tyro leaves by itself")

@@ -9,10 +9,12 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any
 
+from ..core.errors import ConfigError
 from ._method import field_docs
 from ._verbs import command_of
 
 PRINT = "--tyro-print-completion"
+SHELLS = ("bash", "zsh", "fish")
 
 
 def described(verb: str) -> type:
@@ -32,9 +34,27 @@ def described(verb: str) -> type:
     return made
 
 
-def script(parse: Callable[[], object]) -> str:
-    """What tyro prints, with files where no word is known: bash would complete nothing else."""
+def check_shell(words: list[str]) -> None:
+    """What follows `--tyro-print-completion`.
+
+    Raises:
+        ConfigError: it is no shell that can be served.
+    """
+    if len(words) != 2 or words[1] not in SHELLS:
+        given = " ".join(words[1:]) or "nothing"
+        raise ConfigError(f"{PRINT} takes one shell of {', '.join(SHELLS)}, got {given}.")
+
+
+def script(parse: Callable[[], object], shell: str) -> str:
+    """What tyro prints, with files where no word is known: bash would complete nothing else.
+
+    Raises:
+        ConfigError: this tyro does not know the shell.
+    """
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        parse()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            parse()
+    except (AssertionError, ValueError, ImportError) as e:
+        raise ConfigError(f"this version of tyro writes no script for {shell} ({e}); pip install -U tyro.") from e
     return printed.getvalue().replace("\ncomplete -F ", "\ncomplete -o default -F ")
