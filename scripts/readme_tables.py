@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_lite.bench import board
@@ -79,9 +80,17 @@ def learnt() -> str:
     note = (
         f"Exact match on generated word problems after {protocol.steps} steps on the bundled base, which begins at "
         f"0 %: mean of {protocol.seeds} seeds with its 95 % interval, at the best of {len(protocol.grid)} rates or "
-        "more, chosen on other problems. Intervals that overlap are no ranking."
+        f"more, chosen on other problems. {_reading(rows, protocol, entries)}"
     )
     return f"{note}\n\n{markdown(('method', 'right', 'of its recommended rate', 'trained'), lines)}"
+
+
+def _reading(rows: Sequence[board.Row], protocol: board.Protocol, entries: Sequence[board.Entry]) -> str:
+    """Which differences of the leaderboard are none."""
+    found = board.scatter(board.standing(rows, protocol, entry) for entry in entries)
+    if found is None:
+        return ""
+    return f"Means that lie less than {100 * found.apart():.0f} points apart are no ranking."
 
 
 def rates() -> str:
@@ -100,12 +109,12 @@ def rates() -> str:
             if rate in s.rates and rate != s.chosen:
                 costs.append(100 * (s.rates[s.chosen] - s.rates[rate]))
     table = markdown(
-        ("times its recommended rate", "methods that learn best there"),
+        ("times its recommended rate", "methods for which one seed chose it"),
         [(f"{factor:.3g}", ", ".join(lines[factor])) for factor in sorted(lines)],
     )
     return (
-        f"{table}\n\nOf the {len(done)} methods that learnt there: a third of the best rate costs "
-        f"{statistics.median(lower):.0f} points of accuracy in the median, three times as much "
+        f"{table}\n\nOf the {len(done)} methods that learnt there (validation questions, seed 0): a third of the best "
+        f"rate costs {statistics.median(lower):.0f} points of accuracy in the median, three times as much "
         f"{statistics.median(higher):.0f}."
     )
 

@@ -61,7 +61,7 @@ def setting(method="lora", phase="final", seed=1, lr=0.02, steps=12, **fields):
 
 def row(s, accuracy=0.5, loss=1.0, **more):
     fields = {name: getattr(s, name) for name in Setting.__dataclass_fields__}
-    figures = {"ms_per_step": 2.0, "trained": 100, "losses": [3.0, 2.0], "peak_mb": 10, "factor": 1.0}
+    figures = {"ms_per_step": 2.0, "trained": 100, "losses": [3.0, 2.0], "step_mb": 10.0, "factor": 1.0}
     return {**fields, "split": "test", "accuracy": accuracy, "loss": loss, "problems": 9, **figures, **more}
 
 
@@ -74,7 +74,7 @@ def test_a_row_says_what_ran(tmp_path):
     assert len(found["losses"]) == 12 and found["losses"][-1] < found["losses"][0]
     assert found["file_bytes"] > 4 * found["trained"] and found["problems"] == 20
     assert found["remembered"]["before"] != found["remembered"]["after"]
-    assert 0.2 < found["step_vs_lora"] < 5 and found["device"] == "cpu" and found["peak_mb"] > 100
+    assert 0.2 < found["step_vs_lora"] < 5 and found["device"] == "cpu" and found["step_mb"] > 0
     assert not list(tmp_path.iterdir()), "a finished run leaves no checkpoint"
 
 
@@ -256,16 +256,19 @@ def test_the_page_and_the_report(tmp_path):
 
 
 def test_differences_that_are_noise():
-    """Two methods, seeds 2 and 4 points apart: variances 2 and 8, pooled 5."""
+    """Two methods whose seeds lie 2 and 4 points apart, 3 of which both have in common."""
     rows = finished()
     standings = [board.standing(rows, PROTOCOL, Entry(m)) for m in ("lora", "ia3")]
     for s, (a, b) in zip(standings, ((0.50, 0.52), (0.30, 0.34)), strict=True):
         s.finals[0]["accuracy"], s.finals[1]["accuracy"] = a, b
-    assert board.scatter(standings) == pytest.approx((0.05**0.5 / 10, 1.96 * 0.05**0.5 / 10))
-    assert "seeds scatter by 2.2 points (pooled), so two means that lie less than 4 points" in board_report.markdown(
-        rows
-    )
-    assert board.scatter([]) is None
+    found = board.scatter(standings)
+    assert found is not None and (found.entries, found.seeds) == (2, 2) and found.sigma == pytest.approx(0.01)
+    assert found.apart() == pytest.approx(0.0196, rel=1e-3) and found.apart(10) == pytest.approx(0.0281, rel=1e-2)
+    page = board_report.markdown(rows)
+    assert "a run lies 1.0 points from its method's mean" in page and "less than 2 points apart are no ranking" in page
+    assert "better: none; worse: 1; not to be told from it: 0." in page
+    assert "for 0 of 2 methods the second best lies" in page and "lies 28.5 points above the test's mean" in page
+    assert board.scatter([]) is None and board.scatter(standings[:1]) is None
 
 
 def test_methods_whose_rate_is_not_chosen_stand_apart():
@@ -310,10 +313,10 @@ def test_beside_peft_on_the_page(tmp_path):
         {**beside(method="road"), "refused": "64 does not divide"},
     ]
     text = board_report.markdown([], rows)
-    assert "| lora | LORA | 0.02 | 3 | PEFT's | 0e+00 | 2.1667 | 2.1667 | the same |" in text
+    assert "| lora | LORA | 0.02 | 3 | PEFT's | 0e+00 | 3.0000 | 2.1667 | 2.1667 | the same |" in text
     assert (
         "| 12.0%: gains 1 + δ, whose steps Adam makes in shares of a row |" in text
-        and "| road | - | 0.02 | - | - | - | - | - | 64 does not divide |" in text
+        and "| road | - | 0.02 | - | - | - | - | - | - | 64 does not divide |" in text
     )
     assert "Beside PEFT" not in board_report.markdown([])
 

@@ -157,19 +157,21 @@ def _apart(losses: dict[str, list[float]], part: slice) -> float:
     return float(f"{abs(ours - peft) / abs(peft):.3g}")
 
 
-COLUMNS = ("method", "PEFT's type", "lr", "steps", "start", "start apart", "last losses, ours", "PEFT's", "apart")
+COLUMNS = (
+    "method", "PEFT's type", "lr", "steps", "start", "start apart", "first loss", "last losses, ours", "PEFT's", "apart"
+)  # fmt: skip
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """One line of the table."""
     if "refused" in row:
-        return [row["method"], "-", f"{row['lr']:g}", *["-"] * 5, row["refused"]]
+        return [row["method"], "-", f"{row['lr']:g}", *["-"] * 6, row["refused"]]
     ends = [f"{sum(row[who][-10:]) / len(row[who][-10:]):.4f}" for who in ("ours", "peft")]
     apart = "the same" if row["last_apart"] < SAME else f"{row['last_apart']:.1%}"
     if row["last_apart"] >= SAME and row["method"] in WHY:
         apart += f": {WHY[row['method']]}"
     first = [row["method"], row["peft_type"], f"{row['lr']:g}", str(row["steps"]), row.get("start", START)]
-    return [*first, f"{row['start_apart']:.0e}", *ends, apart]
+    return [*first, f"{row['start_apart']:.0e}", f"{row['ours'][0]:.4f}", *ends, apart]
 
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
@@ -187,8 +189,13 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),
-        *("| " + " | ".join(cells(row)) + " |" for row in sorted(rows, key=lambda row: row["method"])),
+        *("| " + " | ".join(cells(row)) + " |" for row in ordered(rows)),
     ]
+
+
+def ordered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By method's name."""
+    return sorted(rows, key=lambda row: row["method"])
 
 
 def picture(rows: list[dict[str, Any]]) -> Any:

@@ -137,18 +137,43 @@ class Standing:
         return statistics.fmean(grown) if grown else None
 
 
-def scatter(standings: Iterable[Standing]) -> tuple[float, float] | None:
-    """(standard deviation over seeds, pooled over the entries; half the 95 % interval of a difference of two entries'
-    means), of entries that learnt something. None where no entry has two seeds.
+@dataclass(frozen=True)
+class Scatter:
+    """How much of a difference between two entries is chance."""
 
-    σ² = Σ_e Σ_i (a_ei − ā_e)² / Σ_e (n_e − 1); 1.96 σ √(2/n) at n seeds, the most that any entry has.
+    entries: int
+    """Those that learnt something and have all seeds, E."""
+    seeds: int
+    """n."""
+    sigma: float
+    """Standard deviation of one final run."""
+
+    def apart(self, comparisons: int = 1) -> float:
+        """By how much two means differ at most by chance, in 95 % of the cases where nothing else makes a difference,
+        and in none of so many `comparisons` (Bonferroni): z σ √(2/n)."""
+        z = statistics.NormalDist().inv_cdf(1 - 0.025 / comparisons)
+        return z * self.sigma * math.sqrt(2 / self.seeds)
+
+
+def scatter(standings: Iterable[Standing]) -> Scatter | None:
+    """Over entries that learnt something. Seed i gives all of them the same rows, so what it does to all, ā_i − ā, is
+    no difference between them: σ² = Σ_e Σ_i (a_ei − ā_e − ā_i + ā)² / ((E − 1)(n − 1)). None below two entries or
+    seeds.
     """
-    groups = [[r["accuracy"] for r in s.finals] for s in standings if (s.mean or 0.0) > LEARNT and len(s.finals) > 1]
-    free = sum(len(g) - 1 for g in groups)
-    if not free:
+    learnt = [s for s in standings if (s.mean or 0.0) > LEARNT]
+    n = max((len(s.finals) for s in learnt), default=0)
+    table = [[r["accuracy"] for r in sorted(s.finals, key=by_seed)] for s in learnt if len(s.finals) == n]
+    if len(table) < 2 or n < 2:
         return None
-    sigma = math.sqrt(sum(statistics.variance(g) * (len(g) - 1) for g in groups) / free)
-    return sigma, 1.96 * sigma * math.sqrt(2 / max(map(len, groups)))
+    means = [statistics.fmean(runs) for runs in table]
+    mean = statistics.fmean(means)
+    shift = [statistics.fmean(runs[i] for runs in table) - mean for i in range(n)]
+    squares = ((a - own - shift[i]) ** 2 for runs, own in zip(table, means, strict=True) for i, a in enumerate(runs))
+    return Scatter(len(table), n, math.sqrt(sum(squares) / ((len(table) - 1) * (n - 1))))
+
+
+def by_seed(row: Row) -> int:
+    return row["seed"]
 
 
 def aim(setting: Setting, entries: Iterable[Entry]) -> dict[str, Any]:
@@ -215,13 +240,13 @@ def standing(rows: Iterable[Row], protocol: Protocol, entry: Entry) -> Standing:
 def left(rows: Sequence[Row], protocol: Protocol, entries: Sequence[Entry]) -> list[Setting]:
     """The runs that can start now and are not finished: rates first, finals of an entry once its rate is chosen."""
     finished = {Setting.of(row).key for row in rows}
-    todo: list[Setting] = []
+    todo: dict[str, Setting] = {}
     for entry in entries:
         now = standing(rows, protocol, entry)
         chosen = now.chosen
         settings = protocol.selections(entry, list(now.rates)) if chosen is None else protocol.finals(entry, chosen)
-        todo += [s for s in settings if s.key not in finished]
-    return todo
+        todo |= {s.key: s for s in settings if s.key not in finished}
+    return list(todo.values())
 
 
 def count_left(rows: Sequence[Row], protocol: Protocol, entries: Sequence[Entry]) -> int:

@@ -133,13 +133,14 @@ def curves(standings: Sequence[Standing], rows: Sequence[Row]) -> Any:
 
 
 def sizes(standings: Mapping[int, Sequence[Standing]]) -> Any:
-    """Right answers of each method at each number of trained parameters, with intervals: a line for each method, the
-    best at its largest size on top."""
-    found = {
+    """Right answers of each method that has more than one of these numbers of trained parameters, with intervals: a
+    line for each, the best at its largest size on top."""
+    every = {
         s.entry.method: {n: t for n, group in standings.items() for t in group if t.entry.method == s.entry.method}
         for group in standings.values()
         for s in group
     }
+    found = {name: sizes for name, sizes in every.items() if len(sizes) > 1}
     names = sorted(found, key=lambda name: max((n, s.mean or 0.0) for n, s in found[name].items()))
     figure, axes = _figure((8.0, 1.2 + 0.17 * len(names)))
     for place, name in enumerate(names):
@@ -148,8 +149,7 @@ def sizes(standings: Mapping[int, Sequence[Standing]]) -> Any:
     for shift, n in enumerate(sorted(standings)):
         points = [(100 * (s.mean or 0.0), y, 100 * (s.half or 0.0)) for y, s in _at(found, names, n)]
         x, y, half = ([p[i] for p in points] for i in range(3))
-        level = [value + 0.22 * shift for value in y]
-        axes.errorbar(x, level, xerr=half, fmt="o", ms=3.5, lw=0.7, color=f"C{shift}", label=f"about {n:,} trained")
+        axes.errorbar(x, y, xerr=half, fmt="o", ms=3.5, lw=0.7, color=f"C{shift}", label=f"about {n:,} trained")
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_ylim(-0.8, len(names))
     axes.set_xlim(left=0)

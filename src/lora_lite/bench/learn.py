@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -101,11 +99,11 @@ def run(
     no part of the setting: a run that was finished on another one counts.
 
     Returns:
-        A row of plain data: the setting, accuracy, loss, problems, trained parameters, bytes of the file, peak memory
-        in MB (of the process, or of the GPU), ms of processor time per step, the losses, and the device. A final row
-        also has the median step over that of LoRA, step by step on the same batches (`step_vs_lora`).
+        A row of plain data: the setting, accuracy, loss, problems, trained parameters, ms of processor time per step,
+        the losses, and the device. A final row also has the bytes of the file, the loss on the base's own text, MB at
+        the peak of a step (`step_mb`), and the median step over that of LoRA at its default size, step by step on the
+        same batches (`step_vs_lora`).
     """
-    _forget_peak(device)
     torch.manual_seed(setting.seed)
     course = _Course(task, setting, folder, device)
     course.train(tick)
@@ -125,8 +123,7 @@ def run(
     if setting.phase == "final":
         row["file_bytes"] = course.file_bytes()
         row["remembered"] = _remembered(task, model)
-    row["peak_mb"] = _peak_mb(device)
-    if setting.phase == "final":
+        row["step_mb"] = course.step_mb()
         row["step_vs_lora"] = course.beside_lora()
     course.forget()
     return row | machine(device)
@@ -186,12 +183,37 @@ class _Course:
         shape = min(1.0, rise) * 0.5 * (1 + math.cos(math.pi * step / self.setting.steps))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * shape
-        loss: Tensor = self.model(**self._batch(self.setting.seed * APART + step)).loss
-        (loss + ll.penalty(self.model) if self.penalised else loss).backward()
+        loss = self._passes(self._batch(self.setting.seed * APART + step))
         torch.nn.utils.clip_grad_norm_(list(self.handle.parameters()), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
+        return float(loss)
+
+    def _passes(self, batch: dict[str, Tensor]) -> Tensor:
+        """Forward and backward; the loss, without what the method adds to it."""
+        loss: Tensor = self.model(**batch).loss
+        (loss + ll.penalty(self.model) if self.penalised else loss).backward()
+        return loss.detach()
+
+    def step_mb(self) -> float:
+        """MB at the peak of a step's passes beyond weights, adapter and optimiser: every tensor that is made counts
+        from then until nothing refers to it, so that the figure is the same on every machine. Of a GPU, what torch
+        took."""
+        from .memory import Live
+
+        batch = self._batch(0)
+        self.model.train()
+        if self.device == "cpu":
+            with Live(self.model) as live:
+                self._passes(batch)
+            found = live.peak
+        else:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self._passes(batch)
+            found = torch.cuda.max_memory_allocated() - before
+        self.optimizer.zero_grad()
+        return round(found / 2**20, 3)
 
     def beside_lora(self) -> float:
         """Median of a step of this adapter over one of LoRA, forward, backward and optimiser, turn by turn."""
@@ -262,27 +284,6 @@ def _clock(device: str) -> float:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _forget_peak(device: str) -> None:
-    """Begin to count the peak anew, so that a process can run several settings one after another."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    elif _CLEAR.exists():
-        with contextlib.suppress(OSError):  # a kernel that forbids it counts the earlier runs of this process too
-            _CLEAR.write_text("5")
-
-
-def _peak_mb(device: str) -> int:
-    if device != "cpu":
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    if not _STATUS.exists():  # not Linux: the peak of the process, earlier runs included
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
-
-
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -161,7 +161,7 @@ def chosen(args: Learn) -> list[Entry]:
             fields = fields_for(model, name, wanted, the_task.fields)
             if fields is None:
                 say(f"{name} has no size near {wanted:,} trained parameters")
-            else:
+            elif all((e.method, e.fields) != (name, fields) for e in entries):
                 entries.append(Entry(name, fields, wanted if fields else None))
     return entries
 
