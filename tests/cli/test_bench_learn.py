@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +85,34 @@ def test_a_small_board_from_the_first_run_to_the_report(tmp_path, capsys):
     assert main(["bench", "learn", "--beside-peft", "--methods", "ia3", "--steps", "2", "--results", str(results)]) == 0
     (row,) = [json.loads(line) for line in (tmp_path / "learn-beside-peft.jsonl").read_text().splitlines()]
     assert row["last_apart"] < 1e-5 and len(row["ours"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_a_killed_command_leaves_no_worker(tmp_path):
+    words = ["-m", "lora_lite", "bench", "learn", "--steps", "10000", "--results", str(tmp_path / "rows.jsonl")]
+    command = subprocess.Popen([sys.executable, *words, "--checkpoints", str(tmp_path)], stdout=subprocess.DEVNULL)
+    try:
+        workers = until(lambda: [p for p in children(command.pid) if "spawn_main" in p.read_text()])
+    finally:
+        command.kill()
+        command.wait()
+    assert until(lambda: not any(p.exists() for p in workers)), "a worker goes on with a run that nobody reads"
+
+
+def children(pid: int) -> list[Path]:
+    """/proc/N/cmdline of the processes that it started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(path.with_name("cmdline"))
+    return found
+
+
+def until(true, seconds=90.0):
+    """What `true` returns, once it is true."""
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found

@@ -56,7 +56,8 @@ def _name(figure: Any, axes: Any, points: Sequence[Point], front: Sequence[Point
             )  # fmt: skip
             box = text.get_window_extent()
             last = place == PLACES[-1] and point in front
-            if last or not any(box.overlaps(other) for other in taken):
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
+            if last or (inside and not any(box.overlaps(other) for other in taken)):
                 taken.append(box)
                 break
             text.remove()

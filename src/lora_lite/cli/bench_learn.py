@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -265,7 +266,20 @@ def standing_title(done: int, total: int, now: list[tuple[Setting, float]]) -> s
 
 def worker() -> ProcessPoolExecutor:
     """A process that runs one setting after another, and reads the task's rows once."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=leave_with, initargs=(os.getpid(),))
+
+
+def leave_with(parent: int) -> None:
+    """End this worker, in the middle of a run too, once the command is gone: it may be killed, and nobody would read
+    the row."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 _TASK: dict[str, Task] = {}
