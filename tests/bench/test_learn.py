@@ -34,7 +34,7 @@ class Net(nn.Module):
 class Lines:
     """Regression on a random map: right is a row whose error is below the median of the base's."""
 
-    name, fields = "lines", {}
+    name, fields, head_lr = "lines", {}, None
 
     def load(self):
         return Net()

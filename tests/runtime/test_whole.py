@@ -312,6 +312,22 @@ def test_beside_a_method_that_starts_from_data():
     assert hasattr(model.lm_head, "lora_W") and handle.record.beside[0].path == "lm_head"
 
 
+def test_a_head_at_a_rate_of_its_own():
+    """Without one, the groups are what they were: those of checkpoints."""
+    model = tiny_models.build("llama")
+    handle = ll.attach(model, ll.LoRAConfig(r=3, lr_ratio_B=4.0, train_modules=("lm_head",)))
+    head = model.lm_head.lora_W
+    plain = handle.param_groups(lr=1e-3)
+    assert [g["lr"] for g in plain] == [1e-3, 4e-3] and any(p is head for p in plain[0]["params"])
+    groups = handle.param_groups(lr=1e-3, modules_lr=2e-2)
+    (own,) = [g for g in groups if any(p is head for p in g["params"])]
+    assert own["lr"] == 2e-2 and len(own["params"]) == 1 and [g["lr"] for g in groups if g is not own] == [1e-3, 4e-3]
+    assert sum(len(g["params"]) for g in groups) == sum(len(g["params"]) for g in plain)
+    assert len(handle.param_groups(lr=0.0, modules_lr=0.0)) == 3
+    with pytest.raises(ll.ConfigError, match="modules_lr is a number"):
+        handle.param_groups(lr=1e-3, modules_lr=-1)
+
+
 def test_a_schedule_leaves_them_alone(tmp_path):
     model = tiny_models.build("llama").train()
     handle = ll.attach(model, ll.AdaLoRAConfig(r=3, target_r=1, train_modules=("lm_head",)))

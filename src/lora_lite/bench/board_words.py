@@ -31,7 +31,7 @@ def protocol(rows: Sequence[Row]) -> list[str]:
         "process (processor time, one thread; of a GPU's rows wall clock, where the launches of kernels count and not "
         "the arithmetic); within a tenth it is noise. Step, MB: the most that a step's two passes hold beyond weights, "
         "adapter and optimiser. Forgotten: by how much the loss on text of the base's own training grew.",
-        "In glosses a head of 24 classes is trained beside every adapter, at the adapter's rate.",
+        "In glosses a head of 24 classes is trained beside every adapter, at one rate (0.01) whatever the adapter's.",
         f"Ran on: {_machines(rows)}.",
         f"Not here: what is made of other adapters ({made_of_others}), and what does not train.",
     ]

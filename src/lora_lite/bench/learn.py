@@ -43,6 +43,8 @@ class Task(Protocol):
     name: str
     fields: dict[str, Any]
     """What the task asks of every config, such as a head that is trained beside the adapter."""
+    head_lr: float | None
+    """The rate of that head, the same for all methods and rates; None where there is none."""
 
     def load(self) -> nn.Module:
         """A fresh base with the same weights at every call."""
@@ -143,7 +145,9 @@ class _Course:
         self.handle = self._attached(saved)
         self.attach_seconds = time.perf_counter() - start
         variant = ll.get_variant(setting.method)
-        self.optimizer = torch.optim.AdamW(self.handle.param_groups(setting.lr), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.handle.param_groups(setting.lr, modules_lr=task.head_lr), weight_decay=0.0
+        )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         if saved is not None:
             self.optimizer.load_state_dict(saved["optimizer"])

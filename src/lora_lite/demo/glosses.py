@@ -33,6 +33,7 @@ class Glosses:
 
     name = "glosses"
     fields: dict[str, Any] = {"train_modules": ("classifier",)}
+    head_lr: float | None = 1e-2
 
     def __init__(self, base: str | None = None, file: str | None = None, batch_size: int = 32) -> None:
         self.base, self.batch_size = base or package_base(), batch_size

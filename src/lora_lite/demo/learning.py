@@ -26,6 +26,7 @@ class WordMath:
 
     name = "wordmath"
     fields: dict[str, Any] = {}
+    head_lr: float | None = None
 
     def __init__(self, batch_size: int = 8, questions: int = 300) -> None:
         self.batch_size, self.questions = batch_size, questions

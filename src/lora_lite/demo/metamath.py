@@ -29,6 +29,7 @@ class MetaMath:
 
     name = "metamath"
     fields: dict[str, Any] = {}
+    head_lr: float | None = None
 
     def __init__(
         self,

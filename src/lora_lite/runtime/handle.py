@@ -117,21 +117,34 @@ class Adapter:
             yield p
 
     @checked
-    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    def param_groups(
+        self, lr: float, weight_decay: float = 0.0, modules_lr: float | None = None
+    ) -> list[dict[str, Any]]:
         """Optimiser groups: each tensor at `lr` times its ratio (LoRA+), weight decay 0 on gains, rotations and
         magnitudes.
+
+        Args:
+            modules_lr: the rate of what `train_modules` names, such as a fresh head, which bears another one than an
+                adapter; None: `lr`.
 
         Raises:
             ConfigError: a rate or decay that is no number, or below 0.
         """
         _check_rate("lr", lr)
         _check_rate("weight_decay", weight_decay)
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        if modules_lr is not None:
+            _check_rate("modules_lr", modules_lr)
+        groups: dict[tuple[float | None, float, float], list[nn.Parameter]] = {}
         for target, short, _, tensor in owned_tensors(self._model, self.record):
             spec = target.specs[short]
             if spec.is_trained:
-                groups.setdefault((spec.lr_ratio, weight_decay if spec.decay else 0.0), []).append(tensor)  # type: ignore[arg-type]
-        return [{"params": ps, "lr": lr * ratio, "weight_decay": decay} for (ratio, decay), ps in groups.items()]
+                own = modules_lr if target.cfg.variant != self.record.cfg.variant else None
+                decay = weight_decay if spec.decay else 0.0
+                groups.setdefault((own, spec.lr_ratio, decay), []).append(tensor)  # type: ignore[arg-type]
+        return [
+            {"params": tensors, "lr": (lr if own is None else own) * ratio, "weight_decay": decay}
+            for (own, ratio, decay), tensors in groups.items()
+        ]
 
     def num_parameters(self) -> int:
         """Number of trained parameters."""
