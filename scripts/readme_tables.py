@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_lite.bench import board
-from lora_lite.bench.board_report import EDGE, boards
+from lora_lite.bench.board_report import EDGE, Board, boards
 from lora_lite.cli._console import markdown
 from lora_lite.core.registry import get_variant
 
@@ -62,27 +62,47 @@ def demo() -> str:
 
 
 def learnt() -> str:
-    """The leaderboard's lines of `FRONT` at default sizes, the best mean first."""
+    """The leaderboard's lines of `FRONT` at default sizes, the best mean first, and what they reach at chosen sizes."""
     rows = board.read(ROWS)
-    found = [(p, entries) for p, entries, wanted in boards(rows) if wanted is None and p.task == "wordmath"]
-    if not found:
+    found = [b for b in boards(rows) if b.protocol.task == "wordmath"]
+    if not found or found[0].parameters is not None:
         return "Not measured yet."
-    protocol, entries = found[0]
+    protocol, entries, _ = found[0]
+    sized = [b for b in found if b.parameters and b.protocol.steps == protocol.steps]
     standings = [board.standing(rows, protocol, e) for e in entries if e.method in FRONT]
     done = [s for s in standings if s.mean is not None and len(s.finals) == protocol.seeds]
     lines = []
     for s in sorted(done, key=lambda s: -(s.mean or 0.0)):
         assert s.mean is not None and s.half is not None and s.chosen is not None
         edge = EDGE if s.chosen in (min(s.rates), max(s.rates)) else ""
-        interval = f"{100 * s.mean:.0f} % ± {100 * s.half:.0f}"
         times = f"{s.chosen / get_variant(s.entry.method).lr:.0f} x{edge}"
-        lines.append((f"`{s.entry.method}`", interval, times, f"{s.average('trained'):,.0f}"))
+        others = (_at_size(rows, b, s.entry.method) for b in sized)
+        lines.append((f"`{s.entry.method}`", _interval(s), times, f"{s.average('trained'):,.0f}", *others))
     note = (
         f"Exact match on generated word problems after {protocol.steps} steps on the bundled base, which begins at "
         f"0 %: mean of {protocol.seeds} seeds with its 95 % interval, at the best of {len(protocol.grid)} rates or "
         f"more, chosen on other problems. {_reading(rows, protocol, entries)}"
+        f"{' On the right at other sizes; -: none is so near.' if sized else ''}"
     )
-    return f"{note}\n\n{markdown(('method', 'right', 'of its recommended rate', 'trained'), lines)}"
+    columns = (
+        "method",
+        "right",
+        "of its recommended rate",
+        "trained",
+        *(f"with about {b.parameters:,}" for b in sized),
+    )
+    return f"{note}\n\n{markdown(columns, lines)}"
+
+
+def _interval(s: board.Standing) -> str:
+    return "-" if s.mean is None or s.half is None else f"{100 * s.mean:.0f} % ± {100 * s.half:.0f}"
+
+
+def _at_size(rows: Sequence[board.Row], at: Board, method: str) -> str:
+    """What a method reaches near this number of trained parameters, if it can."""
+    entry = next((e for e in at.entries if e.method == method), None)
+    found = None if entry is None else board.standing(rows, at.protocol, entry)
+    return "-" if found is None or len(found.finals) < at.protocol.seeds else _interval(found)
 
 
 def _reading(rows: Sequence[board.Row], protocol: board.Protocol, entries: Sequence[board.Entry]) -> str:
