@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_lite.bench import board
-from lora_lite.bench.board_report import EDGE, Board, boards
+from lora_lite.bench.boards import EDGE, Board, boards
 from lora_lite.cli._console import markdown
 from lora_lite.core.registry import get_variant
 
@@ -65,15 +65,14 @@ def learnt() -> str:
     """The leaderboard's lines of `FRONT` at default sizes, the best mean first, and what they reach at chosen sizes."""
     rows = board.read(ROWS)
     found = [b for b in boards(rows) if b.protocol.task == "wordmath"]
-    if not found or found[0].parameters is not None:
+    usual = next((b for b in found if b.parameters is None), None)
+    if usual is None:
         return "Not measured yet."
-    protocol, entries, _ = found[0]
+    protocol, standings = usual.protocol, usual.standings(rows)
     sized = [b for b in found if b.parameters and b.protocol.steps == protocol.steps]
-    standings = [board.standing(rows, protocol, e) for e in entries if e.method in FRONT]
-    done = [s for s in standings if s.mean is not None and len(s.finals) == protocol.seeds]
     lines = []
-    for s in sorted(done, key=lambda s: -(s.mean or 0.0)):
-        assert s.mean is not None and s.half is not None and s.chosen is not None
+    for s in (s for s in standings if s.entry.method in FRONT and len(s.finals) == protocol.seeds):
+        assert s.chosen is not None
         edge = EDGE if s.chosen in (min(s.rates), max(s.rates)) else ""
         times = f"{s.chosen / get_variant(s.entry.method).lr:.0f} x{edge}"
         others = (_at_size(rows, b, s.entry.method) for b in sized)
@@ -81,8 +80,8 @@ def learnt() -> str:
     note = (
         f"Exact match on generated word problems after {protocol.steps} steps on the bundled base, which begins at "
         f"0 %: mean of {protocol.seeds} seeds with its 95 % interval, at the best of {len(protocol.grid)} rates or "
-        f"more, chosen on other problems. {_reading(rows, protocol, entries)}"
-        f"{' On the right at other sizes; -: none is so near.' if sized else ''}"
+        f"more, chosen on other problems. {_reading(standings)}"
+        f"{' On the right at other sizes (best of 3 rates or more); -: none is so near, or has run.' if sized else ''}"
     )
     columns = (
         "method",
@@ -100,25 +99,22 @@ def _interval(s: board.Standing) -> str:
 
 def _at_size(rows: Sequence[board.Row], at: Board, method: str) -> str:
     """What a method reaches near this number of trained parameters, if it can."""
-    entry = next((e for e in at.entries if e.method == method), None)
-    found = None if entry is None else board.standing(rows, at.protocol, entry)
+    found = next((s for s in at.standings(rows) if s.entry.method == method), None)
     return "-" if found is None or len(found.finals) < at.protocol.seeds else _interval(found)
 
 
-def _reading(rows: Sequence[board.Row], protocol: board.Protocol, entries: Sequence[board.Entry]) -> str:
+def _reading(standings: Sequence[board.Standing]) -> str:
     """Which differences of the leaderboard are none."""
-    found = board.scatter(board.standing(rows, protocol, entry) for entry in entries)
-    if found is None:
-        return ""
-    return f"Means that lie less than {100 * found.apart():.0f} points apart are no ranking."
+    found = board.scatter(standings)
+    return "" if found is None else f"Means that lie less than {100 * found.apart():.0f} points apart are no ranking."
 
 
 def rates() -> str:
     """Which methods learn best at which multiple of their recommended rate, and what its neighbours cost."""
     rows = board.read(ROWS)
-    protocol, entries, _ = next(b for b in boards(rows) if b.parameters is None and b.protocol.task == "wordmath")
-    standings = [board.standing(rows, protocol, entry) for entry in entries]
-    done = [s for s in standings if s.chosen is not None and s.rates[s.chosen] > board.LEARNT]
+    usual = next(b for b in boards(rows) if b.parameters is None and b.protocol.task == "wordmath")
+    protocol = usual.protocol
+    done = [s for s in usual.standings(rows) if s.chosen is not None and s.rates[s.chosen] > board.LEARNT]
     lines, lower, higher = dict[float, list[str]](), list[float](), list[float]()
     for s in sorted(done, key=lambda s: s.entry.method):
         assert s.chosen is not None

@@ -97,6 +97,7 @@ def test_a_killed_command_leaves_no_worker(tmp_path):
     finally:
         command.kill()
         command.wait()
+    assert workers, "none has begun"
     assert until(lambda: not any(p.exists() for p in workers)), "a worker goes on with a run that nobody reads"
 
 

@@ -112,6 +112,11 @@ class Standing:
     finals: list[Row]
 
     @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the final runs."""
+        return tuple(sorted(r["seed"] for r in self.finals))
+
+    @property
     def mean(self) -> float | None:
         return statistics.fmean(r["accuracy"] for r in self.finals) if self.finals else None
 
@@ -137,39 +142,58 @@ class Standing:
         return statistics.fmean(grown) if grown else None
 
 
+FREE = 4
+"""Degrees of freedom below which nothing is said of chance."""
+
+
 @dataclass(frozen=True)
 class Scatter:
-    """How much of a difference between two entries is chance."""
+    """How much of a difference between two entries is chance, as far as seeds tell."""
 
-    entries: int
-    """Those that learnt something and have all seeds, E."""
+    standings: list[Standing]
+    """The E entries that learnt something and have run all n seeds, the same."""
     seeds: int
     """n."""
     sigma: float
-    """Standard deviation of one final run."""
+    """Standard deviation of one final run, σ."""
 
-    def apart(self, comparisons: int = 1) -> float:
-        """By how much two means differ at most by chance, in 95 % of the cases where nothing else makes a difference,
-        and in none of so many `comparisons` (Bonferroni): z σ √(2/n)."""
-        z = statistics.NormalDist().inv_cdf(1 - 0.025 / comparisons)
-        return z * self.sigma * math.sqrt(2 / self.seeds)
+    @property
+    def free(self) -> int:
+        """Degrees of freedom of σ, (E − 1)(n − 1)."""
+        return (len(self.standings) - 1) * (self.seeds - 1)
+
+    def apart(self, comparisons: int = 1, runs: int | None = None) -> float:
+        """By how much two means of so many runs (None: n) differ at most by chance, in 95 % of the cases where nothing
+        else makes a difference, and in none of so many `comparisons` (Bonferroni): t σ √(2 / runs)."""
+        return student(1 - 0.025 / comparisons, self.free) * self.sigma * math.sqrt(2 / (runs or self.seeds))
+
+
+def student(p: float, free: int) -> float:
+    """The p-quantile of Student's t by its expansion around the normal one (Cornish and Fisher): at 0.975 within half
+    a percent from 4 degrees of freedom on."""
+    z = statistics.NormalDist().inv_cdf(p)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / free + second / free**2 + third / free**3
 
 
 def scatter(standings: Iterable[Standing]) -> Scatter | None:
     """Over entries that learnt something. Seed i gives all of them the same rows, so what it does to all, ā_i − ā, is
-    no difference between them: σ² = Σ_e Σ_i (a_ei − ā_e − ā_i + ā)² / ((E − 1)(n − 1)). None below two entries or
-    seeds.
+    no difference between them: σ² = Σ_e Σ_i (a_ei − ā_e − ā_i + ā)² / ((E − 1)(n − 1)). None below `FREE` degrees of
+    freedom.
     """
     learnt = [s for s in standings if (s.mean or 0.0) > LEARNT]
-    n = max((len(s.finals) for s in learnt), default=0)
-    table = [[r["accuracy"] for r in sorted(s.finals, key=by_seed)] for s in learnt if len(s.finals) == n]
-    if len(table) < 2 or n < 2:
+    seeds = max((s.seeds for s in learnt), key=len, default=())
+    whole = [s for s in learnt if s.seeds == seeds]
+    n = len(seeds)
+    if (len(whole) - 1) * (n - 1) < FREE:
         return None
+    table = [[r["accuracy"] for r in sorted(s.finals, key=by_seed)] for s in whole]
     means = [statistics.fmean(runs) for runs in table]
     mean = statistics.fmean(means)
     shift = [statistics.fmean(runs[i] for runs in table) - mean for i in range(n)]
     squares = ((a - own - shift[i]) ** 2 for runs, own in zip(table, means, strict=True) for i, a in enumerate(runs))
-    return Scatter(len(table), n, math.sqrt(sum(squares) / ((len(table) - 1) * (n - 1))))
+    return Scatter(whole, n, math.sqrt(sum(squares) / ((len(whole) - 1) * (n - 1))))
 
 
 def by_seed(row: Row) -> int:

@@ -5,122 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import lora_lite as ll
+from typing import Any
 
 from . import beside_peft
 from . import board_words as words
-from .board import Entry, Protocol, Row, Standing, standing, trainable
-from .sizes import near
-
-OWN = "at its own lr"
-COLUMNS = (
-    "method",
-    "accuracy",
-    "95 %",
-    "seeds",
-    "lr",
-    OWN,
-    "test loss",
-    "trained",
-    "file, KB",
-    "step, MB",
-    "step / lora",
-    "forgotten",
-)
-EDGE = " at the end"
-
-
-def ranked(rows: Sequence[Row], protocol: Protocol, entries: Iterable[Entry]) -> list[Standing]:
-    """The entries that have begun, the best mean first."""
-    found = [standing(rows, protocol, entry) for entry in entries]
-    return sorted((s for s in found if s.rates), key=lambda s: -(s.mean if s.mean is not None else -1.0))
-
-
-def cells(s: Standing) -> list[str]:
-    """One line of the table; "-" where a run is missing or the task has no such figure."""
-
-    def shown(value: float | None, form: str, unit: float = 1.0) -> str:
-        return "-" if value is None else format(value / unit, form)
-
-    edge = EDGE if s.chosen is not None and len(s.rates) > 1 and s.chosen in (min(s.rates), max(s.rates)) else ""
-    return [
-        s.entry.label,
-        shown(s.mean, ".1%"),
-        "-" if s.half is None else f"±{100 * s.half:.1f}",
-        str(len(s.finals)),
-        shown(s.chosen, "g") + edge,
-        shown(s.rates.get(ll.get_variant(s.entry.method).lr), ".1%"),
-        shown(s.average("loss"), ".3f"),
-        shown(s.average("trained"), ",.0f"),
-        shown(s.average("file_bytes"), ",.0f", 1024),
-        shown(s.average("step_mb"), ",.0f"),
-        shown(s.average("step_vs_lora"), ".2f"),
-        shown(s.forgotten, "+.3f"),
-    ]
-
-
-class Board(NamedTuple):
-    """One table: what was run under one protocol, at default sizes or near one number of trained parameters."""
-
-    protocol: Protocol
-    entries: list[Entry]
-    parameters: int | None
-    """None: default sizes."""
-
-    @property
-    def name(self) -> str:
-        """Task, steps and size, as a file's name has them."""
-        size = "" if self.parameters is None else f"-{self.parameters}"
-        return f"{self.protocol.task}-{self.protocol.steps}{size}"
-
-    @property
-    def columns(self) -> list[str]:
-        """Those of the table; the recommended rate is outside the grid of a chosen size."""
-        return [c for c in COLUMNS if self.parameters is None or c != OWN]
-
-    def line(self, s: Standing) -> list[str]:
-        return [cell for c, cell in zip(COLUMNS, cells(s), strict=True) if c in self.columns]
-
-    @property
-    def title(self) -> str:
-        size = f"about {self.parameters:,} trained parameters" if self.parameters else "other sizes"
-        size = "default sizes" if self.parameters is None else size
-        return f"{self.protocol.task}, {self.protocol.steps} steps, {size}"
-
-
-def boards(rows: Sequence[Row]) -> list[Board]:
-    """Everything that the rows hold, default sizes first, then few parameters before many. On a board of one size a
-    method whose default size comes near it stands with the runs of that."""
-    groups: dict[tuple[str, int, int | None], list[Row]] = {}
-    for row in rows:
-        wanted = row.get("parameters", 0) if row["fields"] else None
-        groups.setdefault((row["task"], row["steps"], wanted), []).append(row)
-    found = []
-    for (task, steps, wanted), group in sorted(groups.items(), key=lambda g: (g[0][0], -g[0][1], g[0][2] or -1)):
-        entries = {(r["method"], str(r["fields"])): Entry(r["method"], r["fields"], wanted) for r in group}
-        own = [r for r in groups.get((task, steps, None), ()) if wanted and near(r["trained"], wanted)]
-        absent = {r["method"] for r in own} - {r["method"] for r in group}
-        entries |= {(name, ""): Entry(name) for name in sorted(absent)}
-        if grid := _grid(group):
-            seeds = max((r["seed"] for r in (*group, *own) if r["phase"] == "final"), default=3)
-            found.append(Board(Protocol(task, steps, seeds, grid), list(entries.values()), wanted))
-    return found
-
-
-def _grid(group: Sequence[Row]) -> tuple[float, ...]:
-    """The factors that every finished entry has run, and before any is finished all of them; without those by which
-    the grid of some grew."""
-    factors: dict[tuple[str, str], set[float]] = {}
-    for r in group:
-        if r["phase"] == "select" and not r.get("beyond"):
-            factors.setdefault((r["method"], str(r["fields"])), set()).add(r["factor"])
-    finished = {(r["method"], str(r["fields"])) for r in group if r["phase"] == "final"}
-    common = [tried for entry, tried in factors.items() if entry in finished]
-    return tuple(sorted(set.intersection(*common) if common else set().union(*factors.values())))
+from .board import Row, Standing, trainable
+from .boards import Board, boards
 
 
 def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
@@ -128,29 +21,38 @@ def markdown(rows: Sequence[Row], beside: Sequence[Row] = ()) -> str:
     lines = ["# Does it learn?", "", "Generated by `lora-lite bench learn --report` from one JSON row per run."]
     lines += ["The protocol:", "", *(f"- {point}" for point in words.protocol(rows))]
     for board in boards(rows):
-        standings = ranked(rows, board.protocol, board.entries)
-        finished = [s for s in standings if s.finals]
+        standings = board.standings(rows)
+        finished, open_now = split(standings)
         lines += ["", f"## {board.title}", ""]
         if board.parameters:
             lines += [words.at_one_size(board.protocol), ""]
-        lines += ["| " + " | ".join(board.columns) + " |", "|" + " --- |" * len(board.columns)]
-        lines += ["| " + " | ".join(board.line(s)) + " |" for s in finished]
-        if said := said_of(board, standings):
+        lines += _markdown_table(board.columns, [board.line(s) for s in finished])
+        if said := said_of(board, finished):
             lines += ["", "Read it so:", "", *(f"- {sentence}" for sentence in said)]
-        if open_now := [s.entry.label for s in finished if len(s.finals) < board.protocol.seeds]:
-            lines += ["", f"Not finished: {', '.join(open_now)}."]
-        lines += (
-            ["", *table] if (table := words.unchosen([s for s in standings if not s.finals], board.protocol)) else []
-        )
-        begun = {s.entry.method for s in standings}
-        if board.parameters is None and (absent := [name for name in trainable() if name not in begun]):
-            lines += ["", f"Not begun: {', '.join(absent)}."]
+        if some := [s.entry.label for s in finished if len(s.finals) < board.protocol.seeds]:
+            lines += ["", f"Not finished: {', '.join(some)}."]
+        if open_now:
+            table = _markdown_table(words.UNCHOSEN, words.unchosen_lines(open_now, board.protocol))
+            lines += ["", words.unchosen(board.protocol), "", *table]
+        here = {s.entry.method for s in standings}
+        if board.parameters is None and (absent := [name for name in trainable() if name not in here]):
+            few = len(absent) < len(here)
+            lines += ["", f"Not begun: {', '.join(absent) if few else f'the other {len(absent)} methods'}."]
     return "\n".join([*lines, *beside_peft.markdown(list(beside))]) + "\n"
 
 
-def said_of(board: Board, standings: Sequence[Standing]) -> list[str]:
+def split(standings: Sequence[Standing]) -> tuple[list[Standing], list[Standing]]:
+    """Those that have answered the test, and those that have not."""
+    return [s for s in standings if s.finals], [s for s in standings if not s.finals]
+
+
+def _markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *lines)]
+
+
+def said_of(board: Board, finished: Sequence[Standing]) -> list[str]:
     """How to read a board."""
-    return [*(words.sizes_differ(standings) if board.parameters is None else []), *words.reading(standings)]
+    return [*(words.sizes_differ(finished) if board.parameters is None else []), *words.reading(finished)]
 
 
 def write(folder: Path, rows: Sequence[Row], beside: Sequence[Row] = ()) -> list[Path]:
@@ -187,14 +89,15 @@ def drawn(rows: Sequence[Row]) -> Iterator[tuple[str, str, Any]]:
 
     at_size: dict[str, dict[int, list[Standing]]] = {}
     for board in boards(rows):
-        standings = ranked(rows, board.protocol, board.entries)
+        standings = board.standings(rows)
         for what, figure in pictures(board, standings, rows):
             yield f"{board.title}: {what}", f"{board.name}-{what}", figure
         finished = [s for s in standings if s.mean is not None]
         if board.parameters and finished:
             at_size.setdefault(f"{board.protocol.task}-{board.protocol.steps}", {})[board.parameters] = finished
     for name, standings in at_size.items():
-        if len(standings) > 1:
+        methods = Counter(s.entry.method for group in standings.values() for s in group)
+        if max(methods.values()) > 1:
             yield f"{name.partition('-')[0]}: at equal trained parameters", f"{name}-sizes", sizes(standings)
 
 
@@ -222,13 +125,16 @@ def report(rows: Sequence[Row], figures: Sequence[tuple[str, Any]], beside: Sequ
     """One HTML page with the tables and the pictures inside."""
     body = [_list("The protocol", words.protocol(rows))]
     for board in boards(rows):
-        standings = ranked(rows, board.protocol, board.entries)
+        finished, open_now = split(board.standings(rows))
         body.append(f"<h2>{html.escape(board.title)}</h2>")
         if board.parameters:
             body.append(f"<p>{html.escape(words.at_one_size(board.protocol))}</p>")
-        body.append(_table(board.columns, [board.line(s) for s in standings]))
-        if said := said_of(board, standings):
+        body.append(_table(board.columns, [board.line(s) for s in finished]))
+        if said := said_of(board, finished):
             body.append(_list("Read it so", said))
+        if open_now:
+            body.append(f"<p>{html.escape(words.unchosen(board.protocol))}</p>")
+            body.append(_table(words.UNCHOSEN, words.unchosen_lines(open_now, board.protocol)))
     if beside:
         body.append("<h2>Beside PEFT</h2>")
         body.append(_table(beside_peft.COLUMNS, [beside_peft.cells(r) for r in beside_peft.ordered(beside)]))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import lora_lite as ll
 
-from .board import BEYOND, LEARNT, Protocol, Row, Standing, scatter
+from .board import BEYOND, LEARNT, Protocol, Row, Scatter, Standing, scatter
 from .sizes import NEAR
 
 
@@ -48,7 +48,7 @@ def at_one_size(protocol: Protocol) -> str:
     factors = ", ".join(f"{factor:.3g}" for factor in sorted(protocol.grid))
     return (
         f"The size is the one field of a config that comes nearest, at most {100 * NEAR:.0f} % off; a method without a "
-        "field in its name stands at its default size, with the runs of the first table. The grid of the others is "
+        "field in its name stands at its default size, with the runs of that table. The grid of the others is "
         f"{factors} times the recommended rate, and grows in the same way. A method that is absent reaches no such "
         "size, or has not run."
     )
@@ -60,60 +60,57 @@ def reading(standings: Sequence[Standing]) -> list[str]:
     if found is None:
         return []
     said = [
-        f"Of the {found.entries} methods that learnt (above {LEARNT:.0%}), a run lies {100 * found.sigma:.1f} points "
-        "from its method's mean (standard deviation, pooled; what a seed's rows do to all of them alike is taken off). "
+        f"Of the {len(found.standings)} methods that learnt (above {LEARNT:.0%}), a run lies {100 * found.sigma:.1f} "
+        "points from its method's mean (standard deviation, pooled; what a seed's rows do to all alike is taken off). "
         f"So two means that lie less than {100 * found.apart():.0f} points apart are no ranking."
     ]
-    learnt = [s for s in standings if (s.mean or 0.0) > LEARNT and len(s.finals) == found.seeds]
-    said += _beside_lora(learnt, found.apart(max(1, found.entries - 1)))
-    problems = learnt[0].finals[0]["problems"]
-    share = statistics.median(s.mean or 0.0 for s in learnt)
+    said += [*_beside_lora(found), *_questions(found.standings)]
+    shares = [list(s.rates.values()) for s in found.standings if len(s.rates) > 1]
+    close = sum(first - second < found.apart(runs=1) for first, second, *_ in shares)
     said.append(
-        f"The test has {problems:,} questions; others would move a figure by "
-        f"{100 * math.sqrt(share * (1 - share) / problems):.1f} points (one standard error of the median method)."
+        f"One seed chose the rates: for {close} of {len(shares)} methods the second best lies within "
+        f"{100 * found.apart(runs=1):.0f} points on validation, by which two runs may differ by chance."
     )
-    return said + _choice(learnt, found.sigma * 1.96 * math.sqrt(2))
+    return said
 
 
-def _beside_lora(learnt: Sequence[Standing], apart: float) -> list[str]:
+def _beside_lora(found: Scatter) -> list[str]:
     """Who is better than LoRA, who worse, and of whom nothing is known."""
-    lora = next((s.mean for s in learnt if s.entry.method == "lora"), None)
+    lora = next((s for s in found.standings if s.entry.method == "lora"), None)
     if lora is None:
         return []
-    gaps = {s.entry.method: (s.mean or 0.0) - lora for s in learnt if s.entry.method != "lora"}
+    gaps = {s.entry.label: (s.mean or 0.0) - (lora.mean or 0.0) for s in found.standings if s is not lora}
+    apart = found.apart(len(gaps))
     better = [name for name, gap in gaps.items() if gap > apart]
     worse = sum(gap < -apart for gap in gaps.values())
-    unclear = len(gaps) - len(better) - worse
     return [
-        f"Against LoRA, with {len(gaps)} comparisons allowed for (Bonferroni: {100 * apart:.1f} points), "
-        f"better: {', '.join(better) or 'none'}; worse: {worse}; not to be told from it: {unclear}."
+        f"Against LoRA, by seeds alone and with {len(gaps)} comparisons allowed for (Bonferroni: {100 * apart:.1f} "
+        f"points), better: {', '.join(better) or 'none'}; worse: {worse}; not to be told from it: "
+        f"{len(gaps) - len(better) - worse}."
     ]
 
 
-def _choice(learnt: Sequence[Standing], apart: float) -> list[str]:
-    """How sure the chosen rates are."""
-    gaps = [
-        first - second for s in learnt if len(shares := list(s.rates.values())) > 1 for first, second in [shares[:2]]
-    ]
-    if not gaps:
+def _questions(standings: Sequence[Standing]) -> list[str]:
+    """What another test of as many questions would change."""
+    numbers = {r.get("problems") for s in standings for r in s.finals}
+    if len(numbers) != 1 or not (n := numbers.pop()):
         return []
-    above = statistics.fmean(s.rates[s.chosen] - (s.mean or 0.0) for s in learnt if s.chosen is not None)
+    share = statistics.median(s.mean or 0.0 for s in standings)
     return [
-        f"One seed chose the rates: for {sum(gap < apart for gap in gaps)} of {len(gaps)} methods the second best lies "
-        f"within {100 * apart:.0f} points on validation, as two seeds of one setting may. Being chosen flatters: the "
-        f"validation figure of the chosen rate lies {100 * above:.1f} points above the test's mean, on average."
+        f"The test has {n:,} questions; others would move a figure by {100 * math.sqrt(share * (1 - share) / n):.1f} "
+        "points (one standard error of the median method)."
     ]
 
 
 def sizes_differ(standings: Sequence[Standing]) -> list[str]:
     """What a table of default sizes cannot say."""
     found = [(s.average("trained") or 0.0, s.mean or 0.0) for s in standings if s.mean is not None]
-    if len(found) < 3:
+    if len(found) < 3 or any(len(set(figures)) == 1 for figures in zip(*found, strict=True)):
         return []
     trained, right = zip(*found, strict=True)
     return [
-        f"Default sizes train from {min(trained):,.0f} to {max(trained):,.0f} parameters, and the order follows them "
-        f"in part (rank correlation {statistics.correlation(_ranks(trained), _ranks(right)):.2f})."
+        f"Default sizes train from {min(trained):,.0f} to {max(trained):,.0f} parameters; the rank correlation of that "
+        f"with right answers is {statistics.correlation(_ranks(trained), _ranks(right)):.2f}."
     ]
 
 
@@ -122,20 +119,22 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [sum(v < value for v in values) + (sum(v == value for v in values) + 1) / 2 for value in values]
 
 
-def unchosen(begun: Sequence[Standing], protocol: Protocol) -> list[str]:
-    """The table of entries whose rate is not chosen yet: one seed each, and validation questions."""
-    if not begun:
-        return []
-    lines = [
+UNCHOSEN = ("method", "on validation", "lr", "times the recommended", "rates run")
+
+
+def unchosen(protocol: Protocol) -> str:
+    """How to read the table of entries whose rate is not chosen yet."""
+    return (
         f"Whose rate is not chosen yet: the best of the rates that have run, of {len(protocol.grid)}, on validation "
         "questions with seed 0. Two such runs differ by some ten points by chance, and another rate may be better: "
-        "this says whether a method learns at that rate, and not how well.",
-        "",
-        "| method | on validation | lr | times the recommended | rates run |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+        "this says whether a method learns at that rate, and not how well."
+    )
+
+
+def unchosen_lines(begun: Sequence[Standing], protocol: Protocol) -> list[list[str]]:
+    """That table, the best first."""
     found = [(max(s.rates, key=lambda lr: s.rates[lr]), s) for s in begun]
-    for lr, s in sorted(found, key=lambda pair: -pair[1].rates[pair[0]]):
-        factor = protocol.factors(s.entry)[lr]
-        lines.append(f"| {s.entry.label} | {s.rates[lr]:.1%} | {lr:g} | {factor:.3g} | {len(s.rates)} |")
-    return lines
+    return [
+        [s.entry.label, f"{s.rates[lr]:.1%}", f"{lr:g}", f"{protocol.factors(s.entry)[lr]:.3g}", str(len(s.rates))]
+        for lr, s in sorted(found, key=lambda pair: -pair[1].rates[pair[0]])
+    ]

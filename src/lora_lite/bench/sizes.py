@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -21,8 +22,9 @@ def fields_for(model: nn.Module, method: str, wanted: int, fixed: dict[str, Any]
     """Changes of the config with which `method` trains about `wanted` parameters of `model`, the fields that a task
     fixes among them; none where its default size lies within 15 % already, and None where no value of any one field
     comes so near."""
-    if near(ll.plan(model, ll.get_variant(method).config(variant=method, **fixed)).trainable, wanted):
-        return {}
+    with contextlib.suppress(ll.LoraLiteError):  # a default that does not fit may have another size that does
+        if near(ll.plan(model, ll.get_variant(method).config(variant=method, **fixed)).trainable, wanted):
+            return {}
     found = [(abs(n - wanted), changes) for changes, n in _sizes(model, method, fixed) if near(n, wanted)]
     return min(found, key=lambda pair: pair[0])[1] if found else None
 

@@ -251,11 +251,11 @@ def work(args: Learn, rows: list[Row], protocol: Protocol, entries: list[Entry])
 
 def short(rows: list[Row], protocol: Protocol, entries: list[Entry]) -> list[list[str]]:
     """The lines of the live table, the best first."""
-    from ..bench import board_report
+    from ..bench import boards
 
-    standings = board_report.ranked(rows, protocol, entries)
-    wanted = [board_report.COLUMNS.index(name) for name in SHORT]
-    return [[cells[i] for i in wanted] for cells in (board_report.cells(s) for s in standings)]
+    standings = boards.in_order(boards.begun(rows, protocol, entries))
+    wanted = [boards.COLUMNS.index(name) for name in SHORT]
+    return [[cells[i] for i in wanted] for cells in (boards.cells(s) for s in standings)]
 
 
 def standing_title(done: int, total: int, now: list[tuple[Setting, float]]) -> str:
@@ -327,7 +327,7 @@ def tell(row: Row, done: int, total: int, live: LiveTable) -> None:
 
 
 def show(rows: list[Row], protocol: Protocol, entries: list[Entry]) -> None:
-    from ..bench import board_report
+    from ..bench import boards
 
-    standings = board_report.ranked(rows, protocol, entries)
-    table(board_report.COLUMNS, [board_report.cells(s) for s in standings])
+    standings = boards.in_order(boards.begun(rows, protocol, entries))
+    table(boards.COLUMNS, [boards.cells(s) for s in standings])
