@@ -182,7 +182,7 @@ BUGS = [
     Bug(
         "the ratio of learning rates forgotten",
         "runtime/handle.py",
-        '"lr": lr * ratio',
+        '"lr": (lr if own is None else own) * ratio',
         '"lr": lr',
         R + "test_optimisers.py -k plus",
     ),
