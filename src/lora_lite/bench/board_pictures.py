@@ -136,32 +136,27 @@ def curves(standings: Sequence[Standing], rows: Sequence[Row]) -> Any:
 def sizes(standings: Mapping[int, Sequence[Standing]]) -> Any:
     """Right answers of each method that has more than one of these numbers of trained parameters, with intervals: a
     line for each, the best at its largest size on top."""
-    every = {
-        s.entry.method: {n: t for n, group in standings.items() for t in group if t.entry.method == s.entry.method}
-        for group in standings.values()
-        for s in group
-    }
+    every: dict[str, dict[int, tuple[float, float]]] = {}
+    for n, group in sorted(standings.items()):
+        for s in group:
+            every.setdefault(s.entry.method, {})[n] = 100 * (s.mean or 0.0), 100 * (s.half or 0.0)
     found = {name: sizes for name, sizes in every.items() if len(sizes) > 1}
-    names = sorted(found, key=lambda name: max((n, s.mean or 0.0) for n, s in found[name].items()))
+    names = sorted(found, key=lambda name: max((n, mean) for n, (mean, _) in found[name].items()))
     figure, axes = _figure((8.0, 1.2 + 0.17 * len(names)))
+    colour = {n: f"C{i}" for i, n in enumerate(sorted(standings))}
     for place, name in enumerate(names):
-        means = [100 * (s.mean or 0.0) for s in found[name].values()]
+        means = [mean for mean, _ in found[name].values()]
         axes.plot([min(means), max(means)], [place, place], color="#ccc", lw=1, zorder=0)
-    for shift, n in enumerate(sorted(standings)):
-        points = [(100 * (s.mean or 0.0), y, 100 * (s.half or 0.0)) for y, s in _at(found, names, n)]
-        x, y, half = ([p[i] for p in points] for i in range(3))
-        axes.errorbar(x, y, xerr=half, fmt="o", ms=3.5, lw=0.7, color=f"C{shift}", label=f"about {n:,} trained")
+        for n, (mean, half) in found[name].items():
+            axes.errorbar(mean, place, xerr=half, fmt="o", ms=3.5, lw=0.7, color=colour[n])
+    for n in colour:
+        axes.plot([], [], "o", ms=3.5, color=colour[n], label=f"about {n:,} trained")
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_ylim(-0.8, len(names))
     axes.set_xlim(left=0)
     axes.set_xlabel("right, %")
     axes.legend(loc="lower right", fontsize=8)
     return figure
-
-
-def _at(found: dict[str, dict[int, Standing]], names: Sequence[str], n: int) -> list[tuple[int, Standing]]:
-    """(line, standing) of those that have this size."""
-    return [(place, found[name][n]) for place, name in enumerate(names) if n in found[name]]
 
 
 def _panels(lines: dict[str, Line], across: str, up: str, beside: str | None, **style: Any) -> tuple[Any, list[Any]]:

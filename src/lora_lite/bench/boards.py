@@ -102,30 +102,39 @@ class Board(NamedTuple):
 def boards(rows: Sequence[Row]) -> list[Board]:
     """Everything that the rows hold: the task with most runs first, default sizes, then few parameters before many. On
     a board of one size stands, of a method that has no run for it, what has run at a size that comes near."""
-    groups: dict[tuple[str, int, int | None], list[Row]] = {}
-    for row in rows:
-        wanted = row.get("parameters", 0) if row["fields"] else None
-        groups.setdefault((row["task"], row["steps"], wanted), []).append(row)
-    found = []
     runs = Counter(row["task"] for row in rows)
 
-    def order(group: tuple[str, int, int | None]) -> tuple[Any, ...]:
-        task, steps, wanted = group
+    def order(key: Key) -> tuple[Any, ...]:
+        task, steps, wanted = key
         return -runs[task], task, -steps, -1 if wanted is None else wanted
 
-    for task, steps, wanted in sorted(groups, key=order):
-        group = list(groups[task, steps, wanted])
-        if not (grid := _grid(group)):
-            continue
-        if wanted:
-            has = {r["method"] for r in group}
-            of_task = [r for key, some in groups.items() if key[:2] == (task, steps) for r in some]
-            group += [r for r in of_task if r["method"] not in has and near(r["trained"], wanted)]
-        entries = {(r["method"], str(r["fields"])): Entry(r["method"], r["fields"], r.get("parameters")) for r in group}
-        seeds = max((r["seed"] for r in group if r["phase"] == "final"), default=3)
-        protocol, usual = (Protocol(task, steps, seeds, g) for g in (grid, _grid(groups.get((task, steps, None), ()))))
-        found.append(Board(protocol, list(entries.values()), wanted, usual if wanted else protocol))
-    return found
+    keys = sorted({_key(row) for row in rows}, key=order)
+    return [board for key in keys if (board := _board(rows, key)) is not None]
+
+
+Key = tuple[str, int, int | None]
+"""Task, steps, and the number of parameters that was aimed at, as `Board.parameters`."""
+
+
+def _key(row: Row) -> Key:
+    return row["task"], row["steps"], row.get("parameters", 0) if row["fields"] else None
+
+
+def _board(rows: Sequence[Row], key: Key) -> Board | None:
+    """One table; None where its rows choose no rate."""
+    task, steps, wanted = key
+    group = [row for row in rows if _key(row) == key]
+    usual = _grid([row for row in rows if _key(row) == (task, steps, None)])
+    if not (grid := _grid(group)):
+        return None
+    if wanted:
+        has = {row["method"] for row in group}
+        others = (row for row in rows if (row["task"], row["steps"]) == (task, steps) and row["method"] not in has)
+        group += [row for row in others if near(row["trained"], wanted)]
+    entries = {(r["method"], str(r["fields"])): Entry(r["method"], r["fields"], r.get("parameters")) for r in group}
+    seeds = max((row["seed"] for row in group if row["phase"] == "final"), default=3)
+    under = [Protocol(task, steps, seeds, factors) for factors in (grid, usual if wanted else grid)]
+    return Board(under[0], list(entries.values()), wanted, under[1])
 
 
 def _grid(group: Sequence[Row]) -> tuple[float, ...]:

@@ -138,7 +138,7 @@ class Adapter:
         for target, short, _, tensor in owned_tensors(self._model, self.record):
             spec = target.specs[short]
             if spec.is_trained:
-                own = modules_lr if target.cfg.variant != self.record.cfg.variant else None
+                own = modules_lr if self.record.stands_beside(target) else None
                 decay = weight_decay if spec.decay else 0.0
                 groups.setdefault((own, spec.lr_ratio, decay), []).append(tensor)  # type: ignore[arg-type]
         return [

@@ -76,7 +76,11 @@ class Record:
     @property
     def beside(self) -> list[Target]:
         """Targets of another method than the adapter's own: what `train_modules` names."""
-        return [t for t in self.targets.values() if t.cfg.variant != self.cfg.variant]
+        return [t for t in self.targets.values() if self.stands_beside(t)]
+
+    def stands_beside(self, target: Target) -> bool:
+        """Whether it is of another method than the adapter's own."""
+        return target.cfg.variant != self.cfg.variant
 
     def __getstate__(self) -> dict[str, Any]:
         # the method travels by its name, so that a class written in a notebook or a function does too
